@@ -1,0 +1,287 @@
+"""The hierarchical transformer, under the interface and checkpoint format of simple-hierarchical-transformer.
+
+Several copies of the sequence, the levels, run side by side, each compressed by a causal convolution and each
+with its own transformer blocks. After every layer they are merged into the level that predicts the next token.
+"""
+
+from itertools import zip_longest
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Linear, Module, ModuleList
+
+from shtx import ops
+from shtx.generate import generate
+from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, LayerNorm, exists
+from shtx.levels import integer, make_levels, number, power_of_two
+
+
+@torch.library.custom_op("shtx::checked_ids", mutates_args=())
+def checked_ids(ids: Tensor, num_tokens: int) -> Tensor:
+    """ids as int64, every one below num_tokens. An op, so that the check outlives torch.compile."""
+    ids = ids.to(torch.long, copy=True)
+    if ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(
+                f"ids must be in [0, num_tokens) = [0, {num_tokens}), got {low if low < 0 else high}"
+            )
+    return ids
+
+
+@checked_ids.register_fake
+def _(ids, num_tokens):
+    return torch.empty_like(ids, dtype=torch.long)
+
+
+class HierarchicalTransformer(Module):
+    """A causal language model over several compressed copies of its sequence.
+
+    Arguments, defaults, returns and checkpoints are those of simple-hierarchical-transformer 0.2.0. An argument
+    marked * is one value, or a tuple or list with one for each of `hierarchies`.
+
+    Args:
+        num_tokens: V, the vocabulary.
+        dim: * width; the widest is the embedding's.
+        depth: layers.
+        seq_len: longest input, in tokens.
+        dim_head: * width of an attention head, even.
+        heads: * attention heads.
+        ff_mult: * width of the feed-forward's inner layer over `dim`.
+        hierarchies: compression of each level, different powers of two: (1, 2, 8) are three levels.
+        window_sizes: * how many tokens of its level a token looks back on, in steps of `hierarchies /
+            hierarchical_stride`; None: all; 0: no attention.
+        hierarchical_stride: * input tokens per token of the level, a power of two that divides the level's
+            compression; 1: a token at every position.
+        hierarchy_merge_all: merge into all levels rather than the predicting one alone.
+        predict_hierarchy: the level that predicts; the least compressed by default.
+        predict_use_all_hierarchy: predict from all levels side by side.
+        recon_loss_weight: of the loss that reconstructs each level token's input tokens; 0: left out.
+        hierarchical_ar_loss_weight: of the loss that predicts each level token's successor.
+        ignore_index: label that the next-token loss leaves out.
+        use_flash_attn: accepted and ignored, as the fastest exact attention is always used.
+        impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors, reference
+            elsewhere. `model.impl = ...` changes it.
+
+    Attributes:
+        checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a synchronisation.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens,
+        dim,
+        depth,
+        seq_len=2048,
+        dim_head=64,
+        heads=8,
+        ff_mult=4,
+        hierarchies=1,
+        window_sizes=None,
+        hierarchical_stride=1,
+        hierarchy_merge_all=False,
+        predict_hierarchy=None,
+        predict_use_all_hierarchy=False,
+        recon_loss_weight=0.1,
+        hierarchical_ar_loss_weight=0.25,
+        ignore_index=0,
+        use_flash_attn=False,
+        impl="auto",
+    ):
+        super().__init__()
+        self.impl = impl
+        self.checked = False
+        self.num_tokens = integer("num_tokens", num_tokens, at_least=1)
+        self.seq_len = integer("seq_len", seq_len, at_least=1)
+        self.ignore_index = integer("ignore_index", ignore_index)
+        self.recon_loss_weight = number("recon_loss_weight", recon_loss_weight)
+        self.hierarchical_ar_loss_weight = number(
+            "hierarchical_ar_loss_weight", hierarchical_ar_loss_weight
+        )
+        self.hierarchy_merge_all = hierarchy_merge_all
+        self.predict_use_all_hierarchy = predict_use_all_hierarchy
+
+        self.levels = levels = make_levels(
+            hierarchies=hierarchies,
+            hierarchical_stride=hierarchical_stride,
+            dim=dim,
+            dim_head=dim_head,
+            heads=heads,
+            window_sizes=window_sizes,
+            ff_mult=ff_mult,
+            seq_len=self.seq_len,
+        )
+        self.dims = dims = [level.dim for level in levels]
+        self.predict_index = self.index_of(predict_hierarchy)
+        predicting = levels[self.predict_index]
+
+        # in upstream's order, so that a seed gives upstream's initial weights
+
+        self.token_emb = nn.Embedding(self.num_tokens, max(dims))
+        self.to_hierarchical_preds = ModuleList(
+            Linear(level.dim, level.dim) if level.compress > 1 else None for level in levels
+        )
+        self.compressors = ModuleList(
+            Compress(level, max(dims), self.num_tokens, should_recon=recon_loss_weight > 0)
+            for level in levels
+        )
+        self.post_token_emb_norms = ModuleList(LayerNorm(d) for d in dims)
+
+        self.layers = ModuleList()
+        self.hierarchical_merges = ModuleList()
+        for _ in range(integer("depth", depth, at_least=0)):
+            self.layers.append(ModuleList(HierarchicalBlock(level) for level in levels))
+            if len(levels) > 1:
+                dim_out = sum(dims) if hierarchy_merge_all else predicting.dim
+                self.hierarchical_merges.append(HierarchicalMerge(levels, dim_out))
+
+        self.norms = ModuleList(LayerNorm(d) for d in dims)
+        dim_logits = sum(dims) if predict_use_all_hierarchy else predicting.dim
+        self.to_logits = Linear(dim_logits, self.num_tokens, bias=False)
+
+    generate = generate
+
+    def index_of(self, predict_hierarchy: int | None) -> int:
+        compressions = [level.compress for level in self.levels]
+        predict_hierarchy = min(compressions) if predict_hierarchy is None else predict_hierarchy
+        if predict_hierarchy not in compressions:
+            raise ValueError(
+                f"predict_hierarchy must be one of hierarchies, {compressions}, got {predict_hierarchy}"
+            )
+        index = compressions.index(predict_hierarchy)
+        stride = self.levels[index].stride
+        if stride != 1 and not self.hierarchy_merge_all:
+            raise ValueError(
+                f"hierarchical_stride must be 1 for the predicting hierarchy, {predict_hierarchy},"
+                f" unless hierarchy_merge_all, got {stride}"
+            )
+        return index
+
+    @property
+    def impl(self) -> str:
+        return self._impl
+
+    @impl.setter
+    def impl(self, impl: str):
+        self._impl = ops.check_impl(impl)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_emb.weight.device
+
+    def ops_for(self, device: torch.device) -> SimpleNamespace:
+        """The ops every layer calls, for tensors on `device`."""
+        return ops.resolve(self.impl, device)
+
+    def check_ids(self, ids: Tensor, return_loss: bool) -> Tensor:
+        """ids as int64, or an error that says what is wrong with them."""
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor of integers, got {type(ids).__name__}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must be a tensor of integers, got {ids.dtype}")
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be (batch, tokens), got shape {tuple(ids.shape)}")
+        if ids.device != self.device:
+            raise ValueError(f"ids must be on the model's {self.device}, got {ids.device}")
+        least, most = 1 + return_loss, self.seq_len + return_loss
+        if not least <= ids.shape[1] <= most:
+            asked = " with return_loss" if return_loss else ""
+            raise ValueError(
+                f"ids must have {least} to {most} tokens (seq_len {self.seq_len}{asked}),"
+                f" got {ids.shape[1]}"
+            )
+        if ids.device.type == "cpu" or self.checked:
+            return checked_ids(ids, self.num_tokens)
+        return ids.long()
+
+    def add_merged(self, tokens: list[Tensor], merged: Tensor) -> list[Tensor]:
+        """The levels with what was merged, (B, N, D), added to the predicting one or to all."""
+        if self.hierarchy_merge_all:
+            split = zip(tokens, merged.split(self.dims, dim=-1), self.levels, strict=True)
+            return [t + m[:, :: level.stride] for t, m, level in split]
+        tokens[self.predict_index] = tokens[self.predict_index] + merged
+        return tokens
+
+    def forward(
+        self,
+        ids,
+        return_loss=False,
+        return_hierarchical_token_embeds=False,
+        return_hierarchical_embeds=False,
+        ablate_hierarchical_merge=False,
+    ):
+        """Logits, or the loss of predicting each token from those before it.
+
+        Args:
+            ids: (B, N) integers of any type in [0, num_tokens), N <= seq_len (+ 1 with return_loss).
+            return_loss: return the loss in place of logits.
+            return_hierarchical_token_embeds: return the levels as they enter the first layer.
+            return_hierarchical_embeds: return the levels as they leave the last layer, normalized.
+            ablate_hierarchical_merge: leave the merges out.
+
+        Returns:
+            (B, N, V) logits; or the 0-dim loss and its parts (next token, reconstruction, hierarchical
+            autoregressive), in nats where they are cross entropies; or a list of (B, ceil(N / stride), dim).
+            A loss without a single label that counts is 0.
+
+        Raises:
+            TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where it cannot run.
+        """
+        ids = self.check_ids(ids, return_loss)
+        if return_loss:
+            ids, labels = ids[:, :-1], ids[:, 1:]
+        ops = self.ops_for(ids.device)
+
+        tokens = [
+            norm(compress(ids, self.token_emb.weight, ops), ops)
+            for compress, norm in zip(self.compressors, self.post_token_emb_norms, strict=True)
+        ]
+        if return_hierarchical_token_embeds:
+            return tokens
+
+        for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
+            tokens = [block(t, ops) for block, t in zip(layer, tokens, strict=True)]
+            if exists(merge) and not ablate_hierarchical_merge:
+                tokens = self.add_merged(tokens, merge(tokens, ops))
+
+        embeds = [norm(t, ops) for norm, t in zip(self.norms, tokens, strict=True)]
+        if return_hierarchical_embeds:
+            return embeds
+
+        embed = embeds[self.predict_index]
+        if self.predict_use_all_hierarchy:
+            embed = ops.hierarchical_cat(embeds, [level.stride for level in self.levels])
+        if not return_loss:
+            return self.to_logits(embed)
+        return self.losses(embed, embeds, ids, labels, ops)
+
+    def losses(self, embed: Tensor, embeds: list[Tensor], ids: Tensor, labels: Tensor, ops):
+        """The weighted sum of the three losses, and the three."""
+        if embed.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"ids must have one prediction a token for return_loss, got {embed.shape[1]} predictions"
+                f" for {labels.shape[1]} tokens: hierarchical_stride must be 1 for some hierarchy"
+            )
+        ce = ops.linear_cross_entropy(embed, self.to_logits.weight, labels, self.ignore_index)
+        recon = hierarchical_ar = ce.new_zeros(())
+
+        parts = zip(embeds, self.levels, self.compressors, self.to_hierarchical_preds, strict=True)
+        for h, level, compressor, predict in parts:
+            if level.compress == 1:
+                continue
+            if self.recon_loss_weight > 0:
+                recon = recon + ops.reconstruction_loss(
+                    h, compressor.to_recon.weight, ids, compress=level.compress, stride=level.stride
+                )
+            hierarchical_ar = hierarchical_ar + ops.hierarchical_ar_loss(
+                h, predict.weight, predict.bias
+            )
+
+        loss = ce + recon * self.recon_loss_weight
+        loss = loss + hierarchical_ar * self.hierarchical_ar_loss_weight
+        return loss, (ce, recon, hierarchical_ar)

@@ -1,0 +1,61 @@
+"""The one switch between the fused ops and their references.
+
+`resolve(impl, device)` gives the namespace the layers call. An op without a fused form is its reference in
+both; everything else that `impl="fused"` cannot do raises.
+"""
+
+import warnings
+from types import SimpleNamespace
+
+import torch
+import shtx_kernels
+from shtx_kernels import reference
+
+IMPLS = ("auto", "fused", "reference")
+REFERENCE_OPS = tuple(reference.__all__)
+FUSED_OPS = tuple(shtx_kernels.__all__)
+MIN_CAPABILITY = (8, 0)
+
+REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in REFERENCE_OPS})
+FUSED = SimpleNamespace(
+    **vars(REFERENCE) | {name: getattr(shtx_kernels, name) for name in FUSED_OPS}
+)
+
+
+def why_not_fused(device: torch.device) -> str | None:
+    """What keeps the fused ops from running on tensors of `device`; None if nothing does."""
+    if not FUSED_OPS:
+        return "Triton is not installed"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"tensors on {device.type} need TRITON_INTERPRET=1, set before shtx is imported"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _fused(impl: str, device: torch.device) -> bool:
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
+        return False
+    reason = why_not_fused(device)
+    if reason is None:
+        return True
+    if impl == "fused":
+        raise ValueError(f'impl="fused" cannot run: {reason}; use impl="auto" or "reference"')
+    warnings.warn(f'impl="auto" takes the reference: {reason}', stacklevel=2)
+    return False
+
+
+def check_impl(impl: str) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    return impl
+
+
+def resolve(impl: str, device: torch.device) -> SimpleNamespace:
+    """The ops for tensors on `device`: fused or reference, "auto" being fused on CUDA alone."""
+    return FUSED if _fused(impl, device) else REFERENCE

@@ -1,0 +1,202 @@
+"""Every op in plain PyTorch, same names and signatures: the specification, and the path that runs anywhere.
+
+Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V vocabulary.
+Half precision is accumulated in fp32, fp64 in fp64. Semantics are those of simple-hierarchical-transformer 0.2.0.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, arange, cat
+
+__all__ = [
+    "causal_compress",
+    "feed_forward",
+    "hierarchical_ar_loss",
+    "hierarchical_cat",
+    "hierarchical_merge",
+    "linear_cross_entropy",
+    "norm_token_shift",
+    "reconstruction_loss",
+    "rotary_attention",
+]
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# residual add, token shift, norm
+
+
+def token_shift(x: Tensor, dilation: int) -> Tensor:
+    """The second half of the channels (B, M, D) from `dilation` tokens earlier, zero at the start."""
+    kept, shifted = x.chunk(2, dim=-1)
+    return cat((kept, F.pad(shifted, (0, 0, dilation, 0))[:, : x.shape[1]]), dim=-1)
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) * sqrt(D) * gamma: the clamp is on the norm."""
+    return F.normalize(x, dim=-1, eps=1e-12) * x.shape[-1] ** 0.5 * gamma
+
+
+def norm_token_shift(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None = None,
+    branch: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    dilation: int = 0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B, M, D) twice: r = x + branch, in the dtype of x, and y = norm(token_shift(r)), in `dtype`."""
+    r = x if branch is None else (x + branch).to(x.dtype)
+    s = _widen(token_shift(r, dilation) if dilation else r)
+    if norm == "layer":
+        y = F.layer_norm(s, s.shape[-1:], gamma.to(s), beta.to(s), eps=1e-5)
+    else:
+        y = rms_norm(s, gamma)
+    return r, y.to(dtype or x.dtype)
+
+
+# attention
+
+
+def _rotation(n: int, E: int, xpos: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """cos, sin and xpos scale (n, E / 2); angles in fp64, as fp32 ones are 4e-3 off at 65,536 tokens."""
+    wide = torch.float32 if like.device.type == "mps" else torch.float64  # mps has no fp64
+    t = arange(n, device=like.device, dtype=wide)[:, None]
+    channel = arange(0, E, 2, device=like.device, dtype=wide)
+    angle = t * 10000 ** (-channel / E)
+    z = (channel + 0.4 * E) / (1.4 * E) if xpos else torch.ones_like(channel)
+    scale = z ** ((t - n // 2) / 512)  # of q; its inverse is k's, so only the distance counts
+    return angle.cos().to(like), angle.sin().to(like), scale.to(like)
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
+    x, y = t.chunk(2, dim=-1)
+    return cat(((x * cos - y * sin) * scale, (y * cos + x * sin) * scale), dim=-1)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Each query sees itself and `window` keys before it: buckets of `window` queries, two of keys."""
+    b, h, n, _ = q.shape
+    pad = (0, 0, 0, -n % window)
+    q, k, v = (rearrange(F.pad(t, pad), "b h (g w) e -> (b h) g w e", w=window) for t in (q, k, v))
+    k, v = (cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), dim=2) for t in (k, v))
+    bucket = arange(q.shape[1], device=q.device)[:, None, None]
+    i = arange(window, device=q.device)[:, None] + window
+    j = arange(2 * window, device=q.device)
+    mask = (j <= i) & (j >= i - window) & ((bucket > 0) | (j >= window))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
+    return rearrange(out, "(b h) g w e -> b h (g w) e", b=b)[:, :, :n]
+
+
+def rotary_attention(
+    qkv: Tensor, heads: int, *, window: int | None = None, dilation: int = 1, xpos: bool = False
+) -> Tensor:
+    """Packed qkv (B, M, 3 H E) to (B, M, H E): causal attention among tokens of one residue mod `dilation`."""
+    M = qkv.shape[1]
+    q, k, v = rearrange(
+        F.pad(qkv, (0, 0, 0, -M % dilation)),
+        "b (n a) (qkv h e) -> qkv (b a) h n e",
+        qkv=3,
+        a=dilation,
+        h=heads,
+    )
+    n, E = q.shape[-2:]
+    # xpos factors leave fp16's range past 8 thousand tokens
+    dtype = torch.float32 if xpos and qkv.dtype == torch.float16 else qkv.dtype
+    cos, sin, scale = _rotation(n, E, xpos, _widen(q))
+    q, k = _rotate(q, cos, sin, scale).to(dtype), _rotate(k, cos, sin, 1 / scale).to(dtype)
+    with torch.autocast(qkv.device.type, enabled=False):
+        if window is None or window >= n - 1:
+            out = F.scaled_dot_product_attention(q, k, v.to(dtype), is_causal=True)
+        else:
+            out = _windowed(q, k, v.to(dtype), window)
+    return rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M].to(qkv.dtype)
+
+
+# products
+
+
+def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """gelu(x @ w_in^T) @ w_out^T for x (B, M, D), w_in (F, D), w_out (D, F)."""
+    return F.linear(F.gelu(F.linear(x, w_in)), w_out)
+
+
+def causal_compress(
+    ids: Tensor,
+    embedding: Tensor,
+    w_conv: Tensor,
+    b_conv: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    *,
+    stride: int,
+) -> Tensor:
+    """ids (B, N), embedding (V, D), w_conv (4D, D, C), w_out (d, 4D, 1) to (B, ceil(N / stride), d)."""
+    x = F.embedding(ids, embedding).mT
+    x = F.conv1d(F.pad(x, (w_conv.shape[-1] - 1, 0)), w_conv, b_conv, stride=stride)
+    return F.linear(F.silu(x).mT, w_out.squeeze(-1), b_out)
+
+
+def hierarchical_cat(levels: list[Tensor], strides: list[int]) -> Tensor:
+    """Levels (B, M, D) at token rate, side by side: each repeated `stride` times, cut to the shortest."""
+    levels = [repeat(t, "b m d -> b (m s) d", s=s) for t, s in zip(levels, strides, strict=True)]
+    shortest = min(t.shape[1] for t in levels)
+    return cat([t[:, :shortest] for t in levels], dim=-1)
+
+
+def hierarchical_merge(
+    levels: list[Tensor],
+    strides: list[int],
+    gamma: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+) -> Tensor:
+    """Linear(silu(Linear(rms_norm(hierarchical_cat(levels))))), at token rate."""
+    x = hierarchical_cat(levels, strides)
+    x = rms_norm(_widen(x), gamma).to(x.dtype)
+    return F.linear(F.silu(F.linear(x, w_in, b_in)), w_out, b_out)
+
+
+# losses
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Mean over the targets that count; 0 (and zero gradients) where none does."""
+    total = F.cross_entropy(
+        _widen(logits), targets.flatten(), ignore_index=ignore_index, reduction="sum"
+    )
+    return total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = 0
+) -> Tensor:
+    """Mean cross entropy of x (B, N, D) @ weight^T (V, D) with targets (B, N)."""
+    return _mean_cross_entropy(F.linear(x, weight).flatten(0, 1), targets, ignore_index)
+
+
+def reconstruction_loss(
+    x: Tensor, weight: Tensor, ids: Tensor, *, compress: int, stride: int
+) -> Tensor:
+    """Mean cross entropy of the C ids behind every level token.
+
+    x (B, M, D), weight (C V, D), ids (B, N): tap i of the level token at position p predicts
+    ids[p - (C - 1) + i]. Index 0 stands left of the start and is ignored everywhere.
+    """
+    targets = F.pad(ids, (compress - 1, 0)).unfold(-1, compress, stride)
+    logits = rearrange(F.linear(x, weight), "b m (c v) -> (b m c) v", c=compress)
+    return _mean_cross_entropy(logits, targets, ignore_index=0)
+
+
+def hierarchical_ar_loss(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean of 1 - cos(Linear(h[t]), h[t + 1]) for h (B, M, D); 0 for a single token (Mirasol3B)."""
+    predicted = F.normalize(_widen(F.linear(h[:, :-1], weight, bias)), dim=-1)
+    cosine = (predicted * F.normalize(_widen(h[:, 1:]), dim=-1)).sum(dim=-1)
+    return (1 - cosine).sum() / max(cosine.numel(), 1)
