@@ -31,7 +31,8 @@ def _widen(x: Tensor) -> Tensor:
 
 def token_shift(x: Tensor, dilation: int) -> Tensor:
     """The second half of the channels (B, M, D) from `dilation` tokens earlier, zero at the start."""
-    kept, shifted = x.chunk(2, dim=-1)
+    half = (x.shape[-1] + 1) // 2
+    kept, shifted = x[..., :half], x[..., half:]
     return cat((kept, F.pad(shifted, (0, 0, dilation, 0))[:, : x.shape[1]]), dim=-1)
 
 

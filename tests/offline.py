@@ -1,0 +1,74 @@
+"""Compiles, for a GPU that need not be here, every kernel that a training step of the fused model launches.
+
+    python offline.py cuda 90 bfloat16
+
+Launches compile and go no further, so the numbers are garbage; the kernels, their specialisation and their
+constants are those of a real step. Prints a JSON line per kernel: registers and bytes of local memory (spills).
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from shtx import HierarchicalTransformer, ops
+
+SHAPES = dict(dim=512, hierarchies=(1, 4), window_sizes=(4, None))
+
+
+class NoDevice:
+    """What Triton asks of a driver up to the point of launching."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+def resources(cubin: bytes) -> dict:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+
+
+def main(backend: str, arch: str, dtype: str):
+    cuda = backend == "cuda"
+    target = GPUTarget(backend, int(arch) if cuda else arch, 32 if cuda else 64)
+    driver.set_active(NoDevice(target))
+    compiled = {}
+
+    def compile_only(self, *args, grid, warmup, _run=JITFunction.run, **options):
+        kernel = _run(self, *args, grid=grid, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+        return kernel
+
+    JITFunction.run = compile_only
+    ops.why_not_fused = lambda device: None
+    model = HierarchicalTransformer(num_tokens=256, depth=1, heads=2, impl="fused", **SHAPES)
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+        loss, _ = model(torch.ones(2, 33, dtype=torch.long), return_loss=True)
+    loss.backward()
+
+    for kernel in compiled.values():
+        row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)
+        if cuda:
+            row |= resources(kernel.asm["cubin"])
+        else:
+            row |= dict(bytes=len(kernel.asm["hsaco"]))
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,148 @@
+"""The laws of the house, as assertions."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import shtx_kernels
+from shtx import HierarchicalTransformer, ops
+from shtx_kernels import reference
+
+ROOT = Path(__file__).parent.parent
+KERNEL_FILES = sorted((ROOT / "shtx_kernels").glob("[a-z_]*.py"))
+OP_FILES = [ROOT / "shtx_kernels" / f"{op}.py" for op in shtx_kernels.__all__]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of what a file imports; relative imports start with a dot."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names.add("." * node.level + (module if node.level else module.split(".")[0]))
+    return names
+
+
+def run(code: str, **env) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("op", shtx_kernels.__all__)
+def test_op_is_file_twin_test_benchmark_and_registered_name(op):
+    fused, twin = getattr(shtx_kernels, op), getattr(reference, op)
+    assert inspect.signature(fused) == inspect.signature(twin)
+    assert op in reference.__all__ and twin.__doc__
+    for section in ("Args:", "Returns:", "Raises:", "Source:"):
+        assert section in fused.__doc__
+    for path in (f"shtx_kernels/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"):
+        assert (ROOT / path).is_file(), path
+    assert torch.ops.shtx.__getattr__(op).default
+
+
+@pytest.mark.parametrize("path", OP_FILES, ids=lambda path: path.stem)
+def test_an_op_imports_no_other_op_and_not_the_reference(path):
+    assert imports(path) <= {"torch", "triton", "einops", "._tile"}
+
+
+def test_the_reference_imports_no_triton():
+    assert imports(ROOT / "shtx_kernels/reference.py") == {"torch", "einops"}
+
+
+def test_the_kernels_know_no_model_and_the_model_no_kernel():
+    for path in KERNEL_FILES:
+        assert "shtx" not in imports(path)
+    for path in (ROOT / "shtx").rglob("*.py"):
+        assert path.name == "ops.py" or "shtx_kernels" not in imports(path), path
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.stem)
+def test_kernels_use_no_atomics_and_64_bit_program_ids(path):
+    source = path.read_text()
+    assert "tl.atomic" not in source
+    assert not re.findall(r"tl\.program_id\(\d\)(?!\.to\(tl\.int64\))", source)
+    assert "make_block_ptr" not in source and "autotune" not in source
+
+
+def tiny(**options):
+    return HierarchicalTransformer(num_tokens=7, dim=8, depth=1, dim_head=4, heads=1, **options)
+
+
+def test_fused_without_a_gpu_or_the_interpreter_raises():
+    code = """
+import torch
+from shtx import HierarchicalTransformer
+model = HierarchicalTransformer(num_tokens=7, dim=8, depth=1, dim_head=4, heads=1)
+model(torch.ones(1, 4, dtype=torch.long))  # auto on a CPU is the reference
+model.impl = "fused"
+model(torch.ones(1, 4, dtype=torch.long))
+"""
+    result = run(code)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("ValueError: ")
+    assert 'impl="fused" cannot run: tensors on cpu need TRITON_INTERPRET=1' in last
+
+
+def test_without_triton_everything_but_fused_works():
+    code = """
+import sys
+from importlib.util import find_spec
+import importlib.util
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+sys.modules["triton"] = None
+import torch
+from shtx import HierarchicalTransformer, ops
+assert ops.FUSED_OPS == () and ops.why_not_fused(torch.device("cpu")) == "Triton is not installed"
+model = HierarchicalTransformer(num_tokens=7, dim=8, depth=1, dim_head=4, heads=1)
+model(torch.ones(1, 4, dtype=torch.long), return_loss=True)[0].backward()
+try:
+    model.impl = "fused"
+    model(torch.ones(1, 4, dtype=torch.long))
+except ValueError as error:
+    print(error)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith('impl="fused" cannot run: Triton is not installed')
+
+
+def test_import_takes_no_extra():
+    extras = ("tyro", "rich", "safetensors", "matplotlib", "simple_hierarchical_transformer")
+    code = f"import shtx, sys; print([m for m in {extras} if m in sys.modules])"
+    assert run(code).stdout.strip() == "[]"
+
+
+def test_impl_is_a_string_that_adds_no_parameter():
+    models = [tiny(impl=impl) for impl in ops.IMPLS]
+    assert [model.impl for model in models] == list(ops.IMPLS)
+    keys = [list(model.state_dict()) for model in models]
+    assert keys[0] == keys[1] == keys[2]
+    for module in models[0].modules():
+        assert not any(inspect.ismodule(value) for value in vars(module).values())
+
+
+def test_auto_is_decided_by_the_device_of_the_tensors():
+    assert ops.resolve("auto", torch.device("cpu")) is ops.REFERENCE
+    assert ops.resolve("reference", torch.device("cuda:0")) is ops.REFERENCE
+    assert ops.resolve("fused", torch.device("cpu")) is ops.FUSED  # the interpreter runs it
+    assert ops.resolve("auto", torch.device("cuda:0")) is ops.FUSED
+
+
+def test_sizes_of_the_pages():
+    """An op past 250 lines or a kernel past 60 hides an idea (STYLE of this house)."""
+    for path in OP_FILES:
+        assert len(path.read_text().splitlines()) <= 450, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert node.end_lineno - node.lineno <= 60, node.name

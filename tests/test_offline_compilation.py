@@ -1,0 +1,45 @@
+"""Every kernel compiles for every GPU the project names; that needs none of them."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block may have
+
+
+def kernels_written() -> set[str]:
+    """Names of the jitted kernels in shtx_kernels."""
+    files = (ROOT / "shtx_kernels").glob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {name for name in functions if name.endswith("_kernel")}
+
+
+@pytest.mark.parametrize(
+    "target, dtype",
+    [
+        ("cuda 80", "bfloat16"),
+        ("cuda 90", "bfloat16"),
+        ("cuda 90", "float32"),
+        ("cuda 100", "bfloat16"),
+        ("hip gfx942", "bfloat16"),
+    ],
+)
+def test_compiles(target, dtype):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "tests/offline.py", *target.split(), dtype]
+    result = subprocess.run(
+        command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == kernels_written()
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT[target.split()[1]] * 1024, row
+        assert row.get("LOCAL", 0) == 0 and row.get("STACK", 0) == 0, row  # no spills
