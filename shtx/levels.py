@@ -71,7 +71,7 @@ def effective_window(compress: int, window, seq_len: int) -> int | None:
     warnings.warn(
         f"window_sizes: {window} is more than the {seq_len // compress} tokens that seq_len {seq_len}"
         f" leaves hierarchy {compress}; it gets full attention",
-        stacklevel=4,
+        stacklevel=6,
     )
     return None
 

@@ -25,14 +25,18 @@ MAX_D = 8192  # a row is held in registers
 
 @triton.jit
 def _normalize(s, mask_d, D: tl.constexpr, LAYER: tl.constexpr):
-    """Rows s [BLOCK_M, BLOCK_D] without gamma and beta, and their scale [BLOCK_M, 1]."""
+    """Rows s [BLOCK_M, BLOCK_D] without gamma and beta, their scale and whether it depends on them."""
     if LAYER:
         s = tl.where(mask_d, s - tl.sum(s, axis=1, keep_dims=True) / D, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(s * s, axis=1, keep_dims=True) / D + 1e-5)
-    else:
-        length = tl.sqrt(tl.sum(s * s, axis=1, keep_dims=True))
-        scale = D**0.5 / tl.maximum(length, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-    return s * scale, scale
+    square = tl.sum(s * s, axis=1, keep_dims=True)
+    square = square / D + 1e-5 if LAYER else square
+    one = tl.full([1, 1], 1.0 if LAYER else D**0.5, s.dtype)
+    least = tl.full([1, 1], 0.0 if LAYER else 1e-12, s.dtype)
+    # sqrt and division of fp32 are approximate by default, and backward subtracts near equals
+    length = tl.sqrt(square) if s.dtype == tl.float64 else tl.sqrt_rn(square)
+    clamped = tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL)
+    scale = one / clamped if s.dtype == tl.float64 else tl.div_rn(one, clamped)
+    return s * scale, scale, length > least
 
 
 @triton.jit(do_not_specialize=["M", "lag", "tiles"])
@@ -59,7 +63,7 @@ def _norm_token_shift_fwd_kernel(
         s = (s.to(ACC) + branch.to(ACC)).to(r_ptr.dtype.element_ty)
         tl.store(r_ptr + (pid_b * M + src_m) * D + offs_d, s, mask=mask_s)
 
-    y, _ = _normalize(s.to(ACC), mask_d, D, LAYER)
+    y, _, _ = _normalize(s.to(ACC), mask_d, D, LAYER)
     y *= tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
     if LAYER:
         y += tl.load(beta_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
@@ -94,16 +98,14 @@ def _norm_token_shift_bwd_kernel(
         dy = tl.load(
             dy_ptr + pid_b * stride_dyb + offs_m * stride_dym + offs_d, mask=mask_y, other=0.0
         ).to(ACC)
-        y, scale = _normalize(s.to(ACC), mask_d, D, LAYER)
+        y, scale, live = _normalize(s.to(ACC), mask_d, D, LAYER)
         dgamma += tl.sum(dy * y, axis=0, keep_dims=True)
         dbeta += tl.sum(dy, axis=0, keep_dims=True)
 
         g = dy * gamma
-        along = tl.sum(g * y, axis=1, keep_dims=True) / D
+        along = tl.where(live, tl.sum(g * y, axis=1, keep_dims=True) / D, 0.0)
         if LAYER:
             g -= tl.sum(g, axis=1, keep_dims=True) / D
-        else:  # a clamped norm is a constant
-            along = tl.where(scale < D**0.5 * 1e12, along, 0.0)
         dx = (g - y * along) * scale
         if HAS_DR:
             dr = tl.load(
@@ -129,7 +131,7 @@ def _tiling(x: Tensor, lag: int) -> tuple[int, dict]:
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         num_warps=max(1, block_m * block_d // WARP_TILE),
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import DEVICE
 
 import shtx_kernels
 from shtx import HierarchicalTransformer, ops
@@ -134,9 +135,9 @@ def test_impl_is_a_string_that_adds_no_parameter():
 
 def test_auto_is_decided_by_the_device_of_the_tensors():
     assert ops.resolve("auto", torch.device("cpu")) is ops.REFERENCE
-    assert ops.resolve("reference", torch.device("cuda:0")) is ops.REFERENCE
-    assert ops.resolve("fused", torch.device("cpu")) is ops.FUSED  # the interpreter runs it
     assert ops.resolve("auto", torch.device("cuda:0")) is ops.FUSED
+    assert ops.resolve("reference", torch.device("cuda:0")) is ops.REFERENCE
+    assert ops.resolve("fused", torch.device(DEVICE)) is ops.FUSED
 
 
 def test_sizes_of_the_pages():

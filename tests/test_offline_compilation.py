@@ -33,10 +33,9 @@ def kernels_written() -> set[str]:
 )
 def test_compiles(target, dtype):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     command = [sys.executable, "tests/offline.py", *target.split(), dtype]
-    result = subprocess.run(
-        command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == kernels_written()
