@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     from .train import TrainError
-    from .train.loop import main as train
+    from .train.run import main as train
 
     try:
         return train(argv)

@@ -7,7 +7,7 @@ from shtx.levels import integer
 
 
 def top_k(logits: Tensor, thres: float) -> Tensor:
-    """Logits (B, V) with all but the best (1 - thres) V, at least one, at the lowest finite value."""
+    """Logits (B, V): the best (1 - thres) V, at least one, are kept, the rest set to the least."""
     k = max(1, int((1 - thres) * logits.shape[-1]))
     values, indices = logits.topk(k)
     lowest = torch.full_like(logits, -torch.finfo(logits.dtype).max)
@@ -38,7 +38,8 @@ def generate(
         prompt: (B, T) integers in [0, num_tokens), T >= 1.
         seq_len: how many tokens to sample.
         temperature: of the softmax; 0 takes the most likely token.
-        filter_thres: share of the vocabulary, the least likely part, that is never taken; in [0, 1).
+        filter_thres: share of the vocabulary, the least likely part, that is never taken; in [0,
+            1).
         **kwargs: for model.forward.
 
     Returns:

@@ -1,7 +1,7 @@
 """The parts of a level: compressor, block (attention, feed-forward), merge.
 
-A layer holds parameters under the names of simple-hierarchical-transformer 0.2.0; what it computes is written
-in the ops that `forward` is handed, on (B, M, D) tensors of level tokens.
+A layer holds parameters under the names of simple-hierarchical-transformer 0.2.0; what it computes
+is written in the ops that `forward` is handed, on (B, M, D) tensors of level tokens.
 """
 
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def exists(v):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would cast the input of a product to; the norm before it writes that directly."""
+    """What autocast casts the input of a product to; the norm before it writes that directly."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -74,7 +74,7 @@ class Compress(Module):
 
 
 class RotaryEmbedding(Module):
-    """Buffers of the checkpoint format; the op computes its angles itself, as .half() rounds these."""
+    """Buffers of the checkpoint format. The op computes its own angles: .half() rounds these."""
 
     def __init__(self, dim: int):
         super().__init__()

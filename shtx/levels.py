@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Level:
-    """One copy of the sequence: a token for every `stride` input tokens, each a summary of `compress`."""
+    """One copy of the sequence: a token for every `stride` input tokens, made of `compress`."""
 
     compress: int
     stride: int
@@ -19,7 +19,7 @@ class Level:
 
     @property
     def dilation(self) -> int:
-        """Tokens of the level this far apart lie `compress` input tokens apart: no input is shared."""
+        """Tokens of the level this far apart are made of different input tokens."""
         return self.compress // self.stride
 
 
@@ -69,8 +69,8 @@ def effective_window(compress: int, window, seq_len: int) -> int | None:
     if window <= seq_len // compress:
         return window
     warnings.warn(
-        f"window_sizes: {window} is more than the {seq_len // compress} tokens that seq_len {seq_len}"
-        f" leaves hierarchy {compress}; it gets full attention",
+        f"window_sizes: {window} is more than the {seq_len // compress} tokens of hierarchy"
+        f" {compress} (seq_len {seq_len}); it gets full attention",
         stacklevel=6,
     )
     return None
@@ -80,7 +80,8 @@ def make_level(compress: int, stride, dim, dim_head, heads, window, ff_mult, seq
     stride = power_of_two("hierarchical_stride", stride)
     if stride > compress:
         raise ValueError(
-            f"hierarchical_stride must be at most the hierarchy it belongs to, {compress}, got {stride}"
+            "hierarchical_stride must be at most the hierarchy it belongs to,"
+            f" {compress}, got {stride}"
         )
     level = Level(
         compress=compress,

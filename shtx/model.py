@@ -1,7 +1,9 @@
-"""The hierarchical transformer, under the interface and checkpoint format of simple-hierarchical-transformer.
+"""The hierarchical transformer, under the interface and checkpoint format of
+simple-hierarchical-transformer.
 
-Several copies of the sequence, the levels, run side by side, each compressed by a causal convolution and each
-with its own transformer blocks. After every layer they are merged into the level that predicts the next token.
+Several copies of the sequence, the levels, run side by side, each compressed by a causal
+convolution and each with its own transformer blocks. After every layer they are merged into the
+level that predicts the next token.
 """
 
 from itertools import zip_longest
@@ -14,7 +16,7 @@ from torch.nn import Linear, Module, ModuleList
 from shtx import ops
 from shtx.generate import generate
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, LayerNorm, exists
-from shtx.levels import integer, make_levels, number, power_of_two
+from shtx.levels import integer, make_levels, number
 
 
 @torch.library.custom_op("shtx::checked_ids", mutates_args=())
@@ -25,7 +27,8 @@ def checked_ids(ids: Tensor, num_tokens: int) -> Tensor:
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= num_tokens:
             raise ValueError(
-                f"ids must be in [0, num_tokens) = [0, {num_tokens}), got {low if low < 0 else high}"
+                f"ids must be in [0, num_tokens) = [0, {num_tokens}),"
+                f" got {low if low < 0 else high}"
             )
     return ids
 
@@ -38,8 +41,8 @@ def _(ids, num_tokens):
 class HierarchicalTransformer(Module):
     """A causal language model over several compressed copies of its sequence.
 
-    Arguments, defaults, returns and checkpoints are those of simple-hierarchical-transformer 0.2.0. An argument
-    marked * is one value, or a tuple or list with one for each of `hierarchies`.
+    Arguments, defaults, returns and checkpoints are those of simple-hierarchical-transformer
+    0.2.0. An argument marked * is one value, or a tuple or list with one for each of `hierarchies`.
 
     Args:
         num_tokens: V, the vocabulary.
@@ -50,22 +53,24 @@ class HierarchicalTransformer(Module):
         heads: * attention heads.
         ff_mult: * width of the feed-forward's inner layer over `dim`.
         hierarchies: compression of each level, different powers of two: (1, 2, 8) are three levels.
-        window_sizes: * how many tokens of its level a token looks back on, in steps of `hierarchies /
-            hierarchical_stride`; None: all; 0: no attention.
-        hierarchical_stride: * input tokens per token of the level, a power of two that divides the level's
-            compression; 1: a token at every position.
+        window_sizes: * how many tokens of its level a token looks back on, in steps of
+            `hierarchies / hierarchical_stride`; None: all; 0: no attention.
+        hierarchical_stride: * input tokens per token of the level, a power of two that divides the
+            level's compression; 1: a token at every position.
         hierarchy_merge_all: merge into all levels rather than the predicting one alone.
         predict_hierarchy: the level that predicts; the least compressed by default.
         predict_use_all_hierarchy: predict from all levels side by side.
-        recon_loss_weight: of the loss that reconstructs each level token's input tokens; 0: left out.
+        recon_loss_weight: of the loss that reconstructs each level token's input tokens; 0: left
+            out.
         hierarchical_ar_loss_weight: of the loss that predicts each level token's successor.
         ignore_index: label that the next-token loss leaves out.
-        use_flash_attn: accepted and ignored, as the fastest exact attention is always used.
-        impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors, reference
-            elsewhere. `model.impl = ...` changes it.
+        use_flash_attn: accepted and without effect, as upstream.
+        impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors,
+            reference elsewhere. `model.impl = ...` changes it.
 
     Attributes:
-        checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a synchronisation.
+        checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a
+            synchronisation.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -151,7 +156,8 @@ class HierarchicalTransformer(Module):
         predict_hierarchy = min(compressions) if predict_hierarchy is None else predict_hierarchy
         if predict_hierarchy not in compressions:
             raise ValueError(
-                f"predict_hierarchy must be one of hierarchies, {compressions}, got {predict_hierarchy}"
+                f"predict_hierarchy must be one of hierarchies, {compressions},"
+                f" got {predict_hierarchy}"
             )
         index = compressions.index(predict_hierarchy)
         stride = self.levels[index].stride
@@ -218,19 +224,21 @@ class HierarchicalTransformer(Module):
         """Logits, or the loss of predicting each token from those before it.
 
         Args:
-            ids: (B, N) integers of any type in [0, num_tokens), N <= seq_len (+ 1 with return_loss).
+            ids: (B, N) integers of any type in [0, num_tokens), N <= seq_len (+ 1 with
+                return_loss).
             return_loss: return the loss in place of logits.
             return_hierarchical_token_embeds: return the levels as they enter the first layer.
             return_hierarchical_embeds: return the levels as they leave the last layer, normalized.
             ablate_hierarchical_merge: leave the merges out.
 
         Returns:
-            (B, N, V) logits; or the 0-dim loss and its parts (next token, reconstruction, hierarchical
-            autoregressive), in nats where they are cross entropies; or a list of (B, ceil(N / stride), dim).
-            A loss without a single label that counts is 0.
+            (B, N, V) logits; or the 0-dim loss and its parts (next token, reconstruction,
+            hierarchical autoregressive), in nats where they are cross entropies; or a list of (B,
+            ceil(N / stride), dim). A loss without a single label that counts is 0.
 
         Raises:
-            TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where it cannot run.
+            TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where
+            it cannot run.
         """
         ids = self.check_ids(ids, return_loss)
         if return_loss:
@@ -264,8 +272,9 @@ class HierarchicalTransformer(Module):
         """The weighted sum of the three losses, and the three."""
         if embed.shape[1] != labels.shape[1]:
             raise ValueError(
-                f"ids must have one prediction a token for return_loss, got {embed.shape[1]} predictions"
-                f" for {labels.shape[1]} tokens: hierarchical_stride must be 1 for some hierarchy"
+                "ids must have one prediction a token for return_loss,"
+                f" got {embed.shape[1]} predictions for {labels.shape[1]} tokens:"
+                " hierarchical_stride must be 1 for some hierarchy"
             )
         ce = ops.linear_cross_entropy(embed, self.to_logits.weight, labels, self.ignore_index)
         recon = hierarchical_ar = ce.new_zeros(())

@@ -1,13 +1,14 @@
 """The one switch between the fused ops and their references.
 
-`resolve(impl, device)` gives the namespace the layers call. An op without a fused form is its reference in
-both; everything else that `impl="fused"` cannot do raises.
+`resolve(impl, device)` gives the namespace the layers call. An op without a fused form is its
+reference in both; everything else that `impl="fused"` cannot do raises.
 """
 
 import warnings
 from types import SimpleNamespace
 
 import torch
+
 import shtx_kernels
 from shtx_kernels import reference
 

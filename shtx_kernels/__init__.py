@@ -1,13 +1,16 @@
 """Fused Triton ops, and their specification in plain PyTorch: `shtx_kernels.reference`.
 
-Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V vocabulary.
-Every op takes fp32, fp16, bf16 (and fp64, for checking gradients), accumulates in fp32 (fp64), and is
-deterministic. The last dimension of an input must be contiguous; the others may be strided.
+Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V
+vocabulary. Every op takes fp32, fp16, bf16 (and fp64, for checking gradients), accumulates in fp32
+(fp64), and is deterministic. The last dimension of an input must be contiguous; the others may be
+strided.
 """
 
 from importlib.util import find_spec
 
-__all__ = ["norm_token_shift"] if find_spec("triton") else []
+__all__ = []
 
-if __all__:
+if find_spec("triton"):  # without it the reference is all there is
     from .norm_token_shift import norm_token_shift
+
+    __all__ += ["norm_token_shift"]

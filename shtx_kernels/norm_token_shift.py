@@ -1,14 +1,14 @@
 """Residual add, token shift and norm in one pass.
 
     r[b, m, d] = x[b, m, d] + branch[b, m, d]
-    s[b, m, d] = r[b, m - lag(d), d], zero where m < lag(d)      lag(d) = 0 if d < ceil(D / 2) else dilation
-    y[b, m, :] = norm(s[b, m, :])
+    s[b, m, d] = r[b, m - lag(d), d], zero where m < lag(d)      lag(d) = 0 if d < ceil(D / 2) else
+    dilation y[b, m, :] = norm(s[b, m, :])
         rms:     s / max(|s|, 1e-12) * sqrt(D) * gamma
         layer:   (s - mean s) / sqrt(var s + 1e-5) * gamma + beta
 
-The one idea: a program owns rows of s, not of x. Every element of x, branch, r and their gradients belongs to
-one row of s, or to one of the `dilation` rows past its end, so each is read once and written once, in forward
-and backward alike, without atomics. Reference: reference.norm_token_shift
+The one idea: a program owns rows of s, not of x. Every element of x, branch, r and their gradients
+belongs to one row of s, or to one of the `dilation` rows past its end, so each is read once and
+written once, in forward and backward alike, without atomics. Reference: reference.norm_token_shift
 """
 
 import torch
@@ -25,7 +25,7 @@ MAX_D = 8192  # a row is held in registers
 
 @triton.jit
 def _normalize(s, mask_d, D: tl.constexpr, LAYER: tl.constexpr):
-    """Rows s [BLOCK_M, BLOCK_D] without gamma and beta, their scale and whether it depends on them."""
+    """Normalized rows s [BLOCK_M, BLOCK_D], their scale, and whether it depends on them."""
     if LAYER:
         s = tl.where(mask_d, s - tl.sum(s, axis=1, keep_dims=True) / D, 0.0)
     square = tl.sum(s * s, axis=1, keep_dims=True)

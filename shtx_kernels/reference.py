@@ -1,7 +1,9 @@
-"""Every op in plain PyTorch, same names and signatures: the specification, and the path that runs anywhere.
+"""Every op in plain PyTorch, same names and signatures: the specification, and the path that runs
+anywhere.
 
-Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V vocabulary.
-Half precision is accumulated in fp32, fp64 in fp64. Semantics are those of simple-hierarchical-transformer 0.2.0.
+Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V
+vocabulary. Half precision is accumulated in fp32, fp64 in fp64. Semantics are those of
+simple-hierarchical-transformer 0.2.0.
 """
 
 import torch
@@ -30,7 +32,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def token_shift(x: Tensor, dilation: int) -> Tensor:
-    """The second half of the channels (B, M, D) from `dilation` tokens earlier, zero at the start."""
+    """The second half of the channels (B, M, D) from `dilation` tokens earlier, at first zero."""
     half = (x.shape[-1] + 1) // 2
     kept, shifted = x[..., :half], x[..., half:]
     return cat((kept, F.pad(shifted, (0, 0, dilation, 0))[:, : x.shape[1]]), dim=-1)
@@ -51,7 +53,7 @@ def norm_token_shift(
     dilation: int = 0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, M, D) twice: r = x + branch, in the dtype of x, and y = norm(token_shift(r)), in `dtype`."""
+    """(B, M, D) each: r = x + branch in the dtype of x, y = norm(token_shift(r)) in `dtype`."""
     r = x if branch is None else (x + branch).to(x.dtype)
     s = _widen(token_shift(r, dilation) if dilation else r)
     if norm == "layer":
@@ -65,7 +67,7 @@ def norm_token_shift(
 
 
 def _rotation(n: int, E: int, xpos: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """cos, sin and xpos scale (n, E / 2); angles in fp64, as fp32 ones are 4e-3 off at 65,536 tokens."""
+    """cos, sin and xpos scale (n, E / 2); fp32 angles would be 4e-3 off at 65,536 tokens."""
     wide = torch.float32 if like.device.type == "mps" else torch.float64  # mps has no fp64
     t = arange(n, device=like.device, dtype=wide)[:, None]
     channel = arange(0, E, 2, device=like.device, dtype=wide)
@@ -81,7 +83,7 @@ def _rotate(t: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Each query sees itself and `window` keys before it: buckets of `window` queries, two of keys."""
+    """Every query sees itself and the `window` keys before it: those of two buckets."""
     b, h, n, _ = q.shape
     pad = (0, 0, 0, -n % window)
     q, k, v = (rearrange(F.pad(t, pad), "b h (g w) e -> (b h) g w e", w=window) for t in (q, k, v))
@@ -97,7 +99,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def rotary_attention(
     qkv: Tensor, heads: int, *, window: int | None = None, dilation: int = 1, xpos: bool = False
 ) -> Tensor:
-    """Packed qkv (B, M, 3 H E) to (B, M, H E): causal attention among tokens of one residue mod `dilation`."""
+    """(B, M, 3 H E) to (B, M, H E): causal attention within each residue class mod `dilation`."""
     M = qkv.shape[1]
     q, k, v = rearrange(
         F.pad(qkv, (0, 0, 0, -M % dilation)),
@@ -137,14 +139,17 @@ def causal_compress(
     *,
     stride: int,
 ) -> Tensor:
-    """ids (B, N), embedding (V, D), w_conv (4D, D, C), w_out (d, 4D, 1) to (B, ceil(N / stride), d)."""
+    """Linear(silu(conv(embedding[ids]))), causal: ids (B, N) to (B, ceil(N / stride), d).
+
+    embedding (V, D), w_conv (4D, D, C), b_conv (4D,), w_out (d, 4D, 1), b_out (d,)
+    """
     x = F.embedding(ids, embedding).mT
     x = F.conv1d(F.pad(x, (w_conv.shape[-1] - 1, 0)), w_conv, b_conv, stride=stride)
     return F.linear(F.silu(x).mT, w_out.squeeze(-1), b_out)
 
 
 def hierarchical_cat(levels: list[Tensor], strides: list[int]) -> Tensor:
-    """Levels (B, M, D) at token rate, side by side: each repeated `stride` times, cut to the shortest."""
+    """Levels (B, M, D) side by side at token rate: repeated `stride` times, cut to the shortest."""
     levels = [repeat(t, "b m d -> b (m s) d", s=s) for t, s in zip(levels, strides, strict=True)]
     shortest = min(t.shape[1] for t in levels)
     return cat([t[:, :shortest] for t in levels], dim=-1)

@@ -1,4 +1,4 @@
-"""Model configurations that cover every pair of values of two factors, for tests against upstream."""
+"""Model configurations that cover every pair of values of two factors."""
 
 from itertools import combinations
 from random import Random
@@ -67,7 +67,7 @@ def pairs(row: dict) -> set:
 
 
 def covering_rows() -> list[tuple[dict, int, bool]]:
-    """(arguments, tokens, ablate): COUNT rows or as many more as all pairs take, always the same."""
+    """(arguments, tokens, ablate): COUNT rows, or as many more as all pairs take."""
     random = Random(0)
     valid = []
     while len(valid) < 2000:

@@ -1,9 +1,11 @@
-"""Compiles, for a GPU that need not be here, every kernel that a training step of the fused model launches.
+"""Compiles, for a GPU that need not be here, every kernel that a training step of the fused model
+launches.
 
     python offline.py cuda 90 bfloat16
 
-Launches compile and go no further, so the numbers are garbage; the kernels, their specialisation and their
-constants are those of a real step. Prints a JSON line per kernel: registers and bytes of local memory (spills).
+Launches compile and go no further, so the numbers are garbage; the kernels, their specialisation
+and their constants are those of a real step. Prints a JSON line per kernel: registers and bytes of
+local memory (spills).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Bad input gets a ValueError or TypeError of at most two lines: the argument, what it got, what is allowed."""
+"""Bad input gets an error of at most two lines: the argument, what it got, what is allowed."""
 
 import pytest
 import torch

@@ -117,7 +117,7 @@ def layouts(shape):
 
 @pytest.mark.parametrize("layout", range(6))
 def test_layouts_of_inputs_and_gradients(layout):
-    """Strided inputs and gradients give bitwise what contiguous ones do, and are left as they were."""
+    """Strided inputs and gradients give bitwise what contiguous ones do, and are not written to."""
     name, t = list(layouts((3, 11, 14)))[layout]
     gamma = torch.randn(14, device=DEVICE, requires_grad=True)
 

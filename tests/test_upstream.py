@@ -1,4 +1,4 @@
-"""Upstream 0.2.0 is the oracle: the same arguments and weights give the same numbers and gradients."""
+"""Upstream 0.2.0 is the oracle: same arguments, same weights, same numbers and gradients."""
 
 import inspect
 import warnings

@@ -1,0 +1,139 @@
+"""`shtx info`: versions, device, fused ops, and whether these agree with their references."""
+
+import argparse
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from . import HierarchicalTransformer, __version__, ops
+
+# relative to the reference's norm; fp32 differs in the order of sums alone
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+# between them they call every op
+MODELS = (
+    dict(dim=(32, 48, 64), hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes=8),
+    dict(dim=48, hierarchies=(1, 4), hierarchy_merge_all=True, predict_use_all_hierarchy=True),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Print what this machine runs.
+
+    Returns:
+        the exit status: 1 if --check found an op that disagrees with its reference, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="shtx info",
+        description="Versions, device, and which ops run fused.",
+        epilog="examples: shtx info, shtx info --check",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare values and gradients of fused ops and references; exit 1 if they differ",
+    )
+    check_too = parser.parse_args(argv).check
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in versions(device).items():
+        print(f"{name:<8}{value}")
+
+    print(f"\n{'op':<24}{'impl=auto':<12}why not fused")
+    for name in sorted(ops.REFERENCE_OPS):
+        reason = why_reference(name, device)
+        print(f"{name:<24}{'reference' if reason else 'fused':<12}{reason or ''}".rstrip())
+    return check(device) if check_too else 0
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        name = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory >> 30} GiB"
+        )
+    return {
+        "shtx": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "Triton": triton,
+        "CUDA": torch.version.cuda or "not in this build of torch",
+        "device": name,
+    }
+
+
+def why_reference(name: str, device: torch.device) -> str | None:
+    """What keeps impl="auto" from running the fused op on `device`; None if nothing does."""
+    if ops.FUSED_OPS and name not in ops.FUSED_OPS:
+        return "has no fused form"
+    if reason := ops.why_not_fused(device):
+        return reason
+    return None if device.type == "cuda" else 'impl="fused" runs it in Triton\'s interpreter'
+
+
+def check(device: torch.device) -> int:
+    """Compare the fused ops with their references, on what a small model hands them."""
+    if reason := ops.why_not_fused(device):
+        print(f"\nnothing to check: {reason}")
+        return 0
+    print(f"\n{'op':<24}{'dtype':<12}{'relative error':<18}{'allowed':<10}")
+    failed = False
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        errors = compare(device, dtype)
+        for name in ops.FUSED_OPS:
+            error = max(errors[name], key=lambda e: (math.isnan(e), e))
+            agrees = error <= ALLOWED[dtype]
+            failed |= not agrees
+            print(
+                f"{name:<24}{str(dtype).removeprefix('torch.'):<12}{error:<18.1e}"
+                f"{ALLOWED[dtype]:<10.0e}{'ok' if agrees else 'DISAGREES'}"
+            )
+    return int(failed)
+
+
+def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
+    """The relative errors of each fused op, of all values and gradients in small models' losses."""
+    errors = {name: [] for name in ops.FUSED_OPS}
+
+    def both(name: str):
+        fused, reference = getattr(ops.FUSED, name), getattr(ops.REFERENCE, name)
+
+        def op(*args, **kwargs):
+            ours, theirs = (outputs_and_gradients(f, args, kwargs) for f in (fused, reference))
+            for a, b in zip(ours, theirs, strict=True):
+                errors[name].append(((a - b).norm() / b.norm().clamp(min=1e-30)).item())
+            return reference(*args, **kwargs)
+
+        return op
+
+    compared = {name: both(name) for name in ops.FUSED_OPS}
+    namespace = SimpleNamespace(**vars(ops.REFERENCE) | compared)
+    torch.manual_seed(0)
+    for arguments in MODELS:
+        model = HierarchicalTransformer(num_tokens=256, depth=1, seq_len=64, heads=2, **arguments)
+        model.to(device).ops_for = lambda device: namespace
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            model(torch.randint(0, 256, (2, 64), device=device), return_loss=True)
+    return errors
+
+
+def outputs_and_gradients(op, args: tuple, kwargs: dict) -> list[Tensor]:
+    """In fp64, for gradients of the outputs that are the same at every call."""
+    fresh = lambda t: t.detach().requires_grad_(t.requires_grad)
+    args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [t for t in tree_leaves(op(*args, **kwargs)) if isinstance(t, Tensor)]
+    roots = [t for t in outputs if t.requires_grad]
+    generator = torch.Generator(roots[0].device).manual_seed(1)
+    douts = [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in roots]
+    grads = torch.autograd.grad(roots, inputs, douts, materialize_grads=True)
+    return [t.detach().double() for t in (*outputs, *grads)]
