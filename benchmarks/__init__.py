@@ -1,0 +1,1 @@
+"""Benchmarks of ops, train step and generation: `python -m benchmarks --help`."""

@@ -1,0 +1,198 @@
+"""The command: `python -m benchmarks --help`."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from datetime import datetime, timezone
+from functools import reduce
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.providers import PROVIDERS, by_default, why_not
+from benchmarks.runner import Job, run
+from benchmarks.shapes import CONFIGS, foldable
+from benchmarks.timing import DEVICE
+
+HERE = Path(__file__).parent
+KINDS = ("ops", "model", "generate")
+GIB_PER_COMPILATION = 25  # GPU memory: the most that a model's first steps take
+EXAMPLES = """examples:
+  python -m benchmarks model --config A C --out results   train steps of two configurations
+  python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
+  python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one
+  python -m benchmarks table --write README.md              results/*.json as README's tables
+A row whose benchmark failed has the reason in place of times; the exit status is then 1.
+"""
+
+
+def check(name: str, got: list[str], allowed) -> list[str]:
+    for value in got:
+        if value not in allowed:
+            sys.exit(f"{name}: {value!r} is unknown, choose from {' '.join(allowed)}")
+    return list(dict.fromkeys(got))
+
+
+def commit() -> str:
+    def git(*args):
+        return subprocess.check_output(
+            ["git", "-C", HERE, *args], stderr=subprocess.DEVNULL, text=True
+        ).strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+dirty" if git("status", "--porcelain") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def make_folder(option: str, path: Path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(None, "Permission denied")
+    except OSError as error:
+        sys.exit(f"{option}: {path}: {error.strerror}")
+
+
+def save(results: dict, folder: Path):
+    report.write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def print_table(argv: list[str]):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks table", description="Results as Markdown tables."
+    )
+    add = parser.add_argument
+    add("files", nargs="*", type=Path, help="to be joined; default: benchmarks/results/*.json")
+    add("--write", type=Path, metavar="README", help="put the tables between its markers")
+    add("--out", type=Path, metavar="DIR", help="for the joined results.json and its charts")
+    options = parser.parse_args(argv)
+    files = options.files or sorted((HERE / "results").glob("*.json"))
+    if not files:
+        sys.exit("benchmarks/results has no JSON file")
+    results = reduce(report.join, map(report.read, files))
+    text = report.tables(results)
+    print(text)
+    if options.write:
+        try:
+            report.write(options.write, report.splice(options.write.read_text(), text))
+        except OSError as error:
+            sys.exit(f"--write: {options.write}: {error.strerror}")
+    if options.out:
+        make_folder("--out", options.out)
+        save(results, options.out)
+        report.save_charts(results, options.out)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure ops, train step and generation; `table` prints results as Markdown.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("kinds", nargs="*", metavar="KIND", help="ops, model, generate; default: all of them")
+    add("--config", nargs="+", default=list(CONFIGS), metavar="NAME", help="of A B C D")
+    add("--provider", nargs="+", metavar="NAME", help="default: all that suit the device")
+    add("--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="for results.json")
+    add("--compile-jobs", type=int, default=1, metavar="N", help="models compiled side by side")
+    add("--cache", type=Path, metavar="DIR", help="compiled code to keep; default: none is kept")
+    add("--timeout", type=float, default=500, metavar="SECONDS", help="for a process")
+    add("--commit", default=commit(), metavar="HASH", help="for the record, where git has none")
+    return parser.parse_args(argv)
+
+
+def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
+    """What to measure, and a row for each that this machine cannot."""
+    kinds = check("KIND", options.kinds or list(KINDS), KINDS)
+    names = check("--config", options.config, CONFIGS)
+    known = list(dict.fromkeys(p for kind in kinds for p in PROVIDERS[kind]))
+    asked = check("--provider", options.provider, known) if options.provider else None
+    ops = [file.stem.removeprefix("bench_") for file in sorted(HERE.glob("bench_*.py"))]
+
+    jobs, impossible = [], []
+    for kind in kinds:
+        wanted = [p for p in PROVIDERS[kind] if p in (asked or by_default(kind))]
+        if kind == "ops":
+            cases = [(op, names) for op in ops if op not in ("ceilings", *KINDS)]
+        else:
+            cases = [(kind, [name]) for name in names]
+        for bench, config in cases:
+            for provider in wanted:
+                if provider == "floor-folded" and not foldable(config[0]):
+                    continue
+                job, reason = Job(bench, tuple(config), provider), why_not(provider)
+                jobs += [job] * (reason is None)
+                impossible += job.failed(reason) if reason else []
+    return jobs, impossible
+
+
+def summary(rows: list[dict]) -> str:
+    failed = [row["error"] for row in rows if "error" in row]
+    times = [f"{row[ms]:.3f} ms" for row in rows for ms in ("ms", "ms_per_token") if ms in row]
+    return "; ".join(failed or times) or f"{len(rows)} rows"
+
+
+def measure(options: argparse.Namespace) -> int:
+    jobs, impossible = plan(options)
+    if not jobs and not impossible:
+        sys.exit(
+            f"--provider: {' '.join(options.provider)} does not apply to this KIND and --config"
+        )
+    path = options.out / "results.json"
+    older = report.read(path) if path.exists() else None
+    make_folder("--out", options.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit keeps the tables
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = options.cache or Path(folder, "cache")
+        make_folder("--cache", cache)
+        where = (Path(folder), cache.resolve(), options.timeout)
+
+        [(_, [ceilings])] = run([Job("ceilings")], *where)
+        if "error" in ceilings:
+            sys.exit(f"the machine could not be measured: {ceilings['error']}")
+        del ceilings["bench"]
+        date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+        results = {"commit": options.commit, "date": date, "small_shapes": DEVICE == "cpu"}
+        results |= ceilings | {"rows": []}
+        results = report.join(older, results) if older else results
+        print(report.title(results), flush=True)
+
+        def keep(rows):
+            stamp = {"commit": options.commit, "date": date}
+            report.add(results, [row | stamp for row in rows])
+            save(results, options.out)
+
+        present = {report.key(row) for row in results["rows"]}
+        keep([row for row in impossible if report.key(row) not in present])
+        compile_jobs = options.compile_jobs
+        if memory := results["machine"]["gpu_memory_gib"]:
+            compile_jobs = min(compile_jobs, max(1, memory // GIB_PER_COMPILATION))
+        failures = 0
+        try:
+            with closing(run(jobs, *where, compile_jobs)) as running:
+                for job, rows in running:
+                    keep(rows)
+                    failures += any("error" in row for row in rows)
+                    print(f"[{time.monotonic() - began:4.0f} s] {job}: {summary(rows)}", flush=True)
+        finally:
+            print("\n" + report.tables(results), flush=True)
+            report.save_charts(results, options.out)
+    return 1 if failures else 0
+
+
+def main(argv: list[str]) -> int:
+    return print_table(argv[1:]) if argv[:1] == ["table"] else measure(parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

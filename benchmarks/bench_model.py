@@ -1,0 +1,101 @@
+"""A train step on random ids: zero_grad, forward under bf16 autocast, backward, fused AdamW.
+
+Its floor: every matrix product of forward, input gradient and weight gradient through cuBLAS in
+one CUDA graph, and AdamW on as many parameters.
+"""
+
+import math
+import time
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.providers import FLOORS, build_reference, load
+from benchmarks.timing import DEVICE, DTYPE, autocast, graphed, median_ms, synchronize
+
+
+def bench_model(benchmark, config, provider, wait_for_turn):
+    config = shapes.configs(DEVICE)[config]
+    benchmark.extra_info |= {"batch": config.batch, "seq_len": config.model["seq_len"]}
+    if provider in FLOORS:
+        time_floor(benchmark, config, folded=provider == "floor-folded")
+    else:
+        time_step(benchmark, config, provider, wait_for_turn)
+    tokens = config.batch * config.model["seq_len"]
+    benchmark.extra_info["tokens_per_s"] = tokens / benchmark.extra_info["ms"] * 1e3
+
+
+def time_step(benchmark, config, provider, wait_for_turn):
+    reference = build_reference(config)
+    size = (config.batch, config.model["seq_len"] + 1)
+    ids = torch.randint(1, config.model["num_tokens"], size, device=DEVICE)
+    with torch.no_grad(), autocast():
+        expected = float(reference(ids, return_loss=True)[0])
+
+    model = load(provider, reference, config)
+    del reference
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        with autocast():
+            loss, _ = model(ids, return_loss=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    start = time.perf_counter()
+    loss = float(step())
+    if not abs(loss - expected) <= 2e-2 * abs(expected):
+        raise ValueError(f"loss {loss:.4f} disagrees with the reference's {expected:.4f}")
+    step()  # upstream compiles twice
+    synchronize()
+    first_steps_s = time.perf_counter() - start
+
+    optimizer.zero_grad()
+    wait_for_turn()
+    step()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    (ms,) = median_ms(benchmark, step)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
+    if not math.isfinite(last := float(step())):
+        raise ValueError(f"loss became {last}")
+    benchmark.extra_info |= {
+        "ms": ms,
+        "peak_gib": peak,
+        "first_steps_s": first_steps_s,
+        "loss": loss,
+        "reference_loss": expected,
+    }
+
+
+def time_floor(benchmark, config, folded):
+    random = lambda *size: torch.randn(size, dtype=DTYPE, device=DEVICE)
+    products = shapes.products(config, folded)
+    operands = {}
+    for _, m, k, n, _ in products:
+        # two sets, so that a product does not find its operands in the cache
+        operands[m, k, n] = [(random(m, k), random(n, k), random(m, n)) for _ in range(2)]
+
+    def step():
+        calls = [operands[p[1:4]][i % 2] for p in products for i in range(p.times)]
+        for x, w, _ in calls:
+            x @ w.T
+        for x, w, dy in reversed(calls):
+            dy @ w
+            dy.T @ x
+
+    count = sum(p.numel() for p in shapes.on_meta(config).parameters())
+    parameter = torch.nn.Parameter(torch.randn(count, device=DEVICE))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
+
+    gemm_ms, adamw_ms = median_ms(benchmark, graphed([step]), optimizer.step)
+    benchmark.extra_info |= {
+        "ms": gemm_ms + adamw_ms,
+        "gemm_ms": gemm_ms,
+        "adamw_ms": adamw_ms,
+        "gemm_tflop_per_s": 3 * shapes.flops(products) / gemm_ms / 1e9,
+        "parameters": count,
+    }

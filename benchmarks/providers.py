@@ -1,0 +1,65 @@
+"""Who is measured."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch.nn import Module
+
+from benchmarks.shapes import Config
+from benchmarks.timing import DEVICE
+from shtx import HierarchicalTransformer
+from shtx.ops import why_not_fused
+
+UPSTREAM = "simple-hierarchical-transformer"
+FLOORS = ("floor", "floor-folded")
+PROVIDERS = {
+    "ops": ("fused", "reference-compiled", "reference"),
+    "model": (
+        *FLOORS,
+        *("fused", "reference-compiled", "reference"),
+        *("upstream-compiled", "upstream"),
+    ),
+    "generate": ("fused", "reference", "upstream"),
+}
+
+
+def why_not(provider: str) -> str | None:
+    """Why a provider cannot be measured here; None if it can."""
+    if provider == "fused":
+        return why_not_fused(torch.device(DEVICE))
+    if provider.startswith("upstream"):
+        try:
+            found = version(UPSTREAM)
+        except PackageNotFoundError:
+            return f"{UPSTREAM}==0.2.0 is not installed"
+        return None if found == "0.2.0" else f"{UPSTREAM} is {found}, the peer is 0.2.0"
+    return None
+
+
+def by_default(kind: str) -> list[str]:
+    """A CPU leaves out what takes minutes there (compiling) or means nothing (interpreting)."""
+    slow = lambda p: p == "fused" or p.endswith("-compiled")
+    return [p for p in PROVIDERS[kind] if DEVICE == "cuda" or not slow(p)]
+
+
+def build_reference(config: Config) -> Module:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return HierarchicalTransformer(**config.model, impl="reference")
+
+
+def load(provider: str, reference: Module, config: Config) -> Module:
+    """The provider's model, with the weights of `reference`."""
+    model = reference
+    if provider == "fused":
+        model.impl = "fused"
+    if provider.startswith("upstream"):
+        from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
+
+        with torch.device(DEVICE):
+            model = Upstream(**config.model)
+        model.load_state_dict(reference.state_dict())
+    if not provider.endswith("-compiled"):
+        return model
+    torch._dynamo.config.cache_size_limit = 256  # upstream breaks into many graphs
+    return torch.compile(model)

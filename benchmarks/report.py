@@ -1,0 +1,232 @@
+"""Results as a file, as tables and as charts."""
+
+import json
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+TITLES = {
+    "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
+    "generate": "Generation, one sequence at a time",
+    "ops": "Ops",
+}
+COLORS = {"floor": "tab:gray", "floor-folded": "tab:gray", "fused": "tab:orange"}
+FIELDS = {"machine", "copy_gb_per_s", "matmul_tflop_per_s", "small_shapes", "date", "rows"}
+
+
+def kind(row: dict) -> str:
+    return row["bench"] if row["bench"] in TITLES else "ops"
+
+
+# files
+
+
+def read(path: Path) -> dict:
+    """Results as `write` leaves them, or a SystemExit of one line."""
+    try:
+        results = json.loads(path.read_text())
+        if not FIELDS <= results.keys():
+            raise ValueError
+        return results
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}") from None
+    except (ValueError, AttributeError):
+        raise SystemExit(f"{path} does not hold benchmark results") from None
+
+
+def write(path: Path, text: str):
+    """Atomically: a run that is cut leaves the last whole file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def key(row: dict) -> tuple:
+    """What was measured."""
+    return tuple(row.get(name) for name in ("bench", "config", "provider", "shape", "variant"))
+
+
+def add(results: dict, rows: list[dict]):
+    """Add rows to results; one that measures the same as an older one takes its place."""
+    new = {key(row) for row in rows}
+    results["rows"] = [row for row in results["rows"] if key(row) not in new] + rows
+
+
+def join(older: dict, newer: dict) -> dict:
+    """`newer` and what `older` has besides; a SystemExit of one line if of two machines."""
+    for field, value in newer["machine"].items():
+        if older["machine"].get(field) != value:
+            raise SystemExit(
+                "results of two machines cannot be joined:"
+                f" {field} was {older['machine'].get(field)}, is {value}"
+            )
+    results = newer | {"rows": older["rows"]}
+    add(results, newer["rows"])
+    return results
+
+
+# tables
+
+
+def number(value: float | None) -> str:
+    """To three significant digits, without an exponent."""
+    if value is None:
+        return "-"
+    return f"{value:,.{max(0, 3 - len(str(int(value)).lstrip('0')))}f}"
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def find(rows: list[dict], config: str, *providers: str) -> dict:
+    """The row of the first of `providers` that was measured."""
+    for provider in providers:
+        for row in rows:
+            if (row["config"], row["provider"]) == (config, provider) and "error" not in row:
+                return row
+    return {}
+
+
+def model_line(row: dict, rows: list[dict], results: dict) -> dict:
+    floor = find(rows, row["config"], "floor-folded", "floor").get("ms")
+    upstream = find(rows, row["config"], "upstream").get("ms")
+    first = f"{number(row.get('first_steps_s'))} {row.get('caches', '')}"
+    return {
+        "config": row["config"],
+        "provider": row["provider"],
+        "step (ms)": number(row.get("ms")),
+        "over floor (x)": number(ratio(row.get("ms"), floor)),
+        "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
+        "throughput (tokens/s)": number(row.get("tokens_per_s")),
+        "peak memory (GiB)": number(row.get("peak_gib")),
+        "first two steps (s)": first.strip(),
+    }
+
+
+def generate_line(row: dict, rows: list[dict], results: dict) -> dict:
+    rate = row.get("tokens_per_s")
+    upstream = find(rows, row["config"], "upstream").get("tokens_per_s")
+    return {
+        "config": row["config"],
+        "provider": row["provider"],
+        "rate (tokens/s)": number(rate),
+        "speed-up over upstream (x)": number(ratio(rate, upstream)),
+        "limit: weights read (tokens/s)": number(
+            ratio(results["copy_gb_per_s"] * 1e9, row.get("weight_bytes"))
+        ),
+    }
+
+
+def op_line(row: dict, rows: list[dict], results: dict) -> dict:
+    line = {
+        "op": row["bench"],
+        "shape B x M x D": row.get("shape", "-"),
+        "variant": row.get("variant", "-"),
+        "provider": row["provider"],
+    }
+    for direction in ("forward", "backward"):
+        ms = row.get(f"{direction}_ms")
+        rate = ratio(row.get(f"{direction}_bytes"), ms and ms * 1e6)
+        line |= {
+            f"{direction} (us)": number(ms and ms * 1e3),
+            f"{direction} (GB/s)": number(rate),
+            f"{direction} (% of copy)": number(ratio(rate, results["copy_gb_per_s"] / 100)),
+        }
+    return line
+
+
+LINES = {"model": model_line, "generate": generate_line, "ops": op_line}
+
+
+def fastest_first(rows: list[dict]) -> list[dict]:
+    case = lambda row: [str(row.get(name)) for name in ("bench", "config", "shape", "variant")]
+    times = ("ms", "ms_per_token", "forward_ms")
+    time = lambda row: min((row[t] for t in times if t in row), default=float("inf"))
+    return sorted(rows, key=lambda row: (case(row), time(row)))
+
+
+def aligned(lines: list[dict]) -> str:
+    """A Markdown table that reads as plain text, too."""
+    heads = list(lines[0])
+    cells = [heads, *([line[head] for head in heads] for line in lines)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    is_number = [head.endswith(")") for head in heads]
+    pad = lambda i, cell: cell.rjust(widths[i]) if is_number[i] else cell.ljust(widths[i])
+    texts = ["| " + " | ".join(pad(i, cell) for i, cell in enumerate(row)) + " |" for row in cells]
+    rule = [("-" * (w - 1) + ":" if n else "-" * w) for w, n in zip(widths, is_number, strict=True)]
+    return "\n".join([texts[0], "| " + " | ".join(rule) + " |", *texts[1:]])
+
+
+def title(results: dict) -> str:
+    machine = results["machine"]
+    versions = [
+        f"{name} {machine[name]}" for name in ("driver", "torch", "triton") if machine[name]
+    ]
+    small = "SMALL SHAPES ON A CPU, no measure of a GPU: " * results["small_shapes"]
+    return small + ", ".join([machine["gpu"] or machine["cpu"], *versions])
+
+
+def tables(results: dict) -> str:
+    """All results, in Markdown."""
+    commits = sorted({row["commit"] for row in results["rows"]})
+    text = [
+        f"{title(results)}; copy {number(results['copy_gb_per_s'])} GB/s,"
+        f" matrix product {number(results['matmul_tflop_per_s'])} TFLOP/s"
+        f" (commit {', '.join(commits)}; {results['date']})"
+    ]
+    for name, heading in TITLES.items():
+        rows = fastest_first([row for row in results["rows"] if kind(row) == name])
+        if rows:
+            text += [f"**{heading}**", aligned([LINES[name](row, rows, results) for row in rows])]
+        reasons = [
+            f"- {row['config']} {row['provider']}: {row['error']}" for row in rows if "error" in row
+        ]
+        text += ["\n".join(reasons)]
+    return "\n\n".join(filter(None, text))
+
+
+def splice(readme: str, text: str) -> str:
+    """README with `text` between its markers, or a SystemExit of one line."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"the file to write to lacks {BEGIN} or, after it, {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+# charts
+
+
+def save_charts(results: dict, folder: Path):
+    """Train step and generation as bars, a panel for each configuration."""
+    for name, field, label in (
+        ("model", "ms", "step (ms), lower is better"),
+        ("generate", "tokens_per_s", "rate (tokens/s), higher is better"),
+    ):
+        rows = [row for row in results["rows"] if row["bench"] == name and "error" not in row]
+        panels = {}
+        for row in fastest_first(rows):
+            panels.setdefault(row["config"], []).append(row)
+        if not panels:
+            continue
+        columns = min(2, len(panels))
+        lines = -(-len(panels) // columns)
+        height = 1.0 + 0.32 * max(map(len, panels.values()))
+        figure = Figure((6 * columns, 0.8 + lines * height), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).flat
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        for axis, (config, bars) in zip(axes, panels.items(), strict=False):
+            providers = [row["provider"] for row in bars]
+            colors = [COLORS.get(provider, "tab:blue") for provider in providers]
+            drawn = axis.barh(providers, [row[field] for row in bars], color=colors)
+            axis.bar_label(drawn, [number(row[field]) for row in bars], padding=3)
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set(title=f"configuration {config}", xlabel=label)
+        figure.suptitle(f"{TITLES[name]}\n{title(results)}", fontsize="medium", wrap=True)
+        figure.savefig(folder / f"{name}.png", dpi=120)

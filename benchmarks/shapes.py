@@ -1,0 +1,166 @@
+"""The benchmark configurations, and what a train step of each has to multiply."""
+
+from typing import NamedTuple
+
+import torch
+
+from shtx import HierarchicalTransformer
+
+
+class Config(NamedTuple):
+    batch: int
+    model: dict  # keyword arguments of HierarchicalTransformer
+
+
+CONFIGS = {
+    "A": Config(  # words
+        batch=4,
+        model=dict(
+            num_tokens=20000,
+            dim=512,
+            depth=6,
+            seq_len=2048,
+            hierarchies=(1, 2, 8),
+            window_sizes=(32, 64, None),
+        ),
+    ),
+    "B": Config(  # bytes, levels of unequal width, one of them strided
+        batch=32,
+        model=dict(
+            num_tokens=256,
+            dim=(128, 256, 512, 1024),
+            depth=8,
+            seq_len=1024,
+            dim_head=(16, 32, 64, 64),
+            heads=(2, 4, 8, 8),
+            ff_mult=(2, 2, 4, 4),
+            hierarchies=(1, 2, 4, 16),
+            hierarchical_stride=(1, 1, 1, 8),
+            window_sizes=(16, 32, 64, None),
+        ),
+    ),
+    "C": Config(  # bytes, two wide levels
+        batch=8,
+        model=dict(
+            num_tokens=256,
+            dim=1024,
+            depth=8,
+            seq_len=2048,
+            hierarchies=(1, 2),
+            window_sizes=(32, 64),
+        ),
+    ),
+    "D": Config(  # bytes, long
+        batch=1,
+        model=dict(
+            num_tokens=256,
+            dim=512,
+            depth=6,
+            seq_len=16384,
+            hierarchies=(1, 4, 16),
+            window_sizes=(128, 128, None),
+        ),
+    ),
+}
+
+# for a CPU: the same levels, narrow and short
+SMALL = {
+    "A": Config(2, CONFIGS["A"].model | dict(num_tokens=2000, dim=32, depth=2, seq_len=128)),
+    "B": Config(2, CONFIGS["B"].model | dict(dim=(16, 32, 32, 64), depth=2, seq_len=128)),
+    "C": Config(2, CONFIGS["C"].model | dict(dim=64, depth=2, seq_len=128)),
+    "D": Config(1, CONFIGS["D"].model | dict(dim=32, depth=2, seq_len=1024)),
+}
+
+
+def configs(device: str) -> dict[str, Config]:
+    return CONFIGS if device == "cuda" else SMALL
+
+
+def on_meta(config: Config) -> HierarchicalTransformer:
+    """The model without memory, for its levels and its parameters' sizes."""
+    with torch.device("meta"):
+        return HierarchicalTransformer(**config.model, impl="reference")
+
+
+class Product(NamedTuple):
+    """(rows, inner) @ (inner, columns), `times` times a forward."""
+
+    part: str
+    rows: int
+    inner: int
+    columns: int
+    times: int = 1
+
+
+def products(config: Config, folded: bool = False) -> list[Product]:
+    """Every matrix product of a forward with its losses; not those inside attention, about 1%.
+
+    Folded, the compressing convolutions, which read embeddings, become a table with a row for each
+    of num_tokens.
+    """
+    model = on_meta(config)
+    V, N, depth = (config.model[name] for name in ("num_tokens", "seq_len", "depth"))
+    D = max(model.dims)
+    tokens = config.batch * N
+    predicting = model.levels[model.predict_index]
+
+    out = [Product("logits", tokens, predicting.dim, V)]
+    for level in model.levels:
+        rows = config.batch * -(-N // level.stride)
+        d, c, heads = level.dim, level.compress, level.heads * level.dim_head
+        inner = int(d * level.ff_mult)
+        if c > 1:
+            conv = (V, D, c * 4 * D) if folded else (rows, c * D, 4 * D)
+            out += [Product("compress", *conv), Product("compress", rows, 4 * D, d)]
+            out += [Product("ar", rows, d, d), Product("recon", rows, d, c * V)]
+        elif d != D:
+            out.append(Product("compress", rows, D, d))
+        if level.window != 0:
+            out += [Product("block", rows, d, 3 * heads, depth)]
+            out += [Product("block", rows, heads, d, depth)]
+        out += [Product("block", rows, d, inner, depth), Product("block", rows, inner, d, depth)]
+    if len(model.levels) > 1:
+        merged = predicting.dim
+        out.append(Product("merge", tokens, sum(model.dims), 2 * merged, depth))
+        out.append(Product("merge", tokens, 2 * merged, merged, depth))
+    return out
+
+
+def foldable(name: str) -> bool:
+    """Whether the table of `products` has far fewer rows than what it replaces."""
+    return CONFIGS[name].model["num_tokens"] <= 256
+
+
+def flops(products: list[Product]) -> int:
+    """Of one forward; a train step has three times as many."""
+    return sum(2 * p.rows * p.inner * p.columns * p.times for p in products)
+
+
+def weight_bytes(config: Config) -> int:
+    """bf16 weights that generating one token has to read, embeddings left out."""
+    used = [p for p in products(config) if p.part not in ("ar", "recon")]
+    return sum(2 * p.inner * p.columns * p.times for p in used)
+
+
+class LevelShape(NamedTuple):
+    """(B, M, D) of a level, and the dilation of its token shift."""
+
+    config: str
+    B: int
+    M: int
+    D: int
+    dilation: int
+
+
+def level_shapes(names: list[str], device: str) -> list[LevelShape]:
+    """The largest level of every width in the configurations."""
+    largest = {}
+    for name in names:
+        config = configs(device)[name]
+        for level in on_meta(config).levels:
+            M = -(-config.model["seq_len"] // level.stride)
+            shape = LevelShape(name, config.batch, M, level.dim, level.dilation)
+            kept = largest.setdefault(level.dim, shape)
+            if kept.B * kept.M <= shape.B * shape.M:
+                largest[level.dim] = shape
+    return [largest[D] for D in sorted(largest)]

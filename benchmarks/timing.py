@@ -1,0 +1,122 @@
+"""How things are timed, on a GPU and on a CPU."""
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def autocast():
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda")
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def mark():
+    """A point in time on the device: an event on the current stream, or the clock."""
+    if DEVICE == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed_ms(start, end) -> float:
+    return (end - start) * 1e3 if DEVICE == "cpu" else start.elapsed_time(end)
+
+
+def median_ms(benchmark, *fns: Callable, calls: int = 5, rounds: int = 4) -> list[float]:
+    """Median time of each function in ms, over `calls` x `rounds` runs of all of them in turn.
+
+    The calls of a round queue up behind each other, as the steps of a training loop do; the first
+    round only warms up.
+    """
+    times = [[] for _ in fns]
+
+    def burst():
+        for kept in times:
+            kept.append([])
+        marks = [mark()]
+        for _ in range(calls):
+            for fn in fns:
+                fn()
+                marks.append(mark())
+        synchronize()
+        for i, interval in enumerate(pairwise(marks)):
+            times[i % len(fns)][-1].append(elapsed_ms(*interval))
+
+    benchmark.pedantic(burst, rounds=rounds, warmup_rounds=1)
+    return [median(ms for burst in kept[1:] for ms in burst) for kept in times]
+
+
+def graphed(fns: list[Callable]) -> Callable:
+    """One callable that runs all of fns, each with outputs of its own: on a GPU a CUDA graph."""
+
+    def run():
+        return [fn() for fn in fns]
+
+    if DEVICE == "cpu":
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def check_agreement(ours: list[Tensor], reference: list[Tensor], bound: float):
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        a, b = a.detach().double(), b.detach().double()
+        error = float((a - b).norm() / b.norm())
+        if not error <= bound:
+            raise ValueError(
+                f"output or gradient {i} is {error:.1e} off the reference, bound {bound:.0e}"
+            )
+
+
+def time_op(benchmark, op: Callable, reference: Callable, make: Callable) -> tuple[float, float]:
+    """Milliseconds of the forward and of the backward of op, once it agrees with the reference.
+
+    On a GPU, CUDA graphs over several inputs that together are larger than its L2 cache. The
+    backward is forward and backward less the forward.
+
+    Args:
+        op, reference: return a list of tensors.
+        make: returns fresh random inputs, all of them with a gradient.
+    """
+
+    def forward_backward(fn, inputs, douts):
+        outs = fn(*inputs)
+        return [*outs, *torch.autograd.grad(outs, inputs, douts)]
+
+    def make_set():
+        inputs = make()
+        return inputs, [torch.randn_like(out) for out in reference(*inputs)]
+
+    first = make_set()
+    bound = 1e-2 if DTYPE == torch.bfloat16 else 1e-5
+    check_agreement(forward_backward(op, *first), forward_backward(reference, *first), bound)
+
+    copies = 2
+    if DEVICE == "cuda":
+        l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+        copies += 4 * l2_bytes // sum(t.nbytes for t in first[0])
+    sets = [make_set() for _ in range(copies)]
+    forward = graphed([lambda inputs=inputs: op(*inputs) for inputs, _ in sets])
+    both = graphed([lambda s=s: forward_backward(op, *s) for s in sets])
+    forward_ms, both_ms = median_ms(benchmark, forward, both)
+    return forward_ms / copies, (both_ms - forward_ms) / copies

@@ -1,0 +1,363 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as cli
+from benchmarks import bench_generate, bench_model, bench_norm_token_shift, report, runner, shapes
+from benchmarks.timing import DEVICE, DTYPE, check_agreement
+
+ROOT = Path(__file__).parent.parent
+
+RESULTS = {
+    "commit": "abc",
+    "date": "2030-01-02",
+    "small_shapes": False,
+    "machine": {"gpu": "GPU X", "cpu": "x86_64", "driver": "1.2", "torch": "9", "triton": "8"},
+    "copy_gb_per_s": 4000.0,
+    "matmul_tflop_per_s": 700.0,
+    "rows": [
+        {"bench": "model", "config": "B", "provider": "upstream", "commit": "abc", "ms": 200.0}
+        | {"tokens_per_s": 163840.0, "peak_gib": 22.16, "first_steps_s": 1.5, "caches": "cold"},
+        {"bench": "model", "config": "B", "provider": "fused", "commit": "def", "ms": 25.0}
+        | {"tokens_per_s": 1310720.0, "peak_gib": 9.5, "first_steps_s": 31.0, "caches": "warm"},
+        {"bench": "model", "config": "B", "provider": "floor", "commit": "abc", "ms": 40.0},
+        {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
+        {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
+        | {"error": "OutOfMemoryError: much"},
+        {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
+        {"bench": "norm_token_shift", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "8 x 2048 x 1024", "variant": "rms", "forward_ms": 0.05, "backward_ms": 0.1}
+        | {"forward_bytes": 100_000_000, "backward_bytes": 300_000_000},
+    ],
+}
+
+TITLE = "GPU X, driver 1.2, torch 9, triton 8; copy 4,000 GB/s, matrix product 700 TFLOP/s"
+TABLES = [
+    """
+    config | provider | step (ms) | over floor (x) | speed-up over upstream (x) |
+        throughput (tokens/s) | peak memory (GiB) | first two steps (s)
+    A | fused | - | - | - | - | - | -
+    B | floor-folded | 20.0 | 1.00 | 10.0 | - | - | -
+    B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 31.0 warm
+    B | floor | 40.0 | 2.00 | 5.00 | - | - | -
+    B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | 1.50 cold
+    """,
+    """
+    config | provider | rate (tokens/s) | speed-up over upstream (x) |
+        limit: weights read (tokens/s)
+    C | fused | 500 | - | 1,000
+    """,
+    """
+    op | shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy)
+    norm_token_shift | 8 x 2048 x 1024 | rms | fused | 50.0 | 2,000 | 50.0 | 100 | 3,000 | 75.0
+    """,
+]
+
+
+def cells(text: str) -> list[list[list[str]]]:
+    """The tables in a text, as lists of lines of cells; the rule below a head is left out."""
+    text = re.sub(r"\|\n {8}", "| ", text)
+    groups = [group.splitlines() for group in re.split(r"\n\s*\n", text) if " | " in group]
+    split = lambda line: [cell.strip() for cell in line.strip("| ").split(" | ")]
+    return [
+        [split(line) for line in group if " | " in line and "---" not in line] for group in groups
+    ]
+
+
+@pytest.fixture
+def results_file(tmp_path) -> Path:
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(RESULTS))
+    return path
+
+
+# what is multiplied
+
+
+@pytest.mark.parametrize("name", shapes.CONFIGS)
+def test_products_are_those_that_upstream_runs(name):
+    config = shapes.CONFIGS[name]
+    ids = torch.empty(config.batch, config.model["seq_len"] + 1, dtype=torch.long, device="meta")
+    model = Upstream(**config.model | dict(depth=1)).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(ids, return_loss=True)
+    counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    counted.pop("aten.bmm")  # attention's
+    shallow = config._replace(model=config.model | dict(depth=1))
+    assert shapes.flops(shapes.products(shallow)) == sum(counted.values())
+
+
+def test_folding_replaces_the_convolutions_alone():
+    config = shapes.CONFIGS["B"]  # embeddings are 1024 wide, convolutions 4096
+    direct, folded = shapes.products(config), shapes.products(config, folded=True)
+    saved = sum(
+        2 * (32 * 1024 // stride - 256) * c * 1024 * 4096 for c, stride in ((2, 1), (4, 1), (16, 8))
+    )
+    assert shapes.flops(direct) - shapes.flops(folded) == saved
+    assert [name for name in shapes.CONFIGS if shapes.foldable(name)] == ["B", "C", "D"]
+
+
+@pytest.mark.parametrize("name", shapes.CONFIGS)
+def test_generation_reads_every_weight_it_multiplies_by(name):
+    config = shapes.CONFIGS[name]
+    unused = ("token_emb", "to_recon", "to_hierarchical_preds")
+    weights = [
+        p.numel()
+        for key, p in shapes.on_meta(config).named_parameters()
+        if p.ndim > 1 and not key.startswith(unused) and "to_recon" not in key
+    ]
+    assert shapes.weight_bytes(config) == 2 * sum(weights)
+
+
+def test_op_shapes_are_the_largest_of_each_width():
+    found = shapes.level_shapes(list("ABCD"), "cuda")
+    assert [(s.config, s.B, s.M, s.D) for s in found] == [
+        ("B", 32, 1024, 128),
+        ("B", 32, 1024, 256),
+        ("B", 32, 1024, 512),
+        ("C", 8, 2048, 1024),
+    ]
+    assert all(s.config == "A" for s in shapes.level_shapes(["A"], "cuda"))
+
+
+# measuring
+
+
+def in_tiny_configuration(monkeypatch):
+    tiny = shapes.SMALL["C"].model | dict(dim=16, depth=1, seq_len=128, window_sizes=8)
+    monkeypatch.setattr(shapes, "configs", lambda device: {"C": shapes.Config(1, tiny)})
+
+
+def row_of(bench, **arguments) -> dict:
+    pedantic = lambda fn, rounds, warmup_rounds: [fn() for _ in range(rounds + warmup_rounds)]
+    benchmark = SimpleNamespace(extra_info={}, pedantic=pedantic)
+    bench(benchmark, **arguments)
+    return benchmark.extra_info
+
+
+def train(provider: str) -> dict:
+    return row_of(
+        bench_model.bench_model, config="C", provider=provider, wait_for_turn=lambda: None
+    )
+
+
+def test_floor_is_products_and_adamw(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    row = train("floor")
+    assert row["ms"] == pytest.approx(row["gemm_ms"] + row["adamw_ms"])
+    assert min(row["gemm_ms"], row["adamw_ms"]) > 0
+    assert row["tokens_per_s"] == pytest.approx(128 / row["ms"] * 1e3)
+    model = Upstream(**shapes.configs(DEVICE)["C"].model)
+    assert row["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_computes_something_else_is_not_timed(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    load = bench_model.load
+
+    def wrong(*args):
+        model = load(*args)
+        torch.nn.init.normal_(model.to_logits.weight)
+        return model
+
+    row = train("reference")
+    assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-3)
+    monkeypatch.setattr(bench_model, "load", wrong)
+    with pytest.raises(ValueError, match=r"loss \d+\.\d+ disagrees with the reference's \d\.\d+"):
+        train("reference")
+
+
+def test_generation_is_counted_in_tokens(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    row = row_of(bench_generate.bench_generate, config="C", provider="reference")
+    assert row["tokens_per_s"] == pytest.approx(1e3 / row["ms_per_token"])
+    assert row["weight_bytes"] == shapes.weight_bytes(shapes.configs(DEVICE)["C"])
+
+
+@pytest.mark.parametrize(
+    "variant, forward, backward", [("layer, no shift", 2, 3), ("rms", 4, 4)], ids=str
+)
+def test_an_op_is_counted_in_bytes(variant, forward, backward):
+    shape = shapes.LevelShape("C", 2, 8, 16, 2)
+    bench = bench_norm_token_shift.bench_norm_token_shift
+    row = row_of(bench, shape=shape, variant=variant, provider="reference")
+    tensor = 2 * 8 * 16 * DTYPE.itemsize
+    assert row["forward_bytes"] == forward * tensor and row["backward_bytes"] == backward * tensor
+    assert row["forward_ms"] > 0
+
+
+def test_agreement_is_relative_to_the_norm():
+    reference = [torch.ones(4), torch.tensor([3.0, 4.0])]
+    check_agreement([torch.ones(4), torch.tensor([3.0, 4.04])], reference, bound=1e-2)
+    with pytest.raises(ValueError, match=r"gradient 1 is 2\.0e-02 off the reference, bound 1e-02"):
+        check_agreement([torch.ones(4), torch.tensor([3.0, 4.1])], reference, bound=1e-2)
+    with pytest.raises(ValueError, match="output or gradient 0 is nan off"):
+        check_agreement([torch.full((4,), torch.nan), reference[1]], reference, bound=1e-2)
+
+
+def test_a_process_that_ends_early_is_a_row(tmp_path):
+    [(job, [row])] = runner.run([runner.Job("model", ("A",), "fused")], tmp_path, tmp_path, 0.2)
+    assert row == {
+        "bench": "model",
+        "config": "A",
+        "provider": "fused",
+        "error": "exit status -9: no result within 0 s",
+    }
+
+
+def test_the_command_on_a_cpu(tmp_path):
+    """With a provider that works, one that fails and one that cannot run here."""
+    peer = tmp_path / "peer" / "simple_hierarchical_transformer.py"
+    peer.parent.mkdir()
+    peer.write_text("raise ImportError('broken\\npeer')")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks", "model", "--config", "C", "--compile-jobs", "2"]
+    command += ["--provider", "upstream", "reference", "fused"]
+    command += ["--out", out, "--commit", "cafe"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(peer.parent)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr  # one failed
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["small_shapes"] and results["commit"] == "cafe"
+    assert results["machine"]["torch"] == torch.__version__
+    assert results["machine"].keys() >= {"gpu", "driver", "torch", "triton", "cuda", "python"}
+    assert results["copy_gb_per_s"] > 0.1 and results["matmul_tflop_per_s"] > 1e-4
+
+    rows = {row["provider"]: row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == 3
+    assert rows["upstream"]["error"] == "ImportError: broken peer"
+    assert "TRITON_INTERPRET=1" in rows["fused"]["error"]
+    row = rows["reference"]
+    assert row.items() >= {"bench": "model", "config": "C", "commit": "cafe", "batch": 2}.items()
+    assert row["ms"] > 0 and row["tokens_per_s"] == pytest.approx(2 * 128 / row["ms"] * 1e3)
+    assert row["caches"] == "cold" and row["first_steps_s"] > 0
+    assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
+
+    assert "SMALL SHAPES ON A CPU" in done.stdout and report.tables(results) in done.stdout
+    assert (out / "model.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner.Job, "compiles", True)  # no need to wait for Inductor
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    jobs = [runner.Job("model", (config,), "reference") for config in "BC"]
+    rows = [row for _, rows in runner.run(jobs, tmp_path, tmp_path, 200, 2) for row in rows]
+    assert sorted(row["config"] for row in rows) == ["B", "C"]
+    assert all(row["ms"] > 0 and row["caches"] == "cold, side by side" for row in rows), rows
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["model B reference ...", "model C reference ..."]
+    assert sorted(lines[2:]) == ["model B reference compiled", "model C reference compiled"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
+        (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
+        (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),
+        (["model", "--config", "A", "--provider", "floor-folded"], "--provider: floor-folded does"),
+        (["model", "--config", "C", "--out", __file__], f"--out: {__file__}: "),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(arguments, message):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+# reporting
+
+
+def test_tables(results_file, capsys):
+    cli.main(["table", str(results_file)])
+    text = capsys.readouterr().out
+    assert text.startswith(f"{TITLE} (commit abc, def; 2030-01-02)\n\n**Train step; ")
+    assert cells(text) == [cells(table)[0] for table in TABLES]
+    assert "\n\n- A fused: OutOfMemoryError: much\n\n" in text
+
+
+def test_a_table_is_aligned_markdown():
+    lines = [{"name": "long", "time (ms)": "1.00"}, {"name": "x", "time (ms)": "20.0"}]
+    assert report.aligned(lines).splitlines() == [
+        "| name | time (ms) |",
+        "| ---- | --------: |",
+        "| long |      1.00 |",
+        "| x    |      20.0 |",
+    ]
+
+
+def test_tables_go_between_the_markers_of_a_readme(results_file, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# shtx\n{report.BEGIN}\nold\n{report.END}\nend\n")
+    for _ in range(2):
+        cli.main(["table", str(results_file), "--write", str(readme)])
+        text = capsys.readouterr().out
+        assert readme.read_text() == f"# shtx\n{report.BEGIN}\n{text}{report.END}\nend\n"
+    readme.write_text("# shtx\n")
+    with pytest.raises(SystemExit, match="lacks <!-- benchmarks:begin -->"):
+        cli.main(["table", str(results_file), "--write", str(readme)])
+    assert readme.read_text() == "# shtx\n"
+
+
+def test_results_are_joined(results_file, tmp_path):
+    later = RESULTS | {"rows": [RESULTS["rows"][1] | {"ms": 24.0, "commit": "new"}]}
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    files = [str(results_file), str(tmp_path / "later.json")]
+    cli.main(["table", *files, "--out", str(tmp_path / "both")])
+    joined = report.read(tmp_path / "both" / "results.json")
+    assert len(joined["rows"]) == len(RESULTS["rows"])
+    assert [r["ms"] for r in joined["rows"] if r.get("ms") and r["provider"] == "fused"] == [24.0]
+    assert {file.name for file in (tmp_path / "both").iterdir()} == {
+        "results.json",
+        "model.png",
+        "generate.png",
+    }
+
+    other = RESULTS | {"machine": RESULTS["machine"] | {"gpu": "GPU Y"}}
+    (tmp_path / "later.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="two machines .* gpu was GPU X, is GPU Y"):
+        cli.main(["table", *files])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}'])
+def test_damaged_results_are_named(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="x.json does not hold benchmark results"):
+        cli.main(["table", str(path)])
+    with pytest.raises(SystemExit, match="missing.json: No such file"):
+        cli.main(["table", str(tmp_path / "missing.json")])
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, "-"), (0.0123, "0.012"), (0.5, "0.500"), (4.254, "4.25"), (78.04, "78.0")]
+    + [(211.4, "211"), (65536.2, "65,536")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_readme_shows_the_committed_results(capsys):
+    readme = ROOT / "README.md"
+    shown = readme.read_text() if readme.exists() else ""
+    if report.BEGIN not in shown:
+        return
+    text = ""
+    if list((ROOT / "benchmarks" / "results").glob("*.json")):
+        cli.main(["table"])
+        text = capsys.readouterr().out.strip("\n")
+    assert shown == report.splice(shown, text)
