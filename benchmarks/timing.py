@@ -114,7 +114,7 @@ def time_op(benchmark, op: Callable, reference: Callable, make: Callable) -> tup
     copies = 2
     if DEVICE == "cuda":
         l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-        copies += 4 * l2_bytes // sum(t.nbytes for t in first[0])
+        copies += min(64, 4 * l2_bytes // sum(t.nbytes for t in first[0]))
     sets = [make_set() for _ in range(copies)]
     forward = graphed([lambda inputs=inputs: op(*inputs) for inputs, _ in sets])
     both = graphed([lambda s=s: forward_backward(op, *s) for s in sets])

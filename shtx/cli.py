@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     if verb == "info":
-        from .info import main as info
+        from shtx.info import main as info
 
         return info(rest)
     if verb == "train":
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(argv: list[str]) -> int:
-    from .train import TrainError
-    from .train.run import main as train
+    from shtx.train import TrainError
+    from shtx.train.run import main as train
 
     try:
         return train(argv)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import HierarchicalTransformer, __version__, ops
+from shtx import HierarchicalTransformer, __version__, ops
 
 # relative to the reference's norm; fp32 differs in the order of sums alone
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

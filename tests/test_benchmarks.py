@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -8,14 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT, child_environment
 from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as cli
 from benchmarks import bench_generate, bench_model, bench_norm_token_shift, report, runner, shapes
 from benchmarks.timing import DEVICE, DTYPE, check_agreement
-
-ROOT = Path(__file__).parent.parent
 
 RESULTS = {
     "commit": "abc",
@@ -225,8 +223,7 @@ def test_the_command_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "model", "--config", "C", "--compile-jobs", "2"]
     command += ["--provider", "upstream", "reference", "fused"]
     command += ["--out", out, "--commit", "cafe"]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(peer.parent)}
+    env = child_environment(peer.parent, CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr  # one failed
 

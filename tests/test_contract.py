@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -10,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, ROOT, child_environment
 
 import shtx_kernels
 from shtx import HierarchicalTransformer, ops
 from shtx_kernels import reference
 
-ROOT = Path(__file__).parent.parent
 KERNEL_FILES = sorted((ROOT / "shtx_kernels").glob("[a-z_]*.py"))
 OP_FILES = [ROOT / "shtx_kernels" / f"{op}.py" for op in shtx_kernels.__all__]
 
@@ -33,10 +31,10 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def run(code: str, **env) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+def run(code: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
     return subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+        command, env=child_environment(ROOT), cwd=ROOT, capture_output=True, text=True
     )
 
 

@@ -2,14 +2,12 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, child_environment
 
-ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block may have
 
 
@@ -32,10 +30,10 @@ def kernels_written() -> set[str]:
     ],
 )
 def test_compiles(target, dtype):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     command = [sys.executable, "tests/offline.py", *target.split(), dtype]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=ROOT, env=child_environment(ROOT), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == kernels_written()

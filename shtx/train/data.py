@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import TrainError
-from .files import publish, sha256
+from shtx.train import TrainError
+from shtx.train.files import publish, sha256
 
 PACKED = (".gz", ".zip")
 BLOCK = 1 << 20  # bytes
@@ -32,18 +32,19 @@ class Corpus:
         held_out = size // 10
         if held_out < seq_len + 1:  # the other part is longer
             raise TrainError(
-                f"--data: {size:,} bytes are too few: the last tenth is for validation and must hold"
-                f" seq_len + 1 = {seq_len + 1:,} bytes"
+                f"--data: {size:,} bytes are too few: the last tenth, for validation, must have"
+                f" at least seq_len + 1 = {seq_len + 1:,}"
             )
-        self.seq_len = seq_len
+        self.path, self.seq_len = path, seq_len
         self.identity = {"bytes": size, "sha256": sha256(path)}
         data = np.memmap(path, dtype=np.uint8, mode="r")
         self.train, self.val = data[: size - held_out], data[size - held_out :]
 
     def batch(self, seed: int, step: int, size: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """The share of `rank` in the `size` training sequences of a step: (size // world, seq_len + 1) uint8.
+        """The share of `rank` in the `size` training sequences of a step.
 
-        The shares of all ranks, in order, are the batch that one process would get.
+        Returns:
+            (size // world, seq_len + 1) uint8; the ranks' in order are what one process gets.
         """
         draws = np.random.Philox(key=seed, counter=[0, 0, 0, step]).random_raw(size)
         starts = draws % np.uint64(len(self.train) - self.seq_len)
@@ -63,7 +64,7 @@ def prepare(source: Path | None, out: Path, seq_len: int, expected: dict | None 
     """The corpus of a run. What has no file of its own is written to `out`/data.bin, or not at all.
 
     Args:
-        source: a raw file, a .gz, or a .zip with one member; None means the sources of this Python's
+        source: a raw file, or a .gz or a .zip with one member; None: the sources of this Python's
             standard library.
         out: the directory of the run, which exists.
         seq_len: see Corpus.
@@ -74,9 +75,7 @@ def prepare(source: Path | None, out: Path, seq_len: int, expected: dict | None 
     """
     kept = out / "data.bin"
     if source is not None and not source.is_file():
-        raise TrainError(
-            f"--data {source}: {'not a file' if source.exists() else 'no such file'}"
-        )
+        raise TrainError(f"--data {source}: {'not a file' if source.exists() else 'no such file'}")
     if source is not None and source.suffix.lower() not in PACKED:
         return _open(source, seq_len, expected)
     if source is None and expected is not None and kept.is_file():
@@ -88,6 +87,7 @@ def prepare(source: Path | None, out: Path, seq_len: int, expected: dict | None 
                 file.write(block)
         corpus = _open(temporary, seq_len, expected)
         publish(temporary, kept)
+        corpus.path = kept
     finally:
         temporary.unlink(missing_ok=True)
     return corpus
@@ -97,9 +97,9 @@ def _open(path: Path, seq_len: int, expected: dict | None) -> Corpus:
     corpus = Corpus(path, seq_len)
     if expected not in (None, corpus.identity):
         raise TrainError(
-            f"--data: the bytes changed since the run began: {expected['bytes']:,} bytes with sha256"
-            f" {expected['sha256'][:12]} were expected, got {corpus.identity['bytes']:,} with"
-            f" {corpus.identity['sha256'][:12]}"
+            f"--data: the bytes changed since the run began: then {expected['bytes']:,} with sha256"
+            f" {expected['sha256'][:12]}..., now {corpus.identity['bytes']:,} with"
+            f" {corpus.identity['sha256'][:12]}..."
         )
     return corpus
 

@@ -1,0 +1,210 @@
+"""The settings of a run: flags over a preset, or over the settings of the run that is resumed."""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from shtx.train import TrainError
+from shtx.train.checkpoint import Checkpoint, load
+
+DESCRIPTION = """\
+Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
+
+Examples:
+  shtx train
+  shtx train --data enwik8.zip --steps 20000 --out runs/enwik8
+  shtx train --preset gpu --precision bf16-mixed --batch-size 4
+  shtx train --hierarchies 1 2 8 --hierarchical-stride 1 2 8 --window-sizes 32 64 None
+  shtx train --resume runs/enwik8 --steps 40000
+  torchrun --nproc-per-node 8 -m shtx train --batch-size 64
+"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Arguments of HierarchicalTransformer; a tuple has a value a level, or one for all."""
+
+    dim: tuple[int, ...]
+    """Width."""
+    depth: int
+    """Layers."""
+    seq_len: int
+    """Bytes the model sees at once."""
+    hierarchies: tuple[int, ...]
+    """Compression of each level: different powers of two."""
+    hierarchical_stride: tuple[int, ...] = (1,)
+    """Bytes per token of the level; 1 for the level that predicts."""
+    window_sizes: tuple[int | None, ...] = (None,)
+    """Tokens of the level that a token looks back on; None: all, 0: no attention."""
+    dim_head: tuple[int, ...] = (64,)
+    """Width of an attention head."""
+    heads: tuple[int, ...] = (8,)
+    """Attention heads."""
+    ff_mult: tuple[float, ...] = (4,)
+    """Inner width of the feed-forward over --dim."""
+    hierarchy_merge_all: bool = False
+    """Merge into all levels rather than the predicting one alone."""
+    predict_hierarchy: int | None = None
+    """The level that predicts; None: the least compressed."""
+    predict_use_all_hierarchy: bool = False
+    """Predict from all levels side by side."""
+    recon_loss_weight: float = 0.1
+    """Of the loss that reconstructs the bytes of a level token; 0 leaves it out."""
+    hierarchical_ar_loss_weight: float = 0.25
+    """Of the loss that predicts the next token of a level."""
+
+    def arguments(self) -> dict:
+        """As HierarchicalTransformer takes them, for bytes."""
+        given = {
+            k: v[0] if isinstance(v, tuple) and len(v) == 1 else v for k, v in asdict(self).items()
+        }
+        return dict(num_tokens=256, ignore_index=-1, **given)  # -1: no byte is left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """What to train on: raw bytes, or a .gz or a .zip with one member, unpacked into --out; by
+    default the sources of this Python's standard library. The last tenth is for validation."""
+    preset: Literal["cpu", "gpu"]
+    """Where settings that are not given come from; gpu if there is one."""
+    steps: int
+    """Steps in all, those before --resume included."""
+    batch_size: int
+    """Sequences a step, over all processes."""
+    lr: float
+    """Peak learning rate: a short warmup leads to it, a cosine away from it."""
+    precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
+    """Of matrix products; weights are fp32."""
+    impl: Literal["auto", "fused", "reference"] = "auto"
+    """Fused ops, reference ops, or whichever suits the device."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, and the sample."""
+    device: str
+    """cpu, cuda, cuda:1, ..."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where metrics, checkpoints and the plot go; by default runs/ and the time."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Continue the run in this directory from its newest checkpoint, or from this checkpoint of it,
+    giving up the later ones. The settings are those of the run; --steps may be raised."""
+    log_every: int = 10
+    """Steps between lines of progress."""
+    eval_every: int
+    """Steps between validations."""
+    eval_sequences: int
+    """Validation sequences, evenly spaced."""
+    save_every: int
+    """Steps between checkpoints, of which the newest two are kept."""
+    model: tyro.conf.OmitArgPrefixes[Model]
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "eval_sequences",
+        ):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise TrainError(f"--lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.seed < 2**63:
+            raise TrainError(f"--seed must be in [0, 2^63), got {self.seed}")
+
+    def to_json(self) -> dict:
+        """What a resumed run needs; its place is not part of it."""
+        data = str(self.data.resolve()) if self.data else None
+        return asdict(replace(self, out=None, resume=None)) | {"data": data}
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Config":
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
+        data = Path(values["data"]) if values["data"] else None
+        return cls(**values | {"data": data, "model": Model(**tuples)})
+
+
+PRESETS = {
+    "cpu": Config(
+        preset="cpu",
+        device="cpu",
+        precision="fp32",
+        steps=700,
+        batch_size=8,
+        lr=6e-3,
+        eval_every=175,
+        eval_sequences=512,
+        save_every=350,
+        model=Model(
+            dim=(128,),
+            depth=2,
+            seq_len=128,
+            dim_head=(32,),
+            heads=(4,),
+            ff_mult=(2,),
+            hierarchies=(1, 4),
+            hierarchical_stride=(1, 4),
+            window_sizes=(32, None),
+        ),
+    ),
+    "gpu": Config(
+        preset="gpu",
+        device="cuda",
+        precision="bf16-mixed",
+        steps=2000,
+        batch_size=8,
+        lr=3e-4,
+        eval_every=250,
+        eval_sequences=64,
+        save_every=500,
+        model=Model(dim=(1024,), depth=8, seq_len=2048, hierarchies=(1, 2), window_sizes=(32, 64)),
+    ),
+}
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(argv: list[str]) -> tuple[Config, Checkpoint | None]:
+    """The settings the arguments ask for, and the checkpoint to start from if they name one.
+
+    Raises:
+        TrainError: no such checkpoint, or a setting that a resumed run cannot change.
+        SystemExit: wrong usage, or help.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?")
+    first.add_argument("--resume", nargs="?", type=Path)
+    chosen, _ = first.parse_known_args(argv)
+
+    if chosen.resume is None:
+        base = PRESETS.get(chosen.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
+        return tyro.cli(
+            Config, default=base, args=argv, prog="shtx train", description=DESCRIPTION
+        ), None
+
+    checkpoint = load(chosen.resume.resolve())
+    run = replace(Config.from_json(checkpoint.config["run"]), out=checkpoint.path.parents[1])
+    config = tyro.cli(Config, default=run, args=argv, prog="shtx train", description=DESCRIPTION)
+    _refuse_changes(run, config)
+    return config, checkpoint
+
+
+def _refuse_changes(run: Config, config: Config) -> None:
+    """The data may have moved, what it is gets checked later."""
+    if config.steps < run.steps:
+        raise TrainError(f"--steps {config.steps} is less than the run's {run.steps}")
+    was, asked = ({**vars(c), **vars(c.model)} for c in (run, config))
+    asked["out"] = asked["out"] and asked["out"].resolve()
+    for name in was.keys() - {"model", "steps", "data", "resume"}:
+        if asked[name] != was[name]:
+            raise TrainError(
+                f"{flag(name)} {asked[name]} is not the run's {was[name]}: resuming keeps it"
+            )

@@ -1,0 +1,107 @@
+"""The loop of a run: steps, records, checkpoints, and how it stops."""
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shtx import __version__
+from shtx.train import TrainError
+from shtx.train.checkpoint import save
+from shtx.train.metrics import Metrics
+from shtx.train.progress import Display
+from shtx.train.trainer import Trainer, learning_rate
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM while the context lasts; a second SIGINT interrupts as usual."""
+
+    signum = 0
+
+    def __enter__(self) -> "Stop":
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum, frame) -> None:
+        self.signum = signum
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def fit(trainer: Trainer, done: int, display: Display, out: Path) -> int:
+    """Train from step `done` to the end, or to a signal; record and save on the way.
+
+    Returns:
+        the number of the signal, 0 at the end.
+
+    Raises:
+        TrainError: the loss or a gradient is not finite any more. Checkpoints are from before.
+        OSError: something cannot be written. The checkpoints before are whole.
+    """
+    config, first = trainer.config, trainer.rank == 0
+    metrics = Metrics(out / "metrics.jsonl", done) if first else None
+    description = {
+        "run": config.to_json(),
+        "data": trainer.corpus.identity,
+        "versions": {"shtx": __version__, "torch": torch.__version__},
+    }
+    tokens = config.batch_size * config.model.seq_len
+
+    def record(losses: list[Tensor], seconds: float) -> None:
+        speed = len(losses) * tokens / seconds
+        start = done - len(losses)
+        for step, (loss, ce, norm) in enumerate(trainer.gather(losses), start):
+            # a gradient that overflows fp16 is the scaler's business
+            if not math.isfinite(loss if trainer.scaler.is_enabled() else loss + norm):
+                raise TrainError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped, nothing of it is"
+                    " saved; a smaller --lr may help"
+                )
+            row = dict(loss=loss, bits_per_byte=ce / math.log(2), tokens_per_second=speed)
+            if first:
+                metrics.append(step=step + 1, lr=learning_rate(config, step), **row)
+        display.step(done, **row)
+
+    def validate() -> None:
+        bits = trainer.evaluate()
+        display.say(f"step {done}/{config.steps}: validation {bits:.3f} bits per byte")
+        if first:
+            metrics.append(step=done, val_bits_per_byte=bits)
+
+    def keep() -> None:
+        weights = trainer.model.state_dict()
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise TrainError(
+                f"step {done}: a weight is not finite: stopped, nothing of it is saved"
+            )
+        if first:
+            metrics.sync()
+            save(out, done, description, weights, trainer.state())
+
+    with Stop() as stop:
+        if done == 0:
+            validate()
+        losses, signum, clock = [], 0, time.perf_counter()
+        while done < config.steps and not signum:
+            losses.append(trainer.step(done))
+            done += 1
+            log, evaluate, checkpoint = (
+                done == config.steps or done % every == 0
+                for every in (config.log_every, config.eval_every, config.save_every)
+            )
+            if trainer.world == 1 or log:
+                signum = trainer.agree(stop.signum)
+            if log or evaluate or checkpoint or signum:
+                record(losses, time.perf_counter() - clock)
+                if evaluate:
+                    validate()
+                if checkpoint or signum:
+                    keep()
+                losses, clock = [], time.perf_counter()
+    return signum

@@ -1,0 +1,138 @@
+"""`shtx train`, from its arguments to what a run leaves."""
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from shtx import __version__, ops
+from shtx.train import TrainError
+from shtx.train.config import Config, parse
+from shtx.train.data import Corpus, prepare
+from shtx.train.loop import fit
+from shtx.train.metrics import plot
+from shtx.train.progress import Display, printable
+from shtx.train.trainer import Trainer, build
+
+
+def main(argv: list[str]) -> int:
+    """Train as the arguments say.
+
+    Returns:
+        the exit status: 0, or 128 and the number of the signal that stopped it.
+
+    Raises:
+        TrainError, OSError: in one line what went wrong.
+    """
+    config, checkpoint = parse(argv)
+    device, rank, world = place(config)
+    model = build(config, device)
+    expected = checkpoint and checkpoint.config["data"]
+    out = corpus = None
+    if rank == 0:
+        out, corpus = open_run(config, expected)
+    if world > 1:
+        path = [corpus and corpus.path]
+        dist.broadcast_object_list(path)
+        corpus = corpus or Corpus(path[0], config.model.seq_len)
+    trainer = Trainer(config, corpus, model, rank, world)
+    done = 0
+    if checkpoint:
+        trainer.restore(checkpoint)
+        done = checkpoint.step
+
+    display = Display(config.steps, done, quiet=rank > 0)
+    display.say(summary(trainer, out))
+    try:
+        with display:
+            signum = fit(trainer, done, display, out)
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            "out of GPU memory: lower --batch-size or --seq-len, or take --precision bf16-mixed"
+        ) from error
+    if signum:
+        display.say(f"stopped and saved; to go on: shtx train --resume {out}")
+    elif rank == 0:
+        plot(out / "metrics.jsonl", out / "loss.png")
+        prompt, text = trainer.sample()
+        display.say(
+            f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
+        )
+        display.say(f"metrics, checkpoints and loss.png: {out}")
+    if world > 1:
+        dist.destroy_process_group()
+    return 128 + signum if signum else 0
+
+
+def place(config: Config) -> tuple[torch.device, int, int]:
+    """Device, rank, number of processes; torch.distributed is initialized if these are several."""
+    rank, world = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise TrainError(f"--device must be cpu, cuda or cuda:N, got {config.device}") from None
+    if config.batch_size % world:
+        raise TrainError(
+            f"--batch-size must be a multiple of the {world} processes, got {config.batch_size}"
+        )
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+        if index >= torch.cuda.device_count():
+            raise TrainError(
+                f"--device {device}: {torch.cuda.device_count()} GPUs that PyTorch can use;"
+                " --preset cpu needs none"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    return device, rank, world
+
+
+def open_run(config: Config, expected: dict | None) -> tuple[Path, Corpus]:
+    """The directory of the run and its data; no trace of either if one of them cannot be had."""
+    out = config.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if config.resume is None and any(
+        (out / name).exists() for name in ("metrics.jsonl", "checkpoints")
+    ):
+        raise TrainError(
+            f"--out {out}: holds a run; continue it with --resume {out}, or name another"
+        )
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"--out {out}: {error.strerror}") from error
+    try:
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise TrainError(f"--out {out}: not writable")
+        return out, prepare(config.data, out, config.model.seq_len, expected)
+    except BaseException:
+        if made:
+            out.rmdir()
+        raise
+
+
+def summary(trainer: Trainer, out: Path | None) -> str:
+    config, corpus, device = trainer.config, trainer.corpus, trainer.device
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    kind = "fused" if trainer.model.ops_for(device) is ops.FUSED else "reference"
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    return (
+        f"shtx {__version__}, torch {torch.__version__}, {trainer.world} x {device.type} ({name}),"
+        f" {config.precision}, {kind} ops\n"
+        f"{parameters / 1e6:.2f}M parameters, {config.batch_size} sequences of"
+        f" {config.model.seq_len} bytes a step\n"
+        f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.val) / 1e6:.1f} MB for"
+        f" validation; results go to {out}"
+    )

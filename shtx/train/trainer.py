@@ -1,0 +1,147 @@
+"""A model and its optimizer: a step, a validation, a sample."""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from shtx import HierarchicalTransformer
+from shtx.train import TrainError
+from shtx.train.checkpoint import Checkpoint
+from shtx.train.config import Config
+from shtx.train.data import Corpus
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
+CLIP = 1.0  # gradient norm
+WARMUP = 0.05  # of the steps
+PROMPT, SAMPLE = 64, 256  # bytes
+
+
+def build(config: Config, device: torch.device) -> HierarchicalTransformer:
+    """The model of the settings, with the initial weights of their seed."""
+    torch.manual_seed(config.seed)
+    try:
+        model = HierarchicalTransformer(impl=config.impl, **config.model.arguments())
+        model.ops_for(device)
+    except (ValueError, TypeError) as error:
+        raise TrainError(" ".join(str(error).split())) from error
+    return model.to(device)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of update `step`, counted from 0: a linear warmup, then a cosine that ends near 0."""
+    warmup = max(1, round(WARMUP * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (0.51 + 0.49 * math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+
+
+class Trainer:
+    """A model, its optimizer, and what is done with them, by one of `world` processes.
+
+    Args:
+        config: the settings.
+        corpus: the data.
+        model: from `build`, on the device of this process.
+        rank, world: of torch.distributed, which is initialized if world > 1.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        model: HierarchicalTransformer,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.config, self.corpus, self.model = config, corpus, model
+        self.rank, self.world, self.device = rank, world, model.device
+        self.parallel = DistributedDataParallel(model) if world > 1 else model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.precision == "fp16-mixed"
+        )
+
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def ids(self, sequences: np.ndarray) -> Tensor:
+        return torch.from_numpy(sequences).to(self.device).long()
+
+    def step(self, step: int) -> Tensor:
+        """One update, number `step`, counted from 0.
+
+        Returns:
+            (3,) of this process, on its device: loss, cross entropy in nats, gradient norm.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        batch = self.corpus.batch(config.seed, step, config.batch_size, self.rank, self.world)
+        with self.autocast():
+            loss, (ce, *_) = self.parallel(self.ids(batch), return_loss=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return torch.stack((loss.detach(), ce.detach(), norm))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Bits per byte of the validation sequences."""
+        self.model.eval()
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        windows = self.corpus.windows(self.config.eval_sequences)
+        share = self.config.batch_size // self.world
+        for start in range(self.rank * share, len(windows), self.world * share):
+            ids = self.ids(windows[start : start + share])
+            with self.autocast():
+                logits = self.model(ids[:, :-1])
+            nats += F.cross_entropy(
+                logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            )
+        if self.world > 1:
+            dist.all_reduce(nats)
+        self.model.train()
+        return nats.item() / windows[:, 1:].size / math.log(2)
+
+    def sample(self) -> tuple[bytes, bytes]:
+        """The start of the validation data, and how the model goes on."""
+        prompt = self.corpus.val[: min(PROMPT, self.config.model.seq_len)]
+        torch.manual_seed(self.config.seed)
+        with self.autocast():
+            ids = self.model.generate(self.ids(prompt.copy())[None], SAMPLE)
+        return prompt.tobytes(), bytes(ids[0].tolist())
+
+    def gather(self, losses: list[Tensor]) -> list[list[float]]:
+        """What `step` returned, averaged over the processes; waits for the device."""
+        rows = torch.stack(losses)
+        if self.world > 1:
+            dist.all_reduce(rows)
+            rows /= self.world
+        return rows.tolist()
+
+    def agree(self, signum: int) -> int:
+        """The number of the signal that any process got, 0 if none did."""
+        if self.world > 1:
+            most = torch.tensor(signum, device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            signum = int(most)
+        return signum
+
+    def state(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.model.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        self.scaler.load_state_dict(checkpoint.state["scaler"])

@@ -1,0 +1,130 @@
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from shtx import ops
+from shtx.cli import TRAIN_EXTRA, main
+
+CORE_ALONE = f"""
+import sys
+for name in {(*TRAIN_EXTRA, "triton")}:
+    sys.modules[name] = None  # as if it were not installed
+import shtx
+assert not [name for name in sys.modules if name.startswith(("shtx.train", "shtx.cli"))]
+from shtx.cli import main
+assert main(["info", "--check"]) == 0
+assert main(["train"]) == 1
+"""
+
+
+def test_core_alone_imports_and_informs():
+    done = subprocess.run([sys.executable, "-c", CORE_ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Triton is not installed" in done.stdout
+    assert done.stderr.splitlines()[-1] == (
+        "shtx train: error: tyro, rich, safetensors, matplotlib, numpy not installed:"
+        ' pip install "shtx[train]"'
+    )
+
+
+def test_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shtx", "fly"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_module("shtx", run_name="__main__")
+    assert capsys.readouterr().err == (
+        "shtx: error: unknown verb 'fly'; the verbs are train and info\n"
+    )
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help(argv, capsys):
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "shtx train --data enwik8.zip" in text and "shtx info --check" in text
+
+
+def test_train_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "shtx train --resume runs/enwik8" in text and "torchrun" in text
+    for flag in (
+        "--data --preset --steps --batch-size --lr --precision --impl --seed --out --resume"
+        " --device"
+        " --dim --depth --seq-len --dim-head --heads --ff-mult --hierarchies --window-sizes"
+        " --hierarchical-stride --hierarchy-merge-all --predict-hierarchy"
+        " --predict-use-all-hierarchy --recon-loss-weight --hierarchical-ar-loss-weight"
+    ).split():
+        assert f"{flag} " in text or f"{flag}," in text, flag
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--precision fp8", "fp8"),
+        ("--steps many", "many"),
+        ("--stepz 3", "--stepz"),
+        ("--preset huge", "huge"),
+        ("extra", "extra"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *arguments.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_interrupt_before_the_first_step(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shtx.train.run.main", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "shtx train: interrupted\n"
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == "shtx Python torch Triton CUDA device".split()
+    assert lines[2].split()[1] == torch.__version__
+    table = {line.split()[0]: line for line in lines[8:]}
+    assert table.keys() == set(ops.REFERENCE_OPS)
+    for name, line in table.items():
+        assert ("has no fused form" in line) == (name not in ops.FUSED_OPS)
+
+
+def test_check_agrees(capsys):
+    assert main(["info", "--check"]) == 0
+    table = capsys.readouterr().out.split("relative error", 1)[1].splitlines()[1:]
+    assert {line.split()[0] for line in table} == set(ops.FUSED_OPS)
+    assert all(line.endswith("ok") for line in table)
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+@pytest.mark.parametrize("gradients_alone", [False, True])
+def test_check_finds_a_wrong_op(factor, gradients_alone, monkeypatch, capsys):
+    class Wrong(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone() if gradients_alone else x * factor)
+        backward = staticmethod(lambda ctx, dx: dx * factor)
+
+    right = ops.FUSED.norm_token_shift
+
+    def wrong(x, *args, **kwargs):
+        r, y = right(x, *args, **kwargs)
+        return r, Wrong.apply(y)
+
+    monkeypatch.setattr(ops.FUSED, "norm_token_shift", wrong)
+    assert main(["info", "--check"]) == 1
+    assert "DISAGREES" in capsys.readouterr().out
+
+
+def test_check_where_fused_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "why_not_fused", lambda device: "it is too cold")
+    assert main(["info", "--check"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("it is too cold") == len(ops.FUSED_OPS) + 1
+    assert text.endswith("nothing to check: it is too cold\n")

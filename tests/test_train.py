@@ -1,0 +1,493 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, child_environment
+
+from shtx.cli import main
+from shtx.train import TrainError
+from shtx.train.checkpoint import load
+from shtx.train.config import PRESETS, Config, Model, parse
+from shtx.train.data import Corpus
+from shtx.train.loop import Stop
+from shtx.train.metrics import Metrics, read
+from shtx.train.progress import printable
+from shtx.train.trainer import Trainer, build, learning_rate
+
+TINY = (
+    "--preset cpu --dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 32 --window-sizes 8 None"
+    " --batch-size 4 --steps 12 --log-every 5 --eval-every 6 --save-every 4 --eval-sequences 8"
+).split()
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Lines with something to learn in them."""
+    path = tmp_path_factory.mktemp("data") / "text"
+    numbers = np.random.default_rng(0).integers(0, 1000, 2000)
+    path.write_text("".join(f"line {n} is followed by {n + 1}\n" for n in numbers))
+    return path
+
+
+def train(text, out, *arguments):
+    return main(["train", *TINY, "--data", str(text), "--out", str(out), *arguments])
+
+
+def resume(path, *arguments):
+    return main(["train", "--resume", str(path), *arguments])
+
+
+def rows(run):
+    """All that does not depend on time."""
+    return [
+        {k: v for k, v in row.items() if k != "tokens_per_second"}
+        for row in read(run / "metrics.jsonl")
+    ]
+
+
+def assert_same_end(run, other):
+    """To the last bit."""
+    for name in ("model.safetensors", "optimizer.pt"):
+        a, b = (load(path).path / name for path in (run, other))
+        assert a.read_bytes() == b.read_bytes(), name
+    assert load(run).step == load(other).step
+    assert rows(run) == rows(other)
+
+
+# what a run does
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert train(text, out) == 0
+    return out
+
+
+def test_metrics(run):
+    metrics = read(run / "metrics.jsonl")
+    losses = [row for row in metrics if "loss" in row]
+    assert [row["step"] for row in losses] == list(range(1, 13))
+    assert losses[0].keys() == {"step", "lr", "loss", "bits_per_byte", "tokens_per_second"}
+    assert all(0 < row["bits_per_byte"] * math.log(2) < row["loss"] for row in losses)
+    validations = {
+        row["step"]: row["val_bits_per_byte"] for row in metrics if "val_bits_per_byte" in row
+    }
+    assert list(validations) == [0, 6, 12]
+    assert 7.5 < validations[0] < 9.5
+    assert validations[12] < validations[6] < validations[0]
+
+
+def test_plot(run):
+    from matplotlib.image import imread
+
+    picture = imread(run / "loss.png")
+    assert picture.shape == (600, 1050, 4)
+    assert picture[..., :3].std() > 0.05
+
+
+def test_raw_data_is_not_copied(run):
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000008", "step-000012"]
+
+
+def test_output(text, tmp_path, capsys):
+    outputs = []
+    for out in ("a", "b"):
+        assert train(text, tmp_path / out) == 0
+        outputs.append(capsys.readouterr().out)
+    lines = outputs[0].splitlines()
+    assert lines[0].startswith("shtx 0.1.0, torch ") and "fp32, reference ops" in lines[0]
+    assert lines[3].startswith("step 0/12: validation ") and lines[3].endswith(" bits per byte")
+    step = lines[5]
+    assert step.startswith("step 5/12: loss ") and step.endswith(" tokens/s")
+    assert " nats, " in step and " bits per byte, " in step
+    sample = [output[output.index("sample after a prompt of 32 bytes:") :] for output in outputs]
+    assert sample[0].replace("/a", "/b") == sample[1]
+    assert len(sample[0]) > 256
+
+
+def test_seed_changes_weights_and_data(text, run, tmp_path):
+    assert train(text, tmp_path / "other", "--seed", "1") == 0
+    assert rows(run)[0] != rows(tmp_path / "other")[0]
+
+
+def test_learning_rate():
+    config = PRESETS["cpu"]
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    peak = max(rates)
+    assert peak == config.lr and 0 < rates[0] <= config.lr / 2
+    assert rates.index(peak) == round(0.05 * config.steps) - 1
+    assert rates[rates.index(peak) :] == sorted(rates[rates.index(peak) :], reverse=True)
+    assert 0 < rates[-1] < 0.03 * config.lr
+
+
+def test_bits_per_byte(text):
+    """Mean cross entropy of every byte after the first of every window, over ln 2."""
+    config, _ = parse([*TINY, "--batch-size", "3"])  # 8 windows: the last share is a smaller one
+    corpus = Corpus(text, config.model.seq_len)
+    model = build(config, torch.device("cpu"))
+    windows = torch.from_numpy(corpus.windows(8)).long()
+    with torch.no_grad():
+        nats = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:])
+    assert Trainer(config, corpus, model).evaluate() == pytest.approx(
+        nats.item() / math.log(2), rel=1e-6
+    )
+
+
+def test_byte_0_counts(text):
+    config, _ = parse(TINY)
+    model = build(config, torch.device("cpu"))
+    with torch.no_grad():
+        _, (ce, *_) = model(torch.zeros(1, 9, dtype=torch.long), return_loss=True)
+    assert ce > 1
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16-mixed", "fp16-mixed"])
+def test_precisions(text, run, tmp_path, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert train(text, tmp_path / "run", "--precision", precision) == 0
+        assert torch.get_float32_matmul_precision() == (
+            "high" if precision == "tf32" else "highest"
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    ours, fp32 = ([row.get("loss", 0) for row in rows(path)] for path in (tmp_path / "run", run))
+    assert ours == pytest.approx(fp32, rel=2e-2)
+    assert (ours == fp32) == (precision == "tf32")  # on a CPU
+
+
+def test_printable():
+    assert printable("naïve [b]\tx\n".encode()) == "naïve [b]\tx\n"
+    assert printable(b"\xff\x00\x1b[2J\r\x7f\xc3") == r"\xff\x00\x1b[2J\r\x7f\xc3"
+
+
+# resuming
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])
+def test_resume_is_bit_identical(text, tmp_path, precision):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train(text, whole, "--precision", precision) == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step-000012")  # killed at step 11, metrics and all
+    assert resume(part) == 0
+    assert_same_end(whole, part)
+
+
+def test_resume_of_an_older_step(text, run, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(run, part)
+    with open(part / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')  # killed while it wrote
+    assert resume(part / "checkpoints" / "step-000008") == 0
+    assert_same_end(run, part)
+
+
+def test_resume_with_the_scaler_where_it_was(text, tmp_path):
+    assert train(text, tmp_path / "run", "--precision", "fp16-mixed") == 0
+    scale = load(tmp_path / "run").state["scaler"]
+    assert scale["scale"] == 65536.0 and scale["_growth_tracker"] == 12
+
+
+def test_more_steps(text, tmp_path, run, capsys):
+    part = tmp_path / "part"
+    shutil.copytree(run, part)
+    assert resume(part, "--steps", "14") == 0
+    assert load(part).step == 14
+    assert [row["step"] for row in rows(part) if "loss" in row] == list(range(1, 15))
+    assert rows(part)[: len(rows(run))] == rows(run)
+
+
+def test_resume_of_a_finished_run_changes_nothing(run, tmp_path, capsys):
+    part = tmp_path / "part"
+    shutil.copytree(run, part)
+    assert resume(part) == 0
+    assert "sample after" in capsys.readouterr().out
+    assert_same_end(run, part)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--lr 0.5", "--lr 0.5 is not the run's 0.006"),
+        ("--dim 32", "--dim (32,) is not the run's (16,)"),
+        ("--window-sizes None", "--window-sizes (None,) is not the run's (8, None)"),
+        ("--seed 3", "--seed 3 is not the run's 0"),
+        ("--out /elsewhere", "--out /elsewhere is not the run's "),
+        ("--steps 11", "--steps 11 is less than the run's 12"),
+        ("--data missing", "--data missing: no such file"),
+    ],
+)  # fmt: skip
+def test_resume_refuses_changes(run, capsys, arguments, message):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert resume(run, *arguments.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"shtx train: error: {message}") and error.count("\n") == 1
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_resume_takes_flags_that_say_the_same(run, tmp_path, text):
+    shutil.copytree(run, tmp_path / "part")
+    assert resume(tmp_path / "part", *TINY, "--data", str(text)) == 0
+
+
+def test_resume_refuses_other_data(run, tmp_path, capsys):
+    (tmp_path / "text").write_bytes(b"x" * 5000)
+    assert resume(run, "--data", str(tmp_path / "text")) == 1
+    assert "the bytes changed since the run began" in capsys.readouterr().err
+
+
+def test_resume_of_a_damaged_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "part")
+    older, newer = sorted((tmp_path / "part" / "checkpoints").iterdir())
+    (newer / "optimizer.pt").write_bytes(b"")
+    assert resume(tmp_path / "part") == 1
+    error = capsys.readouterr().err
+    assert f"{newer / 'optimizer.pt'}: damaged" in error and f"--resume {older}" in error
+    assert resume(older) == 0
+    assert_same_end(run, tmp_path / "part")
+
+
+# stopping
+
+
+@pytest.fixture
+def one_thread():
+    """As in ENVIRONMENT: the order of sums is part of bit identity."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_a_resumed_run_goes_on(text, tmp_path, one_thread, signum):
+    arguments = [*TINY, "--data", str(text), "--steps", "100", "--log-every", "1"]
+    command = [sys.executable, "-m", "shtx", "train", *arguments, "--out", str(tmp_path / "part")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        for line in process.stdout:
+            if line.startswith("step 6/100: loss"):
+                process.send_signal(signum)
+                break
+        output = process.stdout.read()
+    assert process.returncode == 128 + signum
+    assert output.endswith(
+        f"stopped and saved; to go on: shtx train --resume {tmp_path / 'part'}\n"
+    )
+    assert 6 <= load(tmp_path / "part").step < 100
+    assert resume(tmp_path / "part") == 0
+    assert train(text, tmp_path / "whole", "--steps", "100", "--log-every", "1") == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "part")
+
+
+def test_second_interrupt_is_not_held_back():
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "poisoned, complaint", [("loss", "loss nan"), ("norm", "gradient norm inf")]
+)
+def test_not_finite(text, tmp_path, monkeypatch, capsys, poisoned, complaint):
+    step = Trainer.step
+
+    def poison(self, number):
+        loss, ce, norm = step(self, number)
+        if number == 7:  # the eighth, after which a checkpoint is due
+            loss, norm = (loss * math.nan, norm) if poisoned == "loss" else (loss, norm * math.inf)
+        return torch.stack((loss, ce, norm))
+
+    monkeypatch.setattr(Trainer, "step", poison)
+    assert train(text, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("shtx train: error: step 8: loss ") and complaint in error
+    assert error.count("\n") == 1
+    assert load(tmp_path / "run").step == 4
+    assert rows(tmp_path / "run")[-1]["step"] == 7
+
+
+def test_weights_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, capsys):
+    step = Trainer.step
+
+    def poison(self, number):
+        losses = step(self, number)
+        if number == 7:
+            self.model.to_logits.weight.data[0, 0] = math.inf
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", poison)
+    assert train(text, tmp_path / "run") == 1
+    assert "step 8: a weight is not finite: stopped" in capsys.readouterr().err
+    assert load(tmp_path / "run").step == 4
+
+
+def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
+    config, _ = parse([*TINY, "--precision", "fp16-mixed"])
+    trainer = Trainer(config, Corpus(text, 32), build(config, torch.device("cpu")))
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
+    before = trainer.model.to_logits.weight.clone()
+    loss, _, norm = trainer.step(0)
+    assert loss.isfinite() and not norm.isfinite()
+    assert trainer.scaler.get_scale() == 2.0**39
+    assert trainer.model.to_logits.weight.equal(before)
+
+
+# wrong settings
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--steps 0", "--steps must be at least 1, got 0"),
+        ("--batch-size -1", "--batch-size must be at least 1, got -1"),
+        ("--lr 0", "--lr must be positive and finite, got 0.0"),
+        ("--lr nan", "--lr must be positive and finite, got nan"),
+        ("--seed -1", "--seed must be in [0, 2^63), got -1"),
+        ("--device tpu9", "--device must be cpu, cuda or cuda:N, got tpu9"),
+        ("--device cuda:99", "--device cuda:99: "),
+        ("--hierarchies 1 3", "hierarchies must be a power of two, got 3"),
+        ("--dim 16 16 16", "dim must be one value or 2 (one for each of hierarchies), got 3"),
+        ("--seq-len 100000", "--data: "),
+        ("--data missing", "--data missing: no such file"),
+        ("--resume missing", "--resume "),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_one_line_and_leave_nothing(text, tmp_path, capsys, arguments, message):
+    assert train(text, tmp_path / "run", *arguments.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"shtx train: error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_fused_where_it_cannot_run(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shtx.ops.why_not_fused", lambda device: "there is no such thing")
+    assert train(text, tmp_path / "run", "--impl", "fused") == 1
+    assert 'impl="fused" cannot run: there is no such thing' in capsys.readouterr().err
+
+
+def test_out_that_holds_a_run(text, run, capsys):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert train(text, run) == 1
+    assert f"--out {run}: holds a run; continue it with --resume {run}" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("out, message", [("file", "File exists"), ("file/run", "Not a directory")])
+def test_out_that_cannot_be_made(text, tmp_path, capsys, out, message):
+    (tmp_path / "file").write_text("mine")
+    assert train(text, tmp_path / out) == 1
+    assert f"--out {tmp_path / out}: {message}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_that_is_not_writable(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert train(text, tmp_path / "run") == 1
+    assert f"--out {tmp_path / 'run'}: not writable" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_survive_json():
+    for config in PRESETS.values():
+        assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_model_has_every_argument_of_the_transformer():
+    import inspect
+
+    from shtx import HierarchicalTransformer
+
+    accepted = inspect.signature(HierarchicalTransformer.__init__).parameters.keys()
+    given = PRESETS["cpu"].model.arguments().keys()
+    assert accepted - given == {"self", "use_flash_attn", "impl"}
+    assert given <= accepted
+    defaults = {f.name: f.default for f in Model.__dataclass_fields__.values()}
+    for name, parameter in inspect.signature(HierarchicalTransformer.__init__).parameters.items():
+        if name in defaults and name not in ("dim", "depth", "seq_len", "hierarchies"):
+            ours = defaults[name]
+            assert (ours[0] if isinstance(ours, tuple) else ours) == parameter.default, name
+
+
+def test_metrics_drop_later_rows(tmp_path):
+    metrics = Metrics(tmp_path / "m", 0)
+    for step in range(5):
+        metrics.append(step=step)
+    Metrics(tmp_path / "m", 2).append(step=9)
+    assert [row["step"] for row in read(tmp_path / "m")] == [0, 1, 2, 9]
+
+
+# several processes
+
+WORKER = """
+import sys, torch
+from shtx.cli import main
+from shtx.train import run
+
+fit = run.fit
+
+def fit_and_keep(trainer, *rest):
+    signum = fit(trainer, *rest)
+    torch.save(trainer.model.state_dict(), f"{sys.argv[1]}-{trainer.rank}")
+    return signum
+
+run.fit = fit_and_keep
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_are_one(text, tmp_path):
+    """Two processes with half the batch each make the steps of one with all of it."""
+    assert train(text, tmp_path / "one") == 0
+    (tmp_path / "worker.py").write_text(WORKER)
+    weights, out = tmp_path / "weights", tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    arguments = ["train", *TINY, "--data", str(text), "--out", str(out)]
+    done = subprocess.run(
+        [*command, tmp_path / "worker.py", weights, *arguments],
+        capture_output=True, text=True, env=child_environment(ROOT, OMP_NUM_THREADS="1"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sample after") == 1
+
+    first, second = (torch.load(f"{weights}-{rank}") for rank in (0, 1))
+    assert all(first[name].equal(second[name]) for name in first)
+    one = load(tmp_path / "one").weights
+    for name in one:
+        assert (first[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
+    for two, row in zip(rows(out), rows(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(row, rel=1e-6)
+
+
+def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(
+        TrainError, match="--batch-size must be a multiple of the 3 processes, got 4"
+    ):
+        from shtx.train.run import place
+
+        place(parse(TINY)[0])
