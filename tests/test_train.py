@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, child_environment
 
+from shtx import HierarchicalTransformer
 from shtx.cli import main
 from shtx.train import TrainError
 from shtx.train.checkpoint import load
@@ -20,6 +22,7 @@ from shtx.train.data import Corpus
 from shtx.train.loop import Stop
 from shtx.train.metrics import Metrics, read
 from shtx.train.progress import printable
+from shtx.train.run import place
 from shtx.train.trainer import Trainer, build, learning_rate
 
 TINY = (
@@ -411,10 +414,6 @@ def test_settings_survive_json():
 
 
 def test_model_has_every_argument_of_the_transformer():
-    import inspect
-
-    from shtx import HierarchicalTransformer
-
     accepted = inspect.signature(HierarchicalTransformer.__init__).parameters.keys()
     given = PRESETS["cpu"].model.arguments().keys()
     assert accepted - given == {"self", "use_flash_attn", "impl"}
@@ -488,6 +487,4 @@ def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypat
     with pytest.raises(
         TrainError, match="--batch-size must be a multiple of the 3 processes, got 4"
     ):
-        from shtx.train.run import place
-
         place(parse(TINY)[0])
