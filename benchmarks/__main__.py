@@ -78,9 +78,9 @@ def print_table(argv: list[str]):
     if not files:
         sys.exit("benchmarks/results has no JSON file")
     results = reduce(report.join, map(report.read, files))
-    text = report.tables(results)
-    print(text)
+    print(report.tables(results))
     if options.write:
+        text = report.tables(results, fold=("ops",))
         try:
             report.write(options.write, report.splice(options.write.read_text(), text))
         except OSError as error:

@@ -169,8 +169,8 @@ def title(results: dict) -> str:
     return small + ", ".join([machine["gpu"] or machine["cpu"], *versions])
 
 
-def tables(results: dict) -> str:
-    """All results, in Markdown."""
+def tables(results: dict, fold: tuple[str, ...] = ()) -> str:
+    """All results, in Markdown; the kinds in `fold` open on a click where HTML is shown."""
     commits = sorted({row["commit"] for row in results["rows"]})
     text = [
         f"{title(results)}; copy {number(results['copy_gb_per_s'])} GB/s,"
@@ -179,8 +179,12 @@ def tables(results: dict) -> str:
     ]
     for name, heading in TITLES.items():
         rows = fastest_first([row for row in results["rows"] if kind(row) == name])
-        if rows:
-            text += [f"**{heading}**", aligned([LINES[name](row, rows, results) for row in rows])]
+        if not rows:
+            continue
+        section = [f"**{heading}**", aligned([LINES[name](row, rows, results) for row in rows])]
+        if name in fold:
+            section = [f"<details><summary>{heading}</summary>", section[1], "</details>"]
+        text += section
         reasons = [
             f"- {row['config']} {row['provider']}: {row['error']}" for row in rows if "error" in row
         ]
