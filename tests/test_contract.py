@@ -12,7 +12,7 @@ import torch
 from helpers import DEVICE, ROOT, child_environment
 
 import shtx_kernels
-from shtx import HierarchicalTransformer, ops
+from shtx import HierarchicalTransformer, __version__, ops
 from shtx_kernels import reference
 
 KERNEL_FILES = sorted((ROOT / "shtx_kernels").glob("[a-z_]*.py"))
@@ -101,7 +101,7 @@ import importlib.util
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 sys.modules["triton"] = None
 import torch
-from shtx import HierarchicalTransformer, ops
+from shtx import HierarchicalTransformer, __version__, ops
 assert ops.FUSED_OPS == () and ops.why_not_fused(torch.device("cpu")) == "Triton is not installed"
 model = HierarchicalTransformer(num_tokens=7, dim=8, depth=1, dim_head=4, heads=1)
 model(torch.ones(1, 4, dtype=torch.long), return_loss=True)[0].backward()
@@ -120,6 +120,10 @@ def test_import_takes_no_extra():
     extras = ("tyro", "rich", "safetensors", "matplotlib", "simple_hierarchical_transformer")
     code = f"import shtx, sys; print([m for m in {extras} if m in sys.modules])"
     assert run(code).stdout.strip() == "[]"
+
+
+def test_one_version():
+    assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_impl_is_a_string_that_adds_no_parameter():
