@@ -148,6 +148,14 @@ def test_gradient_of_a_sum():
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_y_is_of_the_r_that_is_kept(dtype):
+    """Not of x + branch before it was rounded: backward has r alone."""
+    x, gamma, branch = draw((2, 23, 40), "rms", True, dtype)
+    r, y = norm_token_shift(x, gamma, None, branch, dilation=3)
+    assert torch.equal(norm_token_shift(r, gamma, dilation=3)[1], y)
+
+
 def test_sequences_do_not_mix():
     x, gamma, branch = draw((4, 23, 40), "rms", True)
     r, y = norm_token_shift(x, gamma, None, branch, dilation=3)
