@@ -138,10 +138,6 @@ def _constants(D: int, dtype: torch.dtype) -> dict:
     )
 
 
-def _ceil_div(a: int, b: int) -> int:  # Triton's takes 5 us
-    return -(-a // b)
-
-
 def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     B, M, D = x.shape
     r = x.new_empty(0 if branch is None else x.shape)  # an op may not return its input
@@ -149,7 +145,7 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     if y.numel():
         b = x if branch is None else branch
         lag, constants = min(dilation, M), _constants(D, x.dtype)
-        tiles = _ceil_div(M + lag, constants["BLOCK_M"])  # of a sequence's rows of s and its end
+        tiles = triton.cdiv(M + lag, constants["BLOCK_M"])  # of a sequence's rows of s and its end
         with torch.cuda.device_of(x):
             _norm_token_shift_fwd_kernel[(B * tiles,)](
                 x, b, gamma, gamma if beta is None else beta, r, y,
@@ -163,8 +159,8 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation):
     B, M, D = r.shape
     dx = r.new_empty(r.shape)
     lag, constants = min(dilation, M), _constants(D, r.dtype)
-    tiles = _ceil_div(M + lag, constants["BLOCK_M"])
-    programs = _ceil_div(B * tiles, BWD_TILES)
+    tiles = triton.cdiv(M + lag, constants["BLOCK_M"])
+    programs = triton.cdiv(B * tiles, BWD_TILES)
     acc = torch.promote_types(r.dtype, torch.float32)
     dweight = r.new_empty((2 if layer else 1, programs, D), dtype=acc)
     if dx.numel():

@@ -101,7 +101,7 @@ import importlib.util
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 sys.modules["triton"] = None
 import torch
-from shtx import HierarchicalTransformer, __version__, ops
+from shtx import HierarchicalTransformer, ops
 assert ops.FUSED_OPS == () and ops.why_not_fused(torch.device("cpu")) == "Triton is not installed"
 model = HierarchicalTransformer(num_tokens=7, dim=8, depth=1, dim_head=4, heads=1)
 model(torch.ones(1, 4, dtype=torch.long), return_loss=True)[0].backward()
@@ -126,6 +126,14 @@ def test_one_version():
     assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_example_of_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    variables = {}
+    exec(code, variables)
+    assert variables["loss"].isfinite() and variables["logits"].shape == (2, 100, 256)
+    assert variables["sample"].shape == (2, 32)
+
+
 def test_impl_is_a_string_that_adds_no_parameter():
     models = [tiny(impl=impl) for impl in ops.IMPLS]
     assert [model.impl for model in models] == list(ops.IMPLS)
@@ -143,7 +151,7 @@ def test_auto_is_decided_by_the_device_of_the_tensors():
 
 
 def test_sizes_of_the_pages():
-    """An op past 250 lines or a kernel past 60 hides an idea (STYLE of this house)."""
+    """An op past 450 lines is a package, and a kernel past 60 hides an idea."""
     for path in OP_FILES:
         assert len(path.read_text().splitlines()) <= 450, path
         for node in ast.walk(ast.parse(path.read_text())):
