@@ -14,7 +14,7 @@ from functools import reduce
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.providers import PROVIDERS, by_default, why_not
+from benchmarks.providers import OPS, PROVIDERS, by_default, why_not
 from benchmarks.runner import Job, run
 from benchmarks.shapes import CONFIGS, foldable
 from benchmarks.timing import DEVICE
@@ -24,6 +24,7 @@ KINDS = ("ops", "model", "generate")
 GIB_PER_COMPILATION = 25  # GPU memory: the most that a model's first steps take
 EXAMPLES = """examples:
   python -m benchmarks model --config A C --out results   train steps of two configurations
+  python -m benchmarks ops --op norm_token_shift            one op, against all its peers
   python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
   python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one
   python -m benchmarks table --write README.md              results/*.json as README's tables
@@ -80,7 +81,7 @@ def print_table(argv: list[str]):
     results = reduce(report.join, map(report.read, files))
     print(report.tables(results))
     if options.write:
-        text = report.tables(results, fold=("ops",))
+        text = report.tables(results, fold_ops=True)
         try:
             report.write(options.write, report.splice(options.write.read_text(), text))
         except OSError as error:
@@ -101,6 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("kinds", nargs="*", metavar="KIND", help="ops, model, generate; default: all of them")
     add("--config", nargs="+", default=list(CONFIGS), metavar="NAME", help="of A B C D")
+    add("--op", nargs="+", default=OPS, metavar="NAME", help=f"of {' '.join(OPS)}")
     add("--provider", nargs="+", metavar="NAME", help="default: all that suit the device")
     add("--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="for results.json")
     add("--compile-jobs", type=int, default=1, metavar="N", help="models compiled side by side")
@@ -114,18 +116,15 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
     """What to measure, and a row for each that this machine cannot."""
     kinds = check("KIND", options.kinds or list(KINDS), KINDS)
     names = check("--config", options.config, CONFIGS)
-    known = list(dict.fromkeys(p for kind in kinds for p in PROVIDERS[kind]))
+    ops = check("--op", options.op, OPS)
+    benches = [bench for kind in kinds for bench in (ops if kind == "ops" else [kind])]
+    known = list(dict.fromkeys(p for bench in benches for p in PROVIDERS[bench]))
     asked = check("--provider", options.provider, known) if options.provider else None
-    ops = [file.stem.removeprefix("bench_") for file in sorted(HERE.glob("bench_*.py"))]
 
     jobs, impossible = [], []
-    for kind in kinds:
-        wanted = [p for p in PROVIDERS[kind] if p in (asked or by_default(kind))]
-        if kind == "ops":
-            cases = [(op, names) for op in ops if op not in ("ceilings", *KINDS)]
-        else:
-            cases = [(kind, [name]) for name in names]
-        for bench, config in cases:
+    for bench in benches:
+        wanted = [p for p in PROVIDERS[bench] if p in (asked or by_default(bench))]
+        for config in [names] if bench in OPS else [[name] for name in names]:
             for provider in wanted:
                 if provider == "floor-folded" and not foldable(config[0]):
                     continue

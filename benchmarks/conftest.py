@@ -60,10 +60,9 @@ def wait_for_turn(pytestconfig):
 
 def identity(params: dict) -> dict:
     """The parameters of a benchmark as its row names them."""
-    row = {name: value for name, value in params.items() if name != "shape"}
-    if "shape" in params:
-        config, B, M, D, _ = params["shape"]
-        row |= {"config": config, "shape": f"{B} x {M} x {D}"}
+    row = {}
+    for name, value in params.items():
+        row |= value.labels() if hasattr(value, "labels") else {name: value}
     return row
 
 
@@ -71,7 +70,7 @@ def identity(params: dict) -> dict:
 def pytest_runtest_makereport(item, call):
     report = yield
     path = item.config.getoption("--rows")
-    if path and (report.failed or report.when == "call"):
+    if path and (report.failed or report.passed and report.when == "call"):
         row = {"bench": item.path.stem.removeprefix("bench_")}
         row |= identity(item.callspec.params if hasattr(item, "callspec") else {})
         if report.failed:

@@ -1,6 +1,7 @@
 """Who is measured."""
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 from torch.nn import Module
@@ -12,21 +13,32 @@ from shtx.ops import why_not_fused
 
 UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
+OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
-    "ops": ("fused", "reference-compiled", "reference"),
+    "norm_token_shift": (*OURS, "liger", "copy"),
+    "rotary_attention": (
+        *OURS,
+        *("flex", "flash-window", "sdpa-flash", "sdpa-cudnn", "local-mha"),
+    ),
     "model": (
         *FLOORS,
-        *("fused", "reference-compiled", "reference"),
+        *OURS,
         *("upstream-compiled", "upstream"),
     ),
     "generate": ("fused", "reference", "upstream"),
 }
+OPS = [bench for bench in PROVIDERS if bench not in ("model", "generate")]
+GPU_ALONE = ("liger", "flex", "flash-window", "sdpa-flash", "sdpa-cudnn")
 
 
 def why_not(provider: str) -> str | None:
     """Why a provider cannot be measured here; None if it can."""
     if provider == "fused":
         return why_not_fused(torch.device(DEVICE))
+    if provider in GPU_ALONE and DEVICE == "cpu":
+        return "needs a CUDA device"
+    if provider == "liger" and not find_spec("liger_kernel"):
+        return "liger-kernel is not installed"
     if provider.startswith("upstream"):
         try:
             found = version(UPSTREAM)
@@ -36,10 +48,10 @@ def why_not(provider: str) -> str | None:
     return None
 
 
-def by_default(kind: str) -> list[str]:
+def by_default(bench: str) -> list[str]:
     """A CPU leaves out what takes minutes there (compiling) or means nothing (interpreting)."""
-    slow = lambda p: p == "fused" or p.endswith("-compiled")
-    return [p for p in PROVIDERS[kind] if DEVICE == "cuda" or not slow(p)]
+    unfit = lambda p: p in ("fused", *GPU_ALONE) or p.endswith("-compiled")
+    return [p for p in PROVIDERS[bench] if DEVICE == "cuda" or not unfit(p)]
 
 
 def build_reference(config: Config) -> Module:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,14 +11,11 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
     "generate": "Generation, one sequence at a time",
-    "ops": "Ops",
 }
+OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
+SHAPES = {"norm_token_shift": "shape B x M x D", "rotary_attention": "shape B x M x H x E"}
 COLORS = {"floor": "tab:gray", "floor-folded": "tab:gray", "fused": "tab:orange"}
 FIELDS = {"machine", "copy_gb_per_s", "matmul_tflop_per_s", "small_shapes", "date", "rows"}
-
-
-def kind(row: dict) -> str:
-    return row["bench"] if row["bench"] in TITLES else "ops"
 
 
 # files
@@ -45,7 +43,7 @@ def write(path: Path, text: str):
 
 def key(row: dict) -> tuple:
     """What was measured."""
-    return tuple(row.get(name) for name in ("bench", "config", "provider", "shape", "variant"))
+    return tuple(row.get(name) for name in ("bench", "config", "shape", "variant", "provider"))
 
 
 def add(results: dict, rows: list[dict]):
@@ -81,18 +79,18 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
 
-def find(rows: list[dict], config: str, *providers: str) -> dict:
-    """The row of the first of `providers` that was measured."""
+def find(rows: list[dict], row: dict, *providers: str) -> dict:
+    """What `row` measures, by the first of `providers` that was measured."""
     for provider in providers:
-        for row in rows:
-            if (row["config"], row["provider"]) == (config, provider) and "error" not in row:
-                return row
+        for other in rows:
+            if key(other) == key(row | {"provider": provider}) and "error" not in other:
+                return other
     return {}
 
 
 def model_line(row: dict, rows: list[dict], results: dict) -> dict:
-    floor = find(rows, row["config"], "floor-folded", "floor").get("ms")
-    upstream = find(rows, row["config"], "upstream").get("ms")
+    floor = find(rows, row, "floor-folded", "floor").get("ms")
+    upstream = find(rows, row, "upstream").get("ms")
     first = f"{number(row.get('first_steps_s'))} {row.get('caches', '')}"
     return {
         "config": row["config"],
@@ -108,7 +106,7 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
 
 def generate_line(row: dict, rows: list[dict], results: dict) -> dict:
     rate = row.get("tokens_per_s")
-    upstream = find(rows, row["config"], "upstream").get("tokens_per_s")
+    upstream = find(rows, row, "upstream").get("tokens_per_s")
     return {
         "config": row["config"],
         "provider": row["provider"],
@@ -121,28 +119,36 @@ def generate_line(row: dict, rows: list[dict], results: dict) -> dict:
 
 
 def op_line(row: dict, rows: list[dict], results: dict) -> dict:
+    def rate(row, direction):
+        ms = row.get(f"{direction}_ms")
+        return ratio(row.get(f"{direction}_bytes"), ms and ms * 1e6)
+
+    def both_ms(row):
+        return row.get("forward_ms", 0) + row.get("backward_ms", 0)
+
     line = {
-        "op": row["bench"],
-        "shape B x M x D": row.get("shape", "-"),
+        SHAPES.get(row["bench"], "shape"): row.get("shape", "-"),
         "variant": row.get("variant", "-"),
         "provider": row["provider"],
     }
     for direction in ("forward", "backward"):
         ms = row.get(f"{direction}_ms")
-        rate = ratio(row.get(f"{direction}_bytes"), ms and ms * 1e6)
+        copy = rate(find(rows, row, "copy"), direction) or results["copy_gb_per_s"]
         line |= {
             f"{direction} (us)": number(ms and ms * 1e3),
-            f"{direction} (GB/s)": number(rate),
-            f"{direction} (% of copy)": number(ratio(rate, results["copy_gb_per_s"] / 100)),
+            f"{direction} (GB/s)": number(rate(row, direction)),
+            f"{direction} (% of copy)": number(ratio(rate(row, direction), copy / 100)),
         }
-    return line
+    fused = find(rows, row, "fused")
+    return line | {"fwd + bwd over fused (x)": number(ratio(both_ms(row), both_ms(fused)))}
 
 
-LINES = {"model": model_line, "generate": generate_line, "ops": op_line}
+LINES = {"model": model_line, "generate": generate_line}
 
 
 def fastest_first(rows: list[dict]) -> list[dict]:
-    case = lambda row: [str(row.get(name)) for name in ("bench", "config", "shape", "variant")]
+    natural = lambda text: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", text)]
+    case = lambda row: [natural(str(row.get(name))) for name in ("config", "shape", "variant")]
     times = ("ms", "ms_per_token", "forward_ms")
     time = lambda row: min((row[t] for t in times if t in row), default=float("inf"))
     return sorted(rows, key=lambda row: (case(row), time(row)))
@@ -169,24 +175,28 @@ def title(results: dict) -> str:
     return small + ", ".join([machine["gpu"] or machine["cpu"], *versions])
 
 
-def tables(results: dict, fold: tuple[str, ...] = ()) -> str:
-    """All results, in Markdown; the kinds in `fold` open on a click where HTML is shown."""
+def tables(results: dict, fold_ops: bool = False) -> str:
+    """All results, in Markdown; folded, an op's open on a click where HTML is shown."""
     commits = sorted({row["commit"] for row in results["rows"]})
     text = [
         f"{title(results)}; copy {number(results['copy_gb_per_s'])} GB/s,"
         f" matrix product {number(results['matmul_tflop_per_s'])} TFLOP/s"
         f" (commit {', '.join(commits)}; {results['date']})"
     ]
-    for name, heading in TITLES.items():
-        rows = fastest_first([row for row in results["rows"] if kind(row) == name])
+    ops = sorted({row["bench"] for row in results["rows"]} - TITLES.keys())
+    for bench, heading in (TITLES | {op: OP_TITLE.format(op) for op in ops}).items():
+        rows = fastest_first([row for row in results["rows"] if row["bench"] == bench])
         if not rows:
             continue
-        section = [f"**{heading}**", aligned([LINES[name](row, rows, results) for row in rows])]
-        if name in fold:
+        line = LINES.get(bench, op_line)
+        section = [f"**{heading}**", aligned([line(row, rows, results) for row in rows])]
+        if fold_ops and bench in ops:
             section = [f"<details><summary>{heading}</summary>", section[1], "</details>"]
         text += section
         reasons = [
-            f"- {row['config']} {row['provider']}: {row['error']}" for row in rows if "error" in row
+            " ".join(["-", *filter(None, key(row)[1:])]) + f": {row['error']}"
+            for row in rows
+            if "error" in row
         ]
         text += ["\n".join(reasons)]
     return "\n\n".join(filter(None, text))

@@ -151,6 +151,10 @@ class LevelShape(NamedTuple):
     D: int
     dilation: int
 
+    def labels(self) -> dict:
+        """As a row names it."""
+        return {"config": self.config, "shape": f"{self.B} x {self.M} x {self.D}"}
+
 
 def level_shapes(names: list[str], device: str) -> list[LevelShape]:
     """The largest level of every width in the configurations."""

@@ -88,6 +88,29 @@ def check_agreement(ours: list[Tensor], reference: list[Tensor], bound: float):
             )
 
 
+def copies(nbytes: int) -> int:
+    """How many sets of so many bytes are larger than a GPU's L2 cache; two at least."""
+    if DEVICE == "cpu":
+        return 2
+    return 2 + min(64, 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size // nbytes)
+
+
+def time_copy(benchmark, *sizes: int) -> list[float]:
+    """Milliseconds of copies that move so many bytes, half of them read, half written.
+
+    On a GPU, CUDA graphs over buffers that together are larger than its L2 cache.
+    """
+
+    def copy_of(size):
+        source = torch.empty(size // 2, dtype=torch.uint8, device=DEVICE).random_()
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    rounds = [[copy_of(size) for _ in range(copies(size))] for size in sizes]
+    times = median_ms(benchmark, *map(graphed, rounds))
+    return [ms / len(fns) for ms, fns in zip(times, rounds, strict=True)]
+
+
 def time_op(benchmark, op: Callable, reference: Callable, make: Callable) -> tuple[float, float]:
     """Milliseconds of the forward and of the backward of op, once it agrees with the reference.
 
@@ -111,12 +134,8 @@ def time_op(benchmark, op: Callable, reference: Callable, make: Callable) -> tup
     bound = 1e-2 if DTYPE == torch.bfloat16 else 1e-5
     check_agreement(forward_backward(op, *first), forward_backward(reference, *first), bound)
 
-    copies = 2
-    if DEVICE == "cuda":
-        l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-        copies += min(64, 4 * l2_bytes // sum(t.nbytes for t in first[0]))
-    sets = [make_set() for _ in range(copies)]
+    sets = [make_set() for _ in range(copies(sum(t.nbytes for t in first[0])))]
     forward = graphed([lambda inputs=inputs: op(*inputs) for inputs, _ in sets])
     both = graphed([lambda s=s: forward_backward(op, *s) for s in sets])
     forward_ms, both_ms = median_ms(benchmark, forward, both)
-    return forward_ms / copies, (both_ms - forward_ms) / copies
+    return forward_ms / len(sets), (both_ms - forward_ms) / len(sets)

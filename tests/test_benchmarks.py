@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,19 @@ from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as cli
-from benchmarks import bench_generate, bench_model, bench_norm_token_shift, report, runner, shapes
+from benchmarks import (
+    bench_generate,
+    bench_model,
+    bench_norm_token_shift,
+    bench_rotary_attention,
+    providers,
+    report,
+    runner,
+    shapes,
+)
+from benchmarks.bench_rotary_attention import Case
 from benchmarks.timing import DEVICE, DTYPE, check_agreement
+from shtx_kernels import reference
 
 RESULTS = {
     "commit": "abc",
@@ -36,6 +48,17 @@ RESULTS = {
         {"bench": "norm_token_shift", "config": "C", "provider": "fused", "commit": "abc"}
         | {"shape": "8 x 2048 x 1024", "variant": "rms", "forward_ms": 0.05, "backward_ms": 0.1}
         | {"forward_bytes": 100_000_000, "backward_bytes": 300_000_000},
+        {"bench": "norm_token_shift", "config": "C", "provider": "copy", "commit": "abc"}
+        | {"shape": "8 x 2048 x 1024", "variant": "rms", "forward_ms": 0.04, "backward_ms": 0.08}
+        | {"forward_bytes": 100_000_000, "backward_bytes": 300_000_000},
+        {"bench": "rotary_attention", "provider": "fused", "commit": "abc"}
+        | {"shape": "1 x 16384 x 8 x 64", "variant": "w 128", "forward_ms": 0.1}
+        | {"backward_ms": 0.3, "forward_bytes": 200_000_000, "backward_bytes": 900_000_000},
+        {"bench": "rotary_attention", "provider": "flex", "commit": "abc"}
+        | {"shape": "1 x 16384 x 8 x 64", "variant": "w 128", "forward_ms": 0.2}
+        | {"backward_ms": 0.6, "forward_bytes": 200_000_000, "backward_bytes": 900_000_000},
+        {"bench": "rotary_attention", "provider": "flex", "commit": "abc"}
+        | {"shape": "1 x 16384 x 8 x 64", "variant": "w 64", "error": "ValueError: off"},
     ],
 }
 
@@ -56,9 +79,19 @@ TABLES = [
     C | fused | 500 | - | 1,000
     """,
     """
-    op | shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
-        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy)
-    norm_token_shift | 8 x 2048 x 1024 | rms | fused | 50.0 | 2,000 | 50.0 | 100 | 3,000 | 75.0
+    shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
+        fwd + bwd over fused (x)
+    8 x 2048 x 1024 | rms | copy | 40.0 | 2,500 | 100 | 80.0 | 3,750 | 100 | 0.800
+    8 x 2048 x 1024 | rms | fused | 50.0 | 2,000 | 80.0 | 100 | 3,000 | 80.0 | 1.00
+    """,
+    """
+    shape B x M x H x E | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
+        fwd + bwd over fused (x)
+    1 x 16384 x 8 x 64 | w 64 | flex | - | - | - | - | - | - | -
+    1 x 16384 x 8 x 64 | w 128 | fused | 100 | 2,000 | 50.0 | 300 | 3,000 | 75.0 | 1.00
+    1 x 16384 x 8 x 64 | w 128 | flex | 200 | 1,000 | 25.0 | 600 | 1,500 | 37.5 | 2.00
     """,
 ]
 
@@ -184,15 +217,88 @@ def test_generation_is_counted_in_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant, forward, backward", [("layer, no shift", 2, 3), ("rms", 4, 4)], ids=str
+    "variant, forward, backward",
+    [("layer, no shift", 2, 3), ("rms, no shift, no branch", 2, 3), ("rms", 4, 4)],
+    ids=str,
 )
-def test_an_op_is_counted_in_bytes(variant, forward, backward):
+@pytest.mark.parametrize("provider", ["reference", "copy"])
+def test_norm_token_shift_is_counted_in_bytes(variant, forward, backward, provider):
     shape = shapes.LevelShape("C", 2, 8, 16, 2)
     bench = bench_norm_token_shift.bench_norm_token_shift
-    row = row_of(bench, shape=shape, variant=variant, provider="reference")
+    row = row_of(bench, shape=shape, variant=variant, provider=provider)
     tensor = 2 * 8 * 16 * DTYPE.itemsize
     assert row["forward_bytes"] == forward * tensor and row["backward_bytes"] == backward * tensor
     assert row["forward_ms"] > 0
+
+
+@pytest.mark.parametrize("provider", ["reference", "local-mha"])
+def test_rotary_attention_is_counted_in_bytes(provider):
+    case = Case(2, 32, 2, 16, window=8, dilation=2)
+    row = row_of(bench_rotary_attention.bench_rotary_attention, case=case, provider=provider)
+    tensor, lse = 2 * 32 * 2 * 16 * DTYPE.itemsize, 2 * 32 * 2 * 4
+    assert row["forward_bytes"] == 4 * tensor + lse
+    assert row["backward_bytes"] == 8 * tensor + 2 * lse
+    assert row["forward_ms"] > 0
+
+
+@pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_peers_of_rotary_attention_agree_with_the_reference(window, dilation, scale):
+    """By plain PyTorch on a CPU; FlexAttention has no backward there."""
+    peers = bench_rotary_attention
+    cpu = {"flex": peers.OPS["flex"], "local-mha": peers.local_mha}
+    if window is None:
+        cpu["local-mha"] = peers.around(partial(peers.sdpa, backend=peers.SDPBackend.MATH))
+    qkv = torch.randn(2, 32, 3 * 2 * 16, requires_grad=True)
+    keywords = dict(window=window, dilation=dilation, xpos=window is None, scale=scale)
+    expected = reference.rotary_attention(qkv, 2, **keywords)
+    dout = torch.randn_like(expected)
+    with torch.compiler.set_stance("force_eager"):
+        for name, op in cpu.items():
+            if name == "flex":
+                check_agreement([op(qkv.detach(), 2, **keywords)], [expected], 1e-5)
+                continue
+            out = op(qkv, 2, **keywords)
+            gradients = [torch.autograd.grad(t, qkv, dout)[0] for t in (out, expected)]
+            check_agreement([out, gradients[0]], [expected, gradients[1]], 1e-5)
+
+
+def test_flash_attention_with_a_window_has_a_gradient():
+    qkv = torch.empty(2, 32, 3 * 2 * 16, dtype=torch.float16, device="meta", requires_grad=True)
+    with torch.compiler.set_stance("force_eager"):
+        out = bench_rotary_attention.WINDOWED["flash-window"](qkv, 2, window=8, dilation=2)
+    assert out.shape == (2, 32, 32) and out.dtype == torch.float16
+    assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
+@pytest.mark.parametrize("window, provider", [(8, "sdpa-flash"), (None, "local-mha")])
+def test_a_peer_without_such_attention_is_left_out(window, provider):
+    with pytest.raises(pytest.skip.Exception):
+        row_of(
+            bench_rotary_attention.bench_rotary_attention,
+            case=Case(2, 32, 2, 16, window),
+            provider=provider,
+        )
+
+
+def test_every_op_has_its_providers():
+    benches = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
+    assert benches == {"ceilings", *providers.PROVIDERS}
+    everything = bench_rotary_attention.WINDOWED | bench_rotary_attention.FULL
+    assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
+    assert set(providers.OPS) == report.SHAPES.keys()
+
+
+def test_ops_are_chosen():
+    chosen = ["ops", "--op", "norm_token_shift", "--provider", "copy", "reference"]
+    jobs, impossible = cli.plan(cli.parse(chosen))
+    assert [(job.bench, job.provider) for job in jobs] == [
+        ("norm_token_shift", "reference"),
+        ("norm_token_shift", "copy"),
+    ]
+    assert not impossible
+    jobs, _ = cli.plan(cli.parse(["ops"]))
+    assert [*dict.fromkeys(job.bench for job in jobs)] == providers.OPS
 
 
 def test_agreement_is_relative_to_the_norm():
@@ -263,6 +369,8 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from norm_token_shift rotary_a"),
+        (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),
         (["model", "--config", "A", "--provider", "floor-folded"], "--provider: floor-folded does"),
@@ -284,6 +392,8 @@ def test_tables(results_file, capsys):
     assert text.startswith(f"{TITLE} (commit abc, def; 2030-01-02)\n\n**Train step; ")
     assert cells(text) == [cells(table)[0] for table in TABLES]
     assert "\n\n- A fused: OutOfMemoryError: much\n\n" in text
+    assert "\n\n- 1 x 16384 x 8 x 64 w 64 flex: ValueError: off\n" in text
+    assert "\n\n**norm_token_shift; copy: the row of that name, which moves as many bytes," in text
 
 
 def test_a_table_is_aligned_markdown():
@@ -301,9 +411,11 @@ def test_tables_go_between_the_markers_of_a_readme(results_file, tmp_path, capsy
     readme.write_text(f"# shtx\n{report.BEGIN}\nold\n{report.END}\nend\n")
     for _ in range(2):
         cli.main(["table", str(results_file), "--write", str(readme)])
-        text = capsys.readouterr().out.replace("**Ops**", "<details><summary>Ops</summary>")
-        text += "\n</details>\n"
-        assert readme.read_text() == f"# shtx\n{report.BEGIN}\n{text}{report.END}\nend\n"
+        text = report.tables(RESULTS, fold_ops=True)
+        assert capsys.readouterr().out == report.tables(RESULTS) + "\n"
+        assert re.findall("<details><summary>(\\w+);", text) == providers.OPS
+        assert cells(text) == cells(report.tables(RESULTS))
+        assert readme.read_text() == f"# shtx\n{report.BEGIN}\n{text}\n{report.END}\nend\n"
     readme.write_text("# shtx\n")
     with pytest.raises(SystemExit, match="lacks <!-- benchmarks:begin -->"):
         cli.main(["table", str(results_file), "--write", str(readme)])

@@ -1,0 +1,237 @@
+"""Times tile sizes of the fused ops' kernels on this GPU, those of attention checked against fp64.
+
+    python -m benchmarks.search --out DIR
+
+Prints the fastest of each case and writes all of them to DIR/search.json. The constants of
+shtx_kernels/norm_token_shift.py and shtx_kernels/rotary_attention/tiles.py are its outcome.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.bench_ceilings import machine
+from benchmarks.timing import graphed
+from shtx_kernels import reference
+from shtx_kernels.rotary_attention import library, tiles
+
+NORM = sys.modules["shtx_kernels.norm_token_shift"]
+FORWARD, BY_RUNS, BY_KEYS, BY_QUERIES = (
+    *("forward", "backward_by_runs", "backward_by_keys", "backward_by_queries"),
+)
+
+
+class Case(NamedTuple):
+    E: int
+    window: int  # -1: all
+    B: int
+    M: int
+    H: int
+
+    @property
+    def options(self) -> tuple:
+        return (self.H, self.window, 1, self.window < 0, self.E**-0.5)
+
+
+CASES = [
+    *(Case(64, window, 16, 2048, 8) for window in (16, 32, 64, 128)),
+    Case(32, 32, 16, 2048, 16),
+    Case(16, 16, 16, 2048, 32),
+    Case(128, 64, 16, 2048, 4),
+    Case(64, -1, 128, 256, 8),
+]
+
+
+def grid(**axes) -> list[dict]:
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+def candidates(kernel: str, case: Case) -> list[dict]:
+    if kernel == BY_RUNS:
+        sizes = grid(BLOCK=(16, 32, 64), num_warps=(1, 2, 4, 8), num_stages=(1,))
+        work = lambda c: c["BLOCK"] * max(case.E, 32) / c["num_warps"]
+        return [c for c in sizes if case.window <= c["BLOCK"] and 256 <= work(c) <= 1024]
+    if kernel == FORWARD:
+        stages = (2, 3) if case.window < 0 else (1,)
+        sizes = grid(
+            BLOCK_M=(64, 128),
+            BLOCK_N=(32, 64, 128),
+            num_warps=(4, 8),
+            num_stages=stages,
+            maxnreg=(None, 128),
+        )
+    else:
+        sizes = grid(BLOCK_M=(64,), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+    return [c for c in sizes if 16 * c["num_warps"] <= c["BLOCK_M"]]
+
+
+def jobs() -> list[tuple[str, Case, dict]]:
+    found = []
+    for case in CASES:
+        short = 0 < case.window <= 64
+        for kernel in (FORWARD, *((BY_RUNS,) if short else (BY_KEYS, BY_QUERIES))):
+            found += [(kernel, case, sizes) for sizes in candidates(kernel, case)]
+    return found
+
+
+def compile_only(job: tuple[str, Case, dict]) -> str | None:
+    """Into Triton's cache, in a process that needs no GPU; what went wrong, if anything did."""
+    kernel, case, sizes = job
+    shipped = getattr(tiles, kernel)
+    setattr(tiles, kernel, lambda *_: sizes)
+    qkv = torch.empty(case.B, case.M, 3 * case.H * case.E, dtype=torch.bfloat16)
+    try:
+        out, lse, _ = torch.ops.shtx.rotary_attention(qkv, *case.options)
+        if kernel != FORWARD:
+            torch.ops.shtx.rotary_attention_bwd(qkv, out, lse, out, *case.options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    finally:
+        setattr(tiles, kernel, shipped)
+
+
+def without_a_gpu(capability: int):
+    class NoDevice:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    run = JITFunction.run
+    JITFunction.run = lambda *args, warmup, **options: run(*args, warmup=True, **options)
+    driver.set_active(NoDevice())
+
+
+def time_ms(calls: list[Callable]) -> float:
+    replay, times = graphed(calls), []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return median(times[1:])
+
+
+def inputs(case: Case) -> tuple[list, list]:
+    """Pairs of qkv and dout, more than the L2 cache holds; out and dqkv in fp64 of the first."""
+    size = case.B, case.M, case.H * case.E
+    random = lambda *size: torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    sets = [(random(*size[:2], 3 * size[2]), random(*size)) for _ in range(4)]
+    qkv, dout = (t[:1].double() for t in sets[0])
+    window = case.window if case.window > 0 else None
+    out = reference.rotary_attention(
+        qkv.requires_grad_(), case.H, window=window, xpos=case.window < 0
+    )
+    return sets, [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+
+
+def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> dict:
+    """Time of forward, or of the whole backward, and its relative error."""
+    setattr(tiles, kernel, lambda *_: sizes)
+    row = dict(kernel=kernel, **case._asdict(), **sizes)
+    forward = lambda qkv: torch.ops.shtx.rotary_attention(qkv, *case.options)
+    backward = lambda *saved: torch.ops.shtx.rotary_attention_bwd(*saved, *case.options)
+    try:
+        if kernel == FORWARD:
+            calls = [lambda s=s: forward(s[0])[0] for s in sets]
+        else:
+            saved = [(qkv, *forward(qkv)[:2], dout) for qkv, dout in sets]
+            calls = [lambda s=s: backward(*s) for s in saved]
+        got, true = calls[0]()[:1].double(), truth[kernel != FORWARD]
+        return row | dict(ms=time_ms(calls), error=float((got - true).norm() / true.norm()))
+    except Exception as problem:
+        return row | dict(ms=None, problem=str(problem)[:100])
+
+
+def search_norm() -> list[dict]:
+    """norm_token_shift as a block calls it: rms, fp32 stream, bf16 branch."""
+    rows, shipped = [], (dict(NORM.TILE), dict(NORM.WARP_TILE), NORM.BWD_PROGRAMS)
+    op, backward = torch.ops.shtx.norm_token_shift, torch.ops.shtx.norm_token_shift_bwd
+    forward_once = lambda x, g, branch, dr: op(x, g, None, branch, 1, torch.bfloat16)
+    backward_once = lambda r, g, dy, dr: backward(r, g, dr, dy, False, 1, torch.bfloat16)
+    for B, M, D in ((8, 2048, 1024), (32, 1024, 512), (32, 1024, 256), (32, 1024, 128)):
+        random = lambda dtype, *size: torch.randn(size, device="cuda", dtype=dtype)
+        gamma = random(torch.float32, D)
+        sets = [
+            (
+                *(random(torch.float32, B, M, D), gamma),
+                *(random(torch.bfloat16, B, M, D), random(torch.float32, B, M, D)),
+            )
+            for _ in range(2 + 2**29 // (B * M * D * 8))
+        ]
+        directions = {
+            "fwd": [partial(forward_once, *s) for s in sets],
+            "bwd": [partial(backward_once, *s) for s in sets],
+        }
+        for kernel, calls in directions.items():
+            tried = []
+            sizes = ((2048, 256), (2048, 512), (4096, 512), (4096, 1024), (8192, 1024))
+            for tile, warp in sizes:
+                for programs in (132, 264, 528) if kernel == "bwd" else (None,):
+                    NORM.TILE[kernel], NORM.WARP_TILE[kernel] = tile, warp
+                    NORM.BWD_PROGRAMS = programs
+                    NORM._constants.cache_clear()
+                    row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D)
+                    row |= dict(TILE=tile, WARP_TILE=warp, programs=programs)
+                    tried.append(row | dict(ms=time_ms(calls)))
+            rows += sorted(tried, key=lambda row: row["ms"])
+            print(f"norm_token_shift {kernel} {D}", flush=True)
+            for row in rows[-len(tried) :][:3]:
+                sizes = row["TILE"], row["WARP_TILE"], row["programs"]
+                print(f"  {row['ms']:7.4f} ms  {sizes}")
+    NORM.TILE, NORM.WARP_TILE, NORM.BWD_PROGRAMS = shipped
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/search"), metavar="DIR")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    library.takes = lambda *_: False  # what is searched is our own
+    todo = jobs()
+
+    major, minor = torch.cuda.get_device_capability()
+    capability = (10 * major + minor,)
+    with get_context("fork").Pool(os.cpu_count() - 1, without_a_gpu, capability) as pool:
+        problems = pool.map(compile_only, todo, chunksize=1)
+    print(f"{len(todo)} sizes, {sum(map(bool, problems))} do not compile", flush=True)
+
+    rows, shipped = search_norm(), dict(vars(tiles))
+    for case in CASES:
+        sets, truth = inputs(case)
+        for kernel in dict.fromkeys(job[0] for job in todo if job[1] == case):
+            tried = [
+                measure(kernel, case, sizes, sets, truth)
+                for name, other, sizes in todo
+                if (name, other) == (kernel, case)
+            ]
+            setattr(tiles, kernel, shipped[kernel])
+            rows += sorted(tried, key=lambda row: row["ms"] or math.inf)
+            print(kernel, case, flush=True)
+            for row in rows[-len(tried) :][:3]:
+                sizes = {k: v for k, v in row.items() if k.startswith(("BLOCK", "num", "max"))}
+                print(
+                    f"  {row['ms'] or math.inf:7.4f} ms  error {row.get('error', 0):.1e}  {sizes}"
+                )
+            results = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+            (folder / "search.json").write_text(results + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
