@@ -20,21 +20,37 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 2048  # elements of a program's tile: at 4096, backward spills on sm_80, sm_90 and sm_100
-WARP_TILE = 512  # elements of it that a warp holds
-BWD_TILES = 8  # tiles that share one row of partial weight gradients
+LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
+ROUNDS = 4  # at most, of a row; a wider one is shared by warps
+# on an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
+TILE = {"fwd": 4096, "bwd": 4096}  # elements of a program's tile
+WARP_TILE = {"fwd": 1024, "bwd": 1024}  # elements of it that a warp holds
+BWD_PROGRAMS = 264  # each leaves a row of partial weight gradients
+SUM_ROWS = 64  # of them are added up at a time
+SUM_COLUMNS = 32
 MAX_D = 8192  # a row is held in registers
 
 
 @triton.jit
+def _columns(ROUNDS: tl.constexpr, LANES: tl.constexpr):
+    """Of a tile [BLOCK_M, ROUNDS, LANES]: warps lie along rows, so that a row's sum needs one."""
+    return tl.arange(0, ROUNDS)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+
+
+@triton.jit
+def _row_sum(t):
+    return tl.sum(tl.sum(t, axis=1, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
 def _normalize(s, mask_d, D: tl.constexpr, LAYER: tl.constexpr):
-    """Normalized rows s [BLOCK_M, BLOCK_D], their scale, and whether it depends on them."""
+    """Normalized rows s, their scale, and whether it depends on them."""
     if LAYER:
-        s = tl.where(mask_d, s - tl.sum(s, axis=1, keep_dims=True) / D, 0.0)
-    square = tl.sum(s * s, axis=1, keep_dims=True)
+        s = tl.where(mask_d, s - _row_sum(s) / D, 0.0)
+    square = _row_sum(s * s)
     square = square / D + 1e-5 if LAYER else square
-    one = tl.full([1, 1], 1.0 if LAYER else D**0.5, s.dtype)
-    least = tl.full([1, 1], 0.0 if LAYER else 1e-12, s.dtype)
+    one = tl.full([1, 1, 1], 1.0 if LAYER else D**0.5, s.dtype)
+    least = tl.full([1, 1, 1], 0.0 if LAYER else 1e-12, s.dtype)
     # sqrt and division of fp32 are approximate by default, and backward subtracts near equals
     length = tl.sqrt(square) if s.dtype == tl.float64 else tl.sqrt_rn(square)
     clamped = tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL)
@@ -48,14 +64,14 @@ def _norm_token_shift_fwd_kernel(
     stride_xb, stride_xm, stride_bb, stride_bm,
     M, lag, tiles,
     D: tl.constexpr, KEPT: tl.constexpr, LAYER: tl.constexpr, HAS_BRANCH: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
-    offs_m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+    offs_d = _columns(ROUNDS, LANES)
     mask_d = offs_d < D
-    src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, BLOCK_D]
+    src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, ROUNDS, LANES]
     mask_s = mask_d & (src_m >= 0) & (src_m < M)
 
     s = tl.load(x_ptr + pid_b * stride_xb + src_m * stride_xm + offs_d, mask=mask_s, other=0.0)
@@ -73,67 +89,91 @@ def _norm_token_shift_fwd_kernel(
     tl.store(y_ptr + (pid_b * M + offs_m) * D + offs_d, y, mask=mask_d & (offs_m < M))
 
 
-@triton.jit(do_not_specialize=["M", "lag", "tiles", "total"])
+@triton.jit(do_not_specialize=["M", "lag", "tiles", "total", "share"])
 def _norm_token_shift_bwd_kernel(
-    r_ptr, gamma_ptr, dr_ptr, dy_ptr, dx_ptr, dweight_ptr,
+    r_ptr, gamma_ptr, dr_ptr, dy_ptr, dx_ptr, dbranch_ptr, dweight_ptr,
     stride_rb, stride_rm, stride_drb, stride_drm, stride_dyb, stride_dym,
-    M, lag, tiles, total,
+    M, lag, tiles, total, share,
     D: tl.constexpr, KEPT: tl.constexpr, LAYER: tl.constexpr, HAS_DR: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+    HAS_DBRANCH: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_d = _columns(ROUNDS, LANES)
     mask_d = offs_d < D
     gamma = tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
-    dgamma = tl.zeros([1, BLOCK_D], dtype=ACC)
-    dbeta = tl.zeros([1, BLOCK_D], dtype=ACC)
+    dgamma = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
+    dbeta = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
 
-    for i in range(TILES):
-        tile = pid * TILES + i
+    for tile in range(pid * share, tl.minimum((pid + 1) * share, total)):
         pid_b = tile // tiles
-        offs_m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-        src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, BLOCK_D]
-        mask_tile = tl.where(tile < total, mask_d, False)
-        mask_s = mask_tile & (src_m >= 0) & (src_m < M)
-        mask_y = mask_tile & (offs_m < M)
+        offs_m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+        src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, ROUNDS, LANES]
+        mask_s = mask_d & (src_m >= 0) & (src_m < M)
+        mask_y = mask_d & (offs_m < M)
 
         s = tl.load(r_ptr + pid_b * stride_rb + src_m * stride_rm + offs_d, mask=mask_s, other=0.0)
         dy = tl.load(
             dy_ptr + pid_b * stride_dyb + offs_m * stride_dym + offs_d, mask=mask_y, other=0.0
         ).to(ACC)
-        y, scale, live = _normalize(s.to(ACC), mask_d, D, LAYER)
-        dgamma += tl.sum(dy * y, axis=0, keep_dims=True)
-        dbeta += tl.sum(dy, axis=0, keep_dims=True)
-
-        g = dy * gamma
-        along = tl.where(live, tl.sum(g * y, axis=1, keep_dims=True) / D, 0.0)
-        if LAYER:
-            g -= tl.sum(g, axis=1, keep_dims=True) / D
-        dx = (g - y * along) * scale
         if HAS_DR:
             dr = tl.load(
                 dr_ptr + pid_b * stride_drb + src_m * stride_drm + offs_d, mask=mask_s, other=0.0
             )
-            dx += dr.to(ACC)
-        tl.store(dx_ptr + (pid_b * M + src_m) * D + offs_d, dx, mask=mask_s)
+        y, scale, live = _normalize(s.to(ACC), mask_d, D, LAYER)
+        dgamma += dy * y
+        dbeta += dy
 
-    tl.store(dweight_ptr + pid * D + offs_d, dgamma, mask=mask_d)
+        g = dy * gamma
+        along = tl.where(live, _row_sum(g * y) / D, 0.0)
+        if LAYER:
+            g -= _row_sum(g) / D
+        dx = (g - y * along) * scale
+        if HAS_DR:
+            dx += dr.to(ACC)
+        offs_x = (pid_b * M + src_m) * D + offs_d
+        tl.store(dx_ptr + offs_x, dx, mask=mask_s)
+        if HAS_DBRANCH:
+            tl.store(dbranch_ptr + offs_x, dx, mask=mask_s)
+
+    offs_w = pid * D + offs_d
+    tl.store(dweight_ptr + offs_w, tl.sum(dgamma, axis=0, keep_dims=True), mask=mask_d)
     if LAYER:
-        tl.store(dweight_ptr + (tl.num_programs(0) + pid) * D + offs_d, dbeta, mask=mask_d)
+        offs_w += tl.num_programs(0) * D
+        tl.store(dweight_ptr + offs_w, tl.sum(dbeta, axis=0, keep_dims=True), mask=mask_d)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_token_shift_sum_kernel(
+    partial_ptr, dweight_ptr, rows, D,
+    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Columns of partial (1 | 2, rows, D), added up in a fixed order."""
+    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    which = tl.program_id(1).to(tl.int64)
+    partial_ptr += which * rows * D
+    total = tl.zeros([BLOCK_R, BLOCK_D], dtype=ACC)
+    for row in range(0, rows, BLOCK_R):
+        offs_r = row + tl.arange(0, BLOCK_R)[:, None]
+        mask = (offs_r < rows) & (offs_d < D)[None, :]
+        total += tl.load(partial_ptr + offs_r * D + offs_d[None, :], mask=mask, other=0.0)
+    tl.store(dweight_ptr + which * D + offs_d, tl.sum(total, axis=0), mask=offs_d < D)
 
 
 @lru_cache
-def _constants(D: int, dtype: torch.dtype) -> dict:
-    """What both kernels are compiled for."""
+def _constants(kernel: str, D: int, dtype: torch.dtype) -> dict:
+    """What a kernel is compiled for."""
     block_d = triton.next_power_of_2(D)
-    block_m = max(1, TILE // block_d)
+    block_m = max(1, TILE[kernel] // block_d)
+    lanes = min(block_d, max(LANES, block_d // ROUNDS))
     return dict(
         D=D,
         KEPT=(D + 1) // 2,
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
         BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        num_warps=max(1, block_m * block_d // WARP_TILE),
+        ROUNDS=block_d // lanes,
+        LANES=lanes,
+        num_warps=max(1, block_m * block_d // WARP_TILE[kernel]),
         enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
     )
 
@@ -144,7 +184,7 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel():
         b = x if branch is None else branch
-        lag, constants = min(dilation, M), _constants(D, x.dtype)
+        lag, constants = min(dilation, M), _constants("fwd", D, x.dtype)
         tiles = triton.cdiv(M + lag, constants["BLOCK_M"])  # of a sequence's rows of s and its end
         with torch.cuda.device_of(x):
             _norm_token_shift_fwd_kernel[(B * tiles,)](
@@ -155,26 +195,32 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     return r, y
 
 
-def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation):
+def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     B, M, D = r.shape
     dx = r.new_empty(r.shape)
-    lag, constants = min(dilation, M), _constants(D, r.dtype)
+    dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
+    lag, constants = min(dilation, M), _constants("bwd", D, r.dtype)
     tiles = triton.cdiv(M + lag, constants["BLOCK_M"])
-    programs = triton.cdiv(B * tiles, BWD_TILES)
+    share = triton.cdiv(B * tiles, BWD_PROGRAMS)
+    programs = triton.cdiv(B * tiles, max(1, share))
     acc = torch.promote_types(r.dtype, torch.float32)
-    dweight = r.new_empty((2 if layer else 1, programs, D), dtype=acc)
+    partial = r.new_empty((2 if layer else 1, programs, D), dtype=acc)
+    dweight = gamma.new_empty if dx.numel() else gamma.new_zeros
+    dweight = dweight((2 if layer else 1, D))
     if dx.numel():
         d = dy if dr is None else dr
         with torch.cuda.device_of(r):
             _norm_token_shift_bwd_kernel[(programs,)](
-                r, gamma, d, dy, dx, dweight,
+                r, gamma, d, dy, dx, dbranch, partial,
                 r.stride(0), r.stride(1), d.stride(0), d.stride(1), dy.stride(0), dy.stride(1),
-                M, lag, tiles, B * tiles,
-                LAYER=layer, HAS_DR=dr is not None, TILES=BWD_TILES, **constants,
+                M, lag, tiles, B * tiles, share,
+                LAYER=layer, HAS_DR=dr is not None, HAS_DBRANCH=dbranch.numel() > 0, **constants,
             )  # fmt: skip
-    else:
-        dweight.zero_()
-    return dx, dweight.sum(dim=1).to(gamma.dtype)
+            _norm_token_shift_sum_kernel[(triton.cdiv(D, SUM_COLUMNS), len(dweight))](
+                partial, dweight, programs, D,
+                ACC=constants["ACC"], BLOCK_R=SUM_ROWS, BLOCK_D=SUM_COLUMNS, num_warps=4,
+            )  # fmt: skip
+    return dx, dbranch, dweight
 
 
 torch.library.define(
@@ -184,7 +230,8 @@ torch.library.define(
 )
 torch.library.define(
     "shtx::norm_token_shift_bwd",
-    "(Tensor r, Tensor gamma, Tensor? dr, Tensor dy, bool layer, int dilation) -> (Tensor, Tensor)",
+    "(Tensor r, Tensor gamma, Tensor? dr, Tensor dy, bool layer, int dilation,"
+    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("shtx::norm_token_shift", ("CPU", "CUDA"), _norm_token_shift_fwd)
 torch.library.impl("shtx::norm_token_shift_bwd", ("CPU", "CUDA"), _norm_token_shift_bwd)
@@ -196,8 +243,9 @@ def _(x, gamma, beta, branch, dilation, dtype):
 
 
 @torch.library.register_fake("shtx::norm_token_shift_bwd")
-def _(r, gamma, dr, dy, layer, dilation):
-    return r.new_empty(r.shape), gamma.new_empty(2 if layer else 1, r.shape[-1])
+def _(r, gamma, dr, dy, layer, dilation, branch_dtype):
+    dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
+    return r.new_empty(r.shape), dbranch, gamma.new_empty(2 if layer else 1, r.shape[-1])
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -220,14 +268,17 @@ class _NormTokenShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dr, dy):
         r, gamma = ctx.saved_tensors
-        dweight = (None, None)
-        dx = dr
-        if dy is not None:
-            dx, dweight = torch.ops.shtx.norm_token_shift_bwd.default(
-                r, gamma, _rows(dr), _rows(dy), ctx.layer, ctx.dilation
-            )
-        dbranch = None if ctx.branch_dtype is None or dx is None else dx.to(ctx.branch_dtype)
-        return dx, dweight[0], dweight[1] if ctx.layer else None, dbranch, None, None
+        has_branch = ctx.branch_dtype is not None
+        dtype = ctx.branch_dtype if has_branch else r.dtype
+        if dy is None:
+            dbranch = dr.to(dtype) if has_branch and dr is not None else None
+            return dr, None, None, dbranch, None, None
+        dx, dbranch, dweight = torch.ops.shtx.norm_token_shift_bwd.default(
+            r, gamma, _rows(dr), _rows(dy), ctx.layer, ctx.dilation, dtype
+        )
+        dbranch = dx if dtype == r.dtype else dbranch
+        dbeta = dweight[1] if ctx.layer else None
+        return dx, dweight[0], dbeta, dbranch if has_branch else None, None, None
 
 
 def norm_token_shift(

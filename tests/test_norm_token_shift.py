@@ -194,8 +194,9 @@ def test_registration(shape, transposed):
     half = torch.float16
     torch.library.opcheck(torch.ops.shtx.norm_token_shift, (x, gamma, None, x, 1, half))
     torch.library.opcheck(torch.ops.shtx.norm_token_shift, (x, gamma, gamma, None, 0, x.dtype))
-    torch.library.opcheck(torch.ops.shtx.norm_token_shift_bwd, (x, gamma, x, x, True, 1))
-    torch.library.opcheck(torch.ops.shtx.norm_token_shift_bwd, (x, gamma, None, x, False, 0))
+    backward = torch.ops.shtx.norm_token_shift_bwd
+    torch.library.opcheck(backward, (x, gamma, x, x, True, 1, half))
+    torch.library.opcheck(backward, (x, gamma, None, x, False, 0, x.dtype))
 
 
 @pytest.mark.parametrize("branch", [False, True])
