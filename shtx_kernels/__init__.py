@@ -12,5 +12,6 @@ __all__ = []
 
 if find_spec("triton"):  # without it the reference is all there is
     from .norm_token_shift import norm_token_shift
+    from .rotary_attention import rotary_attention
 
-    __all__ += ["norm_token_shift"]
+    __all__ += ["norm_token_shift", "rotary_attention"]

@@ -67,22 +67,22 @@ def norm_token_shift(
 
 
 def _rotation(n: int, E: int, xpos: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """cos, sin and xpos scale (n, E / 2); fp32 angles would be 4e-3 off at 65,536 tokens."""
+    """cos, sin and xpos factor (n, E / 2); fp32 angles would be 4e-3 off at 65,536 tokens."""
     wide = torch.float32 if like.device.type == "mps" else torch.float64  # mps has no fp64
     t = arange(n, device=like.device, dtype=wide)[:, None]
     channel = arange(0, E, 2, device=like.device, dtype=wide)
     angle = t * 10000 ** (-channel / E)
     z = (channel + 0.4 * E) / (1.4 * E) if xpos else torch.ones_like(channel)
-    scale = z ** ((t - n // 2) / 512)  # of q; its inverse is k's, so only the distance counts
-    return angle.cos().to(like), angle.sin().to(like), scale.to(like)
+    decay = z ** ((t - n // 2) / 512)  # of q; its inverse is k's, so only the distance counts
+    return angle.cos().to(like), angle.sin().to(like), decay.to(like)
 
 
-def _rotate(t: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Tensor:
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor, decay: Tensor) -> Tensor:
     x, y = t.chunk(2, dim=-1)
-    return cat(((x * cos - y * sin) * scale, (y * cos + x * sin) * scale), dim=-1)
+    return cat(((x * cos - y * sin) * decay, (y * cos + x * sin) * decay), dim=-1)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """Every query sees itself and the `window` keys before it: those of two buckets."""
     b, h, n, _ = q.shape
     pad = (0, 0, 0, -n % window)
@@ -92,12 +92,18 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     i = arange(window, device=q.device)[:, None] + window
     j = arange(2 * window, device=q.device)
     mask = (j <= i) & (j >= i - window) & ((bucket > 0) | (j >= window))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
     return rearrange(out, "(b h) g w e -> b h (g w) e", b=b)[:, :, :n]
 
 
 def rotary_attention(
-    qkv: Tensor, heads: int, *, window: int | None = None, dilation: int = 1, xpos: bool = False
+    qkv: Tensor,
+    heads: int,
+    *,
+    window: int | None = None,
+    dilation: int = 1,
+    xpos: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """(B, M, 3 H E) to (B, M, H E): causal attention within each residue class mod `dilation`."""
     M = qkv.shape[1]
@@ -111,13 +117,13 @@ def rotary_attention(
     n, E = q.shape[-2:]
     # xpos factors leave fp16's range past 8 thousand tokens
     dtype = torch.float32 if xpos and qkv.dtype == torch.float16 else qkv.dtype
-    cos, sin, scale = _rotation(n, E, xpos, _widen(q))
-    q, k = _rotate(q, cos, sin, scale).to(dtype), _rotate(k, cos, sin, 1 / scale).to(dtype)
+    cos, sin, decay = _rotation(n, E, xpos, _widen(q))
+    q, k = _rotate(q, cos, sin, decay).to(dtype), _rotate(k, cos, sin, 1 / decay).to(dtype)
     with torch.autocast(qkv.device.type, enabled=False):
         if window is None or window >= n - 1:
-            out = F.scaled_dot_product_attention(q, k, v.to(dtype), is_causal=True)
+            out = F.scaled_dot_product_attention(q, k, v.to(dtype), is_causal=True, scale=scale)
         else:
-            out = _windowed(q, k, v.to(dtype), window)
+            out = _windowed(q, k, v.to(dtype), window, scale)
     return rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M].to(qkv.dtype)
 
 

@@ -1,0 +1,233 @@
+"""Rotary embedding and causal attention, from packed qkv to packed heads.
+
+    token p = r + dilation i is number i of residue class r; a class is a sequence of its own
+    q'_i = R(i) q_i, k'_j = R(j) k_j: channels (c, c + E/2) turn by the angle i 10000^(-2c/E)
+    xpos:  q'_i *= z^(i/512), k'_j *= z^(-j/512), z_c = (2c + 0.4 E) / (1.4 E)
+    out_i = sum_j softmax_j(scale q'_i k'_j) v_j   over i - window <= j <= i
+
+The one idea: only i - j counts, so a tile is rotated as seen from its own first token, where angles
+are small and xpos factors near one, at any length. One small table of cos and sin serves all tiles;
+the distance of two tiles turns a block's angles by one more row of it. Nothing else is in memory: a
+residue class is a stride, and the gradient is rotated back on its way into the packed layout.
+Reference: reference.rotary_attention
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import library, tiles
+from .backward import (
+    _rotary_attention_bwd_dkdv_kernel,
+    _rotary_attention_bwd_dq_kernel,
+    _rotary_attention_bwd_window_kernel,
+)  # fmt: skip
+from .forward import LOCAL, STEP, _rotary_attention_fwd_kernel
+
+MAX_E = 256
+MAX_BLOCK = 128  # rows of a tile
+LOG2_E = 1.4426950408889634  # the softmax is in base 2
+
+_TABLES = {}
+
+
+def _make_table(E: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, E): log2(z) / 512 | 0, then cos | sin of tokens 0 to LOCAL - 1 and every STEP-th."""
+    wide = dict(dtype=torch.float64, device=device)
+    channel = torch.arange(0, E, 2, **wide)
+    decay = ((channel + 0.4 * E) / (1.4 * E)).log2() / 512
+    t = torch.cat((torch.arange(LOCAL.value, **wide), torch.arange(0, reach, STEP.value, **wide)))
+    angle = t[:, None] * 10000 ** (-channel / E)
+    top = torch.cat((decay, torch.zeros_like(decay)))[None]
+    return torch.cat((top, torch.cat((angle.cos(), angle.sin()), dim=1))).to(dtype)
+
+
+def _table(qkv: Tensor, E: int, n: int) -> Tensor:
+    reach = triton.next_power_of_2(n + MAX_BLOCK)  # the farthest that two tiles can be apart
+    key = E, reach, torch.promote_types(qkv.dtype, torch.float32), qkv.device
+    if key not in _TABLES:
+        table = _make_table(*key)
+        if qkv.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return table  # it is the graph's, which fills it anew in every replay
+            torch.cuda.current_stream(qkv.device).synchronize()  # other streams may use it next
+        _TABLES[key] = table
+    return _TABLES[key]
+
+
+def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
+    """B, M, E, and n, the tokens of the longest residue class."""
+    B, M, width = qkv.shape
+    return B, M, width // (3 * heads), triton.cdiv(M, dilation)
+
+
+def _constants(dtype: torch.dtype, heads: int, E: int, window: int, xpos: bool) -> dict:
+    """What all kernels of attention are compiled for."""
+    return dict(
+        H=heads,
+        E=E,
+        WINDOW=window,
+        XPOS=int(xpos),
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        IP="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        BLOCK_C=max(8, triton.next_power_of_2(E // 2)),
+        BLOCK_E=max(16, triton.next_power_of_2(E)),
+    )
+
+
+def _rotary_attention_fwd(qkv, heads, window, dilation, xpos, scale):
+    B, M, E, n = _sizes(qkv, heads, dilation)
+    table = _table(qkv, E, n)
+    if library.takes(qkv, E, window, n, xpos):
+        return library.forward(qkv, table, heads, dilation, xpos, scale)
+    acc = torch.promote_types(qkv.dtype, torch.float32)
+    out = qkv.new_empty(B, M, heads * E)
+    lse = qkv.new_empty(B, heads, dilation, n, dtype=acc)
+    if out.numel():
+        config = tiles.forward(E, window, qkv.itemsize)
+        count = triton.cdiv(n, config["BLOCK_M"])
+        with torch.cuda.device_of(qkv):
+            _rotary_attention_fwd_kernel[(B * heads * dilation * count,)](
+                qkv, table, out, lse, qkv.stride(0), qkv.stride(1), M, n, count, dilation,
+                scale * LOG2_E, SHORT=0 < window <= tiles.SHORT,
+                **_constants(qkv.dtype, heads, E, window, xpos), **config,
+            )  # fmt: skip
+    return out, lse, qkv.new_empty(0)
+
+
+def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, scale):
+    if saved.ndim == 5:
+        table = _table(saved, saved.shape[-1], saved.shape[2])
+        return library.backward(saved, table, out, lse, dout, dilation, xpos, scale)
+    B, M, E, n = _sizes(saved, heads, dilation)
+    dqkv = saved.new_empty(saved.shape)
+    constants = _constants(saved.dtype, heads, E, window, xpos)
+    sequences = B * heads * dilation
+
+    def launch(kernel, count, *rest, **config):
+        kernel[(sequences * count,)](
+            saved, _table(saved, E, n), out, lse, dout, dqkv,
+            saved.stride(0), saved.stride(1), dout.stride(0), dout.stride(1),
+            M, n, count, dilation, scale * LOG2_E, *rest, **constants, **config,
+        )  # fmt: skip
+
+    if not dqkv.numel():
+        return dqkv
+    arguments = E, window, saved.itemsize
+    with torch.cuda.device_of(saved):
+        if config := tiles.backward_by_runs(*arguments):
+            count = triton.cdiv(n, config["BLOCK"])
+            length = max(1, min(tiles.LENGTH, sequences * count // tiles.PROGRAMS))
+            runs = triton.cdiv(count, length)
+            launch(_rotary_attention_bwd_window_kernel, runs, length, **config)
+            return dqkv
+        config = tiles.backward_by_keys(*arguments)
+        launch(_rotary_attention_bwd_dkdv_kernel, triton.cdiv(n, config["BLOCK_N"]), **config)
+        config = tiles.backward_by_queries(*arguments)
+        launch(_rotary_attention_bwd_dq_kernel, triton.cdiv(n, config["BLOCK_M"]), **config)
+    return dqkv
+
+
+OPTIONS = "int heads, int window, int dilation, bool xpos, float scale"
+torch.library.define(
+    "shtx::rotary_attention", f"(Tensor qkv, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define(
+    "shtx::rotary_attention_bwd",
+    f"(Tensor saved, Tensor out, Tensor lse, Tensor dout, {OPTIONS}) -> Tensor",
+)
+torch.library.impl("shtx::rotary_attention", ("CPU", "CUDA"), _rotary_attention_fwd)
+torch.library.impl("shtx::rotary_attention_bwd", ("CPU", "CUDA"), _rotary_attention_bwd)
+
+
+@torch.library.register_fake("shtx::rotary_attention")
+def _(qkv, heads, window, dilation, xpos, scale):
+    B, M, E, n = _sizes(qkv, heads, dilation)
+    acc = torch.promote_types(qkv.dtype, torch.float32)
+    out = qkv.new_empty(B, M, heads * E)
+    if library.takes(qkv, E, window, n, xpos):
+        lse = qkv.new_empty(B * dilation, heads, n, dtype=acc)
+        return out, lse, qkv.new_empty(3, B * dilation, n, heads, E)
+    return out, qkv.new_empty(B, heads, dilation, n, dtype=acc), qkv.new_empty(0)
+
+
+@torch.library.register_fake("shtx::rotary_attention_bwd")
+def _(saved, out, lse, dout, heads, window, dilation, xpos, scale):
+    return out.new_empty(*out.shape[:2], 3 * out.shape[2])
+
+
+class _RotaryAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, *options):
+        out, lse, rotated = torch.ops.shtx.rotary_attention.default(qkv, *options)
+        ctx.save_for_backward(rotated if rotated.ndim == 5 else qkv, out, lse)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        # the gradient of a sum is expanded, its last dimension too
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dqkv = torch.ops.shtx.rotary_attention_bwd.default(*ctx.saved_tensors, dout, *ctx.options)
+        return dqkv, None, None, None, None, None
+
+
+def rotary_attention(
+    qkv: Tensor,
+    heads: int,
+    *,
+    window: int | None = None,
+    dilation: int = 1,
+    xpos: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of rotated queries to rotated keys, from the product for q, k and v.
+
+    Args:
+        qkv: (B, M, 3 H E), queries, keys and values of H heads of E channels; the last dimension
+            contiguous, B and M may be strided. E is even and at most 256.
+        heads: H.
+        window: how many tokens before itself a query sees, at least 1; None for all.
+        dilation: a token attends only to tokens whose distance from it is a multiple of this;
+            positions and window count those tokens alone.
+        xpos: whether dot products decay with the distance (scale base 512).
+        scale: of the dot products; E ** -0.5 by default.
+
+    Returns:
+        (B, M, H E) in the dtype of qkv, contiguous. For fp32, products are in TF32 where
+        torch.get_float32_matmul_precision() allows it.
+
+    Raises:
+        ValueError: naming the argument whose shape, strides or value is not as above.
+
+    Source: rotary embedding (Su et al. 2021, arXiv 2104.09864), xpos (Sun et al. 2022, arXiv
+    2212.10554), attention by tiles (Dao 2023, arXiv 2307.08691); semantics of local-attention and
+    simple-hierarchical-transformer, whose axial rearrange the dilation replaces.
+    """
+    if qkv.ndim != 3 or qkv.stride(-1) != 1:
+        raise ValueError(
+            "qkv must be (B, M, 3 H E) with a contiguous last dimension,"
+            f" got {tuple(qkv.shape)}, strides {qkv.stride()}"
+        )
+    if heads < 1 or qkv.shape[-1] % (6 * heads) or not 2 <= qkv.shape[-1] // (3 * heads) <= MAX_E:
+        raise ValueError(
+            f"heads must divide the last dimension of qkv into 3 heads of even width E of 2 to"
+            f" {MAX_E}, got heads={heads} and qkv {tuple(qkv.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be None or at least 1, got {window}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    dilation = min(dilation, max(1, qkv.shape[1]))
+    if min(qkv.shape[1], MAX_BLOCK * dilation) * max(qkv.stride(1), qkv.shape[2]) >= 2**31:
+        raise ValueError(
+            f"dilation must keep {MAX_BLOCK} tokens of a class within 2^31 elements,"
+            f" got {dilation} with strides {qkv.stride()}"
+        )
+    E, n = qkv.shape[-1] // (3 * heads), triton.cdiv(qkv.shape[1], dilation)
+    window = -1 if window is None or window >= n - 1 else window
+    scale = E**-0.5 if scale is None else float(scale)
+    return _RotaryAttention.apply(qkv, heads, window, dilation, xpos, scale)

@@ -1,0 +1,139 @@
+"""Full attention by the cores in PyTorch, between two passes over memory: one rotates from the
+packed layout into a sequence for each residue class, one rotates the gradients back.
+
+Forward is cuDNN's, which is the fastest. Backward is FlashAttention 2's, which can be told to give
+the same bits every time: cuDNN's, a third faster, gave others within 30 runs.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from einops import rearrange
+from torch import Tensor
+
+from .forward import STEP, angles, load_rows, program, rotate, store_rows
+
+BLOCK = 64  # rows of a tile
+FROM = 512  # tokens of a class: below, the passes cost more than the cores save
+# most tokens with xpos, whose factors grow with half of them (2.86e-1 ** (-n / 1024) at most)
+MOST = {torch.bfloat16: 32768, torch.float16: 4096}
+
+
+def takes(qkv: Tensor, E: int, window: int, n: int, xpos: bool) -> bool:
+    """By type and shape alone, so that a CUDA graph and a fake tensor decide alike."""
+    return (
+        (qkv.is_cuda and torch.version.hip is None and qkv.dtype in MOST)
+        and (window < 0 and E % 8 == 0 and n >= FROM)
+        and not (xpos and n > MOST[qkv.dtype])
+    )
+
+
+@triton.jit
+def move(src_ptr, src_stride, dst_ptr, dst_stride, i0, local, n, n_dst, offs, WIDTH: tl.constexpr):
+    rows = load_rows(src_ptr, src_stride, i0, local, n, offs, WIDTH, False)
+    store_rows(dst_ptr, dst_stride, i0, local, n_dst, offs, WIDTH, rows)
+
+
+@triton.jit
+def move_rotated(
+    src_ptr, src_stride, dst_ptr, dst_stride, i0, local, n, n_dst, offs_c, cos, sin,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    a = load_rows(src_ptr, src_stride, i0, local, n, offs_c, HALF, False).to(cos.dtype)
+    b = load_rows(src_ptr + HALF, src_stride, i0, local, n, offs_c, HALF, False).to(cos.dtype)
+    a, b = rotate(a, b, cos, sin)
+    store_rows(dst_ptr, dst_stride, i0, local, n_dst, offs_c, HALF, a)
+    store_rows(dst_ptr + HALF, dst_stride, i0, local, n_dst, offs_c, HALF, b)
+
+
+@triton.jit(do_not_specialize=["M", "n_max", "tiles"])
+def _rotary_attention_rotate_kernel(
+    qkv_ptr, q_ptr, k_ptr, v_ptr, table_ptr, stride_b, stride_m, M, n_max, tiles, dilation,
+    H: tl.constexpr, E: tl.constexpr, XPOS: tl.constexpr, BACK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, dilation, tiles)
+    i0 = (tile * BLOCK).to(tl.int32)
+    local, offs_c, offs_e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
+    K: tl.constexpr = H * E  # columns from q to k, and from k to v; a row of a class
+    stride = dilation * stride_m
+    qkv_ptr += pid_b * stride_b + r * stride_m + h * E
+    row = (pid_b * dilation + r) * n_max * K + h * E
+    q_ptr, k_ptr, v_ptr = q_ptr + row, k_ptr + row, v_ptr + row
+    # positions count from the middle, where xpos factors are one
+    first = i0 - n_max // 2 // STEP * STEP
+    cq, sq = angles(table_ptr, local, first, offs_c, 1.0, E // 2, XPOS, True)
+    ck, sk = angles(table_ptr, local, first, offs_c, 1.0, E // 2, -XPOS, True)
+    if BACK:
+        move_rotated(q_ptr, K, qkv_ptr, stride, i0, local, n, n, offs_c, cq, -sq, E // 2)
+        move_rotated(k_ptr, K, qkv_ptr + K, stride, i0, local, n, n, offs_c, ck, -sk, E // 2)
+        move(v_ptr, K, qkv_ptr + 2 * K, stride, i0, local, n, n, offs_e, E)
+    else:  # a class that is shorter than others ends in zeros
+        move_rotated(qkv_ptr, stride, q_ptr, K, i0, local, n, n_max, offs_c, cq, sq, E // 2)
+        move_rotated(qkv_ptr + K, stride, k_ptr, K, i0, local, n, n_max, offs_c, ck, sk, E // 2)
+        move(qkv_ptr + 2 * K, stride, v_ptr, K, i0, local, n, n_max, offs_e, E)
+
+
+def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, back: bool):
+    """qkv (B, M, 3 H E) to q, k, v (B dilation, n, H, E) in `classes`, or their gradients back."""
+    B, M, _ = qkv.shape
+    _, n, H, E = classes[0].shape
+    tiles = triton.cdiv(n, BLOCK)
+    with torch.cuda.device_of(qkv):
+        _rotary_attention_rotate_kernel[(B * H * dilation * tiles,)](
+            qkv, *classes, table, qkv.stride(0), qkv.stride(1), M, n, tiles, dilation,
+            H=H, E=E, XPOS=int(xpos), BACK=back, BLOCK=BLOCK, num_warps=4,
+            BLOCK_C=triton.next_power_of_2(E // 2), BLOCK_E=triton.next_power_of_2(E),
+        )  # fmt: skip
+
+
+def by_class(t: Tensor, dilation: int, heads: int) -> Tensor:
+    """(B, M, H E) as (B dilation, n, H, E)."""
+    t = F.pad(t, (0, 0, 0, -t.shape[1] % dilation))
+    return rearrange(t, "b (n a) (h e) -> (b a) n h e", a=dilation, h=heads)
+
+
+@contextmanager
+def deterministic():
+    """FlashAttention adds up dq in any order unless PyTorch as a whole is told not to."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def forward(qkv, table, heads: int, dilation: int, xpos: bool, scale: float):
+    """out (B, M, H E), lse, and the rotated q, k, v (3, B dilation, n, H, E) for backward."""
+    B, M, width = qkv.shape
+    n, E = triton.cdiv(M, dilation), width // (3 * heads)
+    classes = qkv.new_empty(3, B * dilation, n, heads, E)
+    rotate_classes(qkv, classes, table, dilation, xpos, back=False)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+        *classes.transpose(2, 3), None, True, 0.0, True, False, scale=scale
+    )
+    out = rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M]
+    return out.contiguous(), lse.squeeze(-1), classes
+
+
+def backward(classes, table, out, lse, dout, dilation: int, xpos: bool, scale: float):
+    """dqkv (B, M, 3 H E)"""
+    _, _, n, heads, _ = classes.shape
+    B, M, K = out.shape
+    dout, out = (by_class(t, dilation, heads).contiguous() for t in (dout, out))
+    seed = classes.new_empty(2, dtype=torch.uint64)  # of dropout, which there is none of
+    with deterministic():
+        gradients = torch.ops.aten._flash_attention_backward.default(
+            *(dout, *classes, out, lse, None, None, n, n, 0.0, True, seed, seed), scale=scale
+        )
+    dqkv = classes.new_empty(B, M, 3 * K)
+    rotate_classes(dqkv, gradients, table, dilation, xpos, back=True)
+    return dqkv
