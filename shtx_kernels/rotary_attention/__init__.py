@@ -63,9 +63,10 @@ def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
     return B, M, width // (3 * heads), triton.cdiv(M, dilation)
 
 
-def _constants(dtype: torch.dtype, heads: int, E: int, window: int, xpos: bool) -> dict:
+def _constants(dtype, heads: int, E: int, window: int, dilation: int, xpos: bool) -> dict:
     """What all kernels of attention are compiled for."""
     return dict(
+        DILATION=dilation,
         H=heads,
         E=E,
         WINDOW=window,
@@ -90,9 +91,9 @@ def _rotary_attention_fwd(qkv, heads, window, dilation, xpos, scale):
         count = triton.cdiv(n, config["BLOCK_M"])
         with torch.cuda.device_of(qkv):
             _rotary_attention_fwd_kernel[(B * heads * dilation * count,)](
-                qkv, table, out, lse, qkv.stride(0), qkv.stride(1), M, n, count, dilation,
-                scale * LOG2_E, SHORT=0 < window <= tiles.SHORT,
-                **_constants(qkv.dtype, heads, E, window, xpos), **config,
+                qkv, table, out, lse, qkv.stride(0), qkv.stride(1), M, n, count, scale * LOG2_E,
+                SHORT=0 < window <= tiles.SHORT,
+                **_constants(qkv.dtype, heads, E, window, dilation, xpos), **config,
             )  # fmt: skip
     return out, lse, qkv.new_empty(0)
 
@@ -103,14 +104,14 @@ def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, 
         return library.backward(saved, table, out, lse, dout, dilation, xpos, scale)
     B, M, E, n = _sizes(saved, heads, dilation)
     dqkv = saved.new_empty(saved.shape)
-    constants = _constants(saved.dtype, heads, E, window, xpos)
+    constants = _constants(saved.dtype, heads, E, window, dilation, xpos)
     sequences = B * heads * dilation
 
     def launch(kernel, count, *rest, **config):
         kernel[(sequences * count,)](
             saved, _table(saved, E, n), out, lse, dout, dqkv,
             saved.stride(0), saved.stride(1), dout.stride(0), dout.stride(1),
-            M, n, count, dilation, scale * LOG2_E, *rest, **constants, **config,
+            M, n, count, scale * LOG2_E, *rest, **constants, **config,
         )  # fmt: skip
 
     if not dqkv.numel():

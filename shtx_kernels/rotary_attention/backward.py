@@ -57,21 +57,22 @@ def store_rotated_back(ptr, stride, first, local, n, d, cos, sin, cols, E: tl.co
 @triton.jit(do_not_specialize=["M", "n_max", "runs", "length"])
 def _rotary_attention_bwd_window_kernel(
     qkv_ptr, table_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr,
-    stride_b, stride_m, stride_dob, stride_dom, M, n_max, runs, dilation, scale, length,
+    stride_b, stride_m, stride_dob, stride_dom, M, n_max, runs, scale, length,
+    DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
     ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    pid_b, r, h, run, n = program(tl.program_id(0).to(tl.int64), M, H, dilation, runs)
+    pid_b, r, h, run, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, runs)
     local, offs_c, offs_e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     HALF: tl.constexpr = E // 2
     K: tl.constexpr = H * E  # columns from q to k, and from k to v
-    stride, stride_o, stride_do = dilation * stride_m, dilation * K, dilation * stride_dom
+    stride, stride_o, stride_do = DILATION * stride_m, DILATION * K, DILATION * stride_dom
     qkv_ptr += pid_b * stride_b + r * stride_m + h * E
     out_ptr += (pid_b * M + r) * K + h * E
     dout_ptr += pid_b * stride_dob + r * stride_dom + h * E
     dqkv_ptr += (pid_b * M + r) * 3 * K + h * E
-    lse_ptr += ((pid_b * H + h) * dilation + r) * n_max
+    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
 
     INNER: tl.constexpr = WINDOW if WINDOW < BLOCK - 1 else 0  # a limit inside a tile
     q = tl.zeros([BLOCK, 2 * BLOCK_C], qkv_ptr.dtype.element_ty)
@@ -131,23 +132,24 @@ def add_queries(
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
 def _rotary_attention_bwd_dkdv_kernel(
     qkv_ptr, table_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr,
-    stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, dilation, scale,
+    stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, scale,
+    DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
     ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, dilation, tiles)
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
     j0 = (tile * BLOCK_N).to(tl.int32)
     local, offs_c, offs_e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     offs_j = j0 + local
     HALF: tl.constexpr = E // 2
     K: tl.constexpr = H * E  # columns from q to k, and from k to v
-    stride, stride_o, stride_do = dilation * stride_m, dilation * K, dilation * stride_dom
+    stride, stride_o, stride_do = DILATION * stride_m, DILATION * K, DILATION * stride_dom
     qkv_ptr += pid_b * stride_b + r * stride_m + h * E
     out_ptr += (pid_b * M + r) * K + h * E
     dout_ptr += pid_b * stride_dob + r * stride_dom + h * E
     dqkv_ptr += (pid_b * M + r) * 3 * K + h * E
-    lse_ptr += ((pid_b * H + h) * dilation + r) * n_max
+    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
 
     c, s = angles(table_ptr, local, 0, offs_c, scale, HALF, -XPOS, False)
     k = load_rotated(qkv_ptr + K, stride, j0, local, n, c, s, offs_c, E, False)
@@ -197,23 +199,24 @@ def add_keys(
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
 def _rotary_attention_bwd_dq_kernel(
     qkv_ptr, table_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr,
-    stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, dilation, scale,
+    stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, scale,
+    DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
     ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, dilation, tiles)
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
     i0 = ((tiles - 1 - tile) * BLOCK_M).to(tl.int32)  # the longest rows of full attention first
     local, offs_c, offs_e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     offs_i = i0 + local
     HALF: tl.constexpr = E // 2
     K: tl.constexpr = H * E  # columns from q to k, and from k to v
-    stride, stride_o, stride_do = dilation * stride_m, dilation * K, dilation * stride_dom
+    stride, stride_o, stride_do = DILATION * stride_m, DILATION * K, DILATION * stride_dom
     qkv_ptr += pid_b * stride_b + r * stride_m + h * E
     out_ptr += (pid_b * M + r) * K + h * E
     dout_ptr += pid_b * stride_dob + r * stride_dom + h * E
     dqkv_ptr += (pid_b * M + r) * 3 * K + h * E
-    lse_ptr += ((pid_b * H + h) * dilation + r) * n_max
+    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
 
     c, s = angles(table_ptr, local, 0, offs_c, 1.0, HALF, XPOS, False)
     q = load_rotated(qkv_ptr, stride, i0, local, n, c, s, offs_c, E, False)

@@ -115,18 +115,19 @@ def attend(
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
 def _rotary_attention_fwd_kernel(
-    qkv_ptr, table_ptr, out_ptr, lse_ptr, stride_b, stride_m, M, n_max, tiles, dilation, scale,
+    qkv_ptr, table_ptr, out_ptr, lse_ptr, stride_b, stride_m, M, n_max, tiles, scale,
+    DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
     ACC: tl.constexpr, IP: tl.constexpr, SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, dilation, tiles)
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
     i0 = ((tiles - 1 - tile) * BLOCK_M).to(tl.int32)  # the longest rows of full attention first
     local, offs_c, offs_e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     offs_i = i0 + local
     qkv_ptr += pid_b * stride_b + r * stride_m + h * E
     k_ptr, v_ptr = qkv_ptr + H * E, qkv_ptr + 2 * H * E
-    stride = dilation * stride_m
+    stride = DILATION * stride_m
     HALF: tl.constexpr = E // 2
     BEFORE: tl.constexpr = (
         (BLOCK_M + WINDOW + BLOCK_N - 1) // BLOCK_N * BLOCK_N - BLOCK_M if SHORT else 0
@@ -166,6 +167,6 @@ def _rotary_attention_fwd_kernel(
             )  # fmt: skip
 
     out_ptr += (pid_b * M + r) * H * E + h * E
-    store_rows(out_ptr, dilation * H * E, i0, local, n, offs_e, E, acc * (1.0 / l)[:, None])
-    lse_ptr += ((pid_b * H + h) * dilation + r) * n_max
+    store_rows(out_ptr, DILATION * H * E, i0, local, n, offs_e, E, acc * (1.0 / l)[:, None])
+    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
     tl.store(lse_ptr + offs_i, m + tl.log2(l), mask=offs_i < n)

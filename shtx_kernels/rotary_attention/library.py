@@ -51,17 +51,18 @@ def move_rotated(
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
 def _rotary_attention_rotate_kernel(
-    qkv_ptr, q_ptr, k_ptr, v_ptr, table_ptr, stride_b, stride_m, M, n_max, tiles, dilation,
+    qkv_ptr, q_ptr, k_ptr, v_ptr, table_ptr, stride_b, stride_m, M, n_max, tiles,
+    DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, XPOS: tl.constexpr, BACK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, dilation, tiles)
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
     i0 = (tile * BLOCK).to(tl.int32)
     local, offs_c, offs_e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     K: tl.constexpr = H * E  # columns from q to k, and from k to v; a row of a class
-    stride = dilation * stride_m
+    stride = DILATION * stride_m
     qkv_ptr += pid_b * stride_b + r * stride_m + h * E
-    row = (pid_b * dilation + r) * n_max * K + h * E
+    row = (pid_b * DILATION + r) * n_max * K + h * E
     q_ptr, k_ptr, v_ptr = q_ptr + row, k_ptr + row, v_ptr + row
     # positions count from the middle, where xpos factors are one
     first = i0 - n_max // 2 // STEP * STEP
@@ -84,8 +85,8 @@ def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, back: bool):
     tiles = triton.cdiv(n, BLOCK)
     with torch.cuda.device_of(qkv):
         _rotary_attention_rotate_kernel[(B * H * dilation * tiles,)](
-            qkv, *classes, table, qkv.stride(0), qkv.stride(1), M, n, tiles, dilation,
-            H=H, E=E, XPOS=int(xpos), BACK=back, BLOCK=BLOCK, num_warps=4,
+            qkv, *classes, table, qkv.stride(0), qkv.stride(1), M, n, tiles,
+            DILATION=dilation, H=H, E=E, XPOS=int(xpos), BACK=back, BLOCK=BLOCK, num_warps=4,
             BLOCK_C=triton.next_power_of_2(E // 2), BLOCK_E=triton.next_power_of_2(E),
         )  # fmt: skip
 
