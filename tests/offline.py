@@ -1,5 +1,5 @@
 """Compiles, for a GPU that need not be here, every kernel that a training step of the fused model
-launches.
+launches there.
 
     python offline.py cuda 90 bfloat16
 
@@ -22,8 +22,18 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from shtx import HierarchicalTransformer, ops
+from shtx_kernels.rotary_attention import library
 
-SHAPES = dict(dim=512, hierarchies=(1, 4), window_sizes=(4, None))
+TOKENS = 1024
+# a level for each way that attention goes backward
+SHAPES = dict(
+    dim=512,
+    dim_head=64,
+    heads=8,
+    hierarchies=(1, 2, 4),
+    window_sizes=(16, 64, None),
+    seq_len=TOKENS,
+)
 
 
 class NoDevice:
@@ -52,16 +62,24 @@ def main(backend: str, arch: str, dtype: str):
     compiled = {}
 
     def compile_only(self, *args, grid, warmup, _run=JITFunction.run, **options):
+        if not cuda:
+            options.pop("maxnreg", None)  # the op sees this machine, not the target
         kernel = _run(self, *args, grid=grid, warmup=True, **options)
         compiled[kernel.hash] = kernel
         return kernel
 
     JITFunction.run = compile_only
     ops.why_not_fused = lambda device: None
-    model = HierarchicalTransformer(num_tokens=256, depth=1, heads=2, impl="fused", **SHAPES)
+    model = HierarchicalTransformer(num_tokens=256, depth=1, impl="fused", **SHAPES)
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
-        loss, _ = model(torch.ones(2, 33, dtype=torch.long), return_loss=True)
+        loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
     loss.backward()
+
+    # the passes around PyTorch's attention, which a CPU is not sent to
+    qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))
+    classes, table = qkv.new_empty(3, 2, TOKENS, 8, 64), torch.empty(4096, 64)
+    for back in (False, True):
+        library.rotate_classes(qkv, classes, table, 1, True, back)
 
     for kernel in compiled.values():
         row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)

@@ -15,19 +15,32 @@ import shtx_kernels
 from shtx import HierarchicalTransformer, __version__, ops
 from shtx_kernels import reference
 
-KERNEL_FILES = sorted((ROOT / "shtx_kernels").glob("[a-z_]*.py"))
-OP_FILES = [ROOT / "shtx_kernels" / f"{op}.py" for op in shtx_kernels.__all__]
+KERNELS = ROOT / "shtx_kernels"
+KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
+
+
+def files(op: str) -> list[Path]:
+    """An op is a file or a package."""
+    return sorted((KERNELS / op).glob("*.py")) or [KERNELS / f"{op}.py"]
+
+
+OP_FILES = [path for op in shtx_kernels.__all__ for path in files(op)]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(KERNELS).as_posix()
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level names of what a file imports; relative imports start with a dot."""
+    """Top-level names of what a file imports; relative imports start with dots."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names.add("." * node.level + (module if node.level else module.split(".")[0]))
+            dots = "." * node.level
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            names |= {dots + (m if dots else m.split(".")[0]) for m in modules}
     return names
 
 
@@ -45,14 +58,18 @@ def test_op_is_file_twin_test_benchmark_and_registered_name(op):
     assert op in reference.__all__ and twin.__doc__
     for section in ("Args:", "Returns:", "Raises:", "Source:"):
         assert section in fused.__doc__
-    for path in (f"shtx_kernels/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"):
-        assert (ROOT / path).is_file(), path
+    for path in (*files(op), ROOT / f"tests/test_{op}.py", ROOT / f"benchmarks/bench_{op}.py"):
+        assert path.is_file(), path
+    assert Path(inspect.getfile(fused)) == files(op)[0]
     assert torch.ops.shtx.__getattr__(op).default
 
 
-@pytest.mark.parametrize("path", OP_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OP_FILES, ids=name)
 def test_an_op_imports_no_other_op_and_not_the_reference(path):
-    assert imports(path) - sys.stdlib_module_names <= {"torch", "triton", "einops", "._tile"}
+    package = path.parent != KERNELS
+    own = {f".{file.stem}" for file in path.parent.glob("*.py")} if package else set()
+    allowed = {"torch", "triton", "einops", ".._tile" if package else "._tile"} | own
+    assert imports(path) - sys.stdlib_module_names <= allowed
 
 
 def test_the_reference_imports_no_triton():
@@ -66,7 +83,7 @@ def test_the_kernels_know_no_model_and_the_model_no_kernel():
         assert path.name == "ops.py" or "shtx_kernels" not in imports(path), path
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
 def test_kernels_use_no_atomics_and_64_bit_program_ids(path):
     source = path.read_text()
     assert "tl.atomic" not in source

@@ -13,7 +13,7 @@ SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block m
 
 def kernels_written() -> set[str]:
     """Names of the jitted kernels in shtx_kernels."""
-    files = (ROOT / "shtx_kernels").glob("*.py")
+    files = (ROOT / "shtx_kernels").rglob("*.py")
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef)]
     return {name for name in functions if name.endswith("_kernel")}
