@@ -195,7 +195,7 @@ def rotary_attention(
         dilation: a token attends only to tokens whose distance from it is a multiple of this;
             positions and window count those tokens alone.
         xpos: whether dot products decay with the distance (scale base 512).
-        scale: of the dot products; E ** -0.5 by default.
+        scale: of the dot products, positive; E ** -0.5 by default.
 
     Returns:
         (B, M, H E) in the dtype of qkv, contiguous. For fp32, products are in TF32 where
@@ -228,6 +228,8 @@ def rotary_attention(
             f"dilation must keep {MAX_BLOCK} tokens of a class within 2^31 elements,"
             f" got {dilation} with strides {qkv.stride()}"
         )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     E, n = qkv.shape[-1] // (3 * heads), triton.cdiv(qkv.shape[1], dilation)
     window = -1 if window is None or window >= n - 1 else window
     scale = E**-0.5 if scale is None else float(scale)

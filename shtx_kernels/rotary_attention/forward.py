@@ -169,4 +169,4 @@ def _rotary_attention_fwd_kernel(
     out_ptr += (pid_b * M + r) * H * E + h * E
     store_rows(out_ptr, DILATION * H * E, i0, local, n, offs_e, E, acc * (1.0 / l)[:, None])
     lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
-    tl.store(lse_ptr + offs_i, m + tl.log2(l), mask=offs_i < n)
+    tl.store(lse_ptr + offs_i, m + tl.log2(l), mask=offs_i < n_max)

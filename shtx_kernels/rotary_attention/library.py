@@ -121,8 +121,10 @@ def forward(qkv, table, heads: int, dilation: int, xpos: bool, scale: float):
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         *classes.transpose(2, 3), None, True, 0.0, True, False, scale=scale
     )
-    out = rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M]
-    return out.contiguous(), lse.squeeze(-1), classes
+    out = rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M].contiguous()
+    # not a view of it: autograd lets nobody write to a view that was made in here
+    storage = out.untyped_storage(), out.storage_offset(), out.shape, out.stride()
+    return qkv.new_empty(0).set_(*storage), lse.squeeze(-1), classes
 
 
 def backward(classes, table, out, lse, dout, dilation: int, xpos: bool, scale: float):
