@@ -16,7 +16,7 @@ STACK_LIMIT = {
     "_rotary_attention_fwd_kernel": 16,
     "_rotary_attention_bwd_window_kernel": 344,
     "_rotary_attention_bwd_dkdv_kernel": 640,
-    "_rotary_attention_bwd_dq_kernel": 88,
+    "_rotary_attention_bwd_dq_kernel": 128,
 }
 
 
