@@ -160,7 +160,7 @@ def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> di
 
 def search_norm() -> list[dict]:
     """norm_token_shift as a block calls it: rms, fp32 stream, bf16 branch."""
-    rows, shipped = [], (dict(NORM.TILE), dict(NORM.WARP_TILE), NORM.BWD_PROGRAMS)
+    rows, shipped = [], (NORM.TILE, NORM.WARP_TILE, NORM.BWD_PROGRAMS)
     op, backward = torch.ops.shtx.norm_token_shift, torch.ops.shtx.norm_token_shift_bwd
     forward_once = lambda x, g, branch, dr: op(x, g, None, branch, 1, torch.bfloat16)
     backward_once = lambda r, g, dy, dr: backward(r, g, dr, dy, False, 1, torch.bfloat16)
@@ -183,7 +183,7 @@ def search_norm() -> list[dict]:
             sizes = ((2048, 256), (2048, 512), (4096, 512), (4096, 1024), (8192, 1024))
             for tile, warp in sizes:
                 for programs in (132, 264, 528) if kernel == "bwd" else (None,):
-                    NORM.TILE[kernel], NORM.WARP_TILE[kernel] = tile, warp
+                    NORM.TILE, NORM.WARP_TILE = tile, warp
                     NORM.BWD_PROGRAMS = programs
                     NORM._constants.cache_clear()
                     row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D)

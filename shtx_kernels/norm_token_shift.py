@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
 ROUNDS = 4  # at most, of a row; a wider one is shared by warps
 # on an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
-TILE = {"fwd": 4096, "bwd": 4096}  # elements of a program's tile
-WARP_TILE = {"fwd": 1024, "bwd": 1024}  # elements of it that a warp holds
+TILE = 4096  # elements of a program's tile
+WARP_TILE = 1024  # elements of it that a warp holds
 BWD_PROGRAMS = 264  # each leaves a row of partial weight gradients
 SUM_ROWS = 64  # of them are added up at a time
 SUM_COLUMNS = 32
@@ -161,10 +161,10 @@ def _norm_token_shift_sum_kernel(
 
 
 @lru_cache
-def _constants(kernel: str, D: int, dtype: torch.dtype) -> dict:
-    """What a kernel is compiled for."""
+def _constants(D: int, dtype: torch.dtype) -> dict:
+    """What both kernels are compiled for."""
     block_d = triton.next_power_of_2(D)
-    block_m = max(1, TILE[kernel] // block_d)
+    block_m = max(1, TILE // block_d)
     lanes = min(block_d, max(LANES, block_d // ROUNDS))
     return dict(
         D=D,
@@ -173,7 +173,7 @@ def _constants(kernel: str, D: int, dtype: torch.dtype) -> dict:
         BLOCK_M=block_m,
         ROUNDS=block_d // lanes,
         LANES=lanes,
-        num_warps=max(1, block_m * block_d // WARP_TILE[kernel]),
+        num_warps=max(1, block_m * block_d // WARP_TILE),
         enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
     )
 
@@ -184,7 +184,7 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel():
         b = x if branch is None else branch
-        lag, constants = min(dilation, M), _constants("fwd", D, x.dtype)
+        lag, constants = min(dilation, M), _constants(D, x.dtype)
         tiles = triton.cdiv(M + lag, constants["BLOCK_M"])  # of a sequence's rows of s and its end
         with torch.cuda.device_of(x):
             _norm_token_shift_fwd_kernel[(B * tiles,)](
@@ -199,14 +199,13 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     B, M, D = r.shape
     dx = r.new_empty(r.shape)
     dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
-    lag, constants = min(dilation, M), _constants("bwd", D, r.dtype)
+    lag, constants = min(dilation, M), _constants(D, r.dtype)
     tiles = triton.cdiv(M + lag, constants["BLOCK_M"])
     share = triton.cdiv(B * tiles, BWD_PROGRAMS)
     programs = triton.cdiv(B * tiles, max(1, share))
     acc = torch.promote_types(r.dtype, torch.float32)
     partial = r.new_empty((2 if layer else 1, programs, D), dtype=acc)
-    dweight = gamma.new_empty if dx.numel() else gamma.new_zeros
-    dweight = dweight((2 if layer else 1, D))
+    dweight = gamma.new_empty((2 if layer else 1, D))
     if dx.numel():
         d = dy if dr is None else dr
         with torch.cuda.device_of(r):
@@ -220,6 +219,8 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
                 partial, dweight, programs, D,
                 ACC=constants["ACC"], BLOCK_R=SUM_ROWS, BLOCK_D=SUM_COLUMNS, num_warps=4,
             )  # fmt: skip
+    else:
+        dweight.zero_()
     return dx, dbranch, dweight
 
 

@@ -249,9 +249,8 @@ def test_empty(shape, window):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(2, 4, 12), (0, 3, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 12), (0, 3, 12)], ids=str)
 def test_registration(shape, transposed):
-    """M is even: of the shorter class of an odd one, the last lse is never written nor read."""
     qkv = torch.randn(shape, device=DEVICE)
     qkv = qkv.transpose(0, 1) if transposed else qkv
     for window in (-1, 1):
@@ -341,7 +340,7 @@ def test_shipped_tiles(E, window, dilation, dtype):
     """Outputs are NaN before: see conftest.py."""
     case = Case(2, 517, 2, E, window, dilation, xpos=dilation > 1)
     fused, twin = (call(fn, case) for fn in (rotary_attention, reference.rotary_attention))
-    assert_as_accurate(fused, twin, [draw(case)], dtype, slack=3.0)
+    assert_as_accurate(fused, twin, [draw(case)], dtype, gradient_slack=3.0)
     assert_repeats(case, dtype, 50)
 
 
