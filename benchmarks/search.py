@@ -75,14 +75,14 @@ def candidates(kernel: str, case: Case) -> list[dict]:
             maxnreg=(None, 128),
         )
     else:
-        sizes = grid(BLOCK_M=(64,), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+        return grid(BLOCK_M=(32, 64), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2))
     return [c for c in sizes if 16 * c["num_warps"] <= c["BLOCK_M"]]
 
 
 def jobs() -> list[tuple[str, Case, dict]]:
     found = []
     for case in CASES:
-        short = 0 < case.window <= 64
+        short = 0 < case.window <= 64 and case.E <= 64
         for kernel in (FORWARD, *((BY_RUNS,) if short else (BY_KEYS, BY_QUERIES))):
             found += [(kernel, case, sizes) for sizes in candidates(kernel, case)]
     return found

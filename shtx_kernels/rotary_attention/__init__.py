@@ -120,7 +120,7 @@ def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, 
     with torch.cuda.device_of(saved):
         if config := tiles.backward_by_runs(*arguments):
             count = triton.cdiv(n, config["BLOCK"])
-            length = max(1, min(tiles.LENGTH, sequences * count // tiles.PROGRAMS))
+            length = max(1, min(tiles.LENGTH, count, sequences * count // tiles.PROGRAMS))
             runs = triton.cdiv(count, length)
             launch(_rotary_attention_bwd_window_kernel, runs, length, **config)
             return dqkv

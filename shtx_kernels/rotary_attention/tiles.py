@@ -39,17 +39,18 @@ def forward(E: int, window: int, itemsize: int) -> dict:
 
 def backward_by_runs(E: int, window: int, itemsize: int) -> dict | None:
     """None where the window is wider than a tile, or a tile takes too many registers."""
-    if itemsize > 2 or E > 128 or not 0 < window <= 64:
+    if itemsize > 2 or E > 64 or not 0 < window <= 64:
         return None
-    if E <= 64 and window <= 16:
+    if window <= 16:
         return dict(BLOCK=16, num_warps=1, num_stages=1)
-    return dict(BLOCK=64, num_warps=4 if E <= 64 else 8, num_stages=1) if _hopper() else None
+    return dict(BLOCK=64, num_warps=4, num_stages=1) if _hopper() else None
 
 
 def backward_by_keys(E: int, window: int, itemsize: int) -> dict:
     if itemsize > 2 or E > 128:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
-    return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1)
+    block = 64 if E <= 64 else 32
+    return dict(BLOCK_M=block, BLOCK_N=block, num_warps=4, num_stages=1)
 
 
 backward_by_queries = backward_by_keys
