@@ -15,7 +15,9 @@ UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
+    "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),
     "norm_token_shift": (*OURS, "liger", "copy"),
+    "reconstruction_loss": (*OURS, "cublas"),
     "rotary_attention": (
         *OURS,
         *("flex", "flash-window", "sdpa-flash", "sdpa-cudnn", "local-mha"),
@@ -28,7 +30,8 @@ PROVIDERS = {
     "generate": ("fused", "reference", "upstream"),
 }
 OPS = [bench for bench in PROVIDERS if bench not in ("model", "generate")]
-GPU_ALONE = ("liger", "flex", "flash-window", "sdpa-flash", "sdpa-cudnn")
+PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+GPU_ALONE = (*PACKAGES, "flex", "flash-window", "sdpa-flash", "sdpa-cudnn")
 
 
 def why_not(provider: str) -> str | None:
@@ -37,8 +40,8 @@ def why_not(provider: str) -> str | None:
         return why_not_fused(torch.device(DEVICE))
     if provider in GPU_ALONE and DEVICE == "cpu":
         return "needs a CUDA device"
-    if provider == "liger" and not find_spec("liger_kernel"):
-        return "liger-kernel is not installed"
+    if provider in PACKAGES and not find_spec(PACKAGES[provider]):
+        return f"{PACKAGES[provider].replace('_', '-')} is not installed"
     if provider.startswith("upstream"):
         try:
             found = version(UPSTREAM)

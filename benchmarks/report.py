@@ -13,7 +13,13 @@ TITLES = {
     "generate": "Generation, one sequence at a time",
 }
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
-SHAPES = {"norm_token_shift": "shape B x M x D", "rotary_attention": "shape B x M x H x E"}
+LOSS_TITLE = "{}, forward and backward; cublas: its products alone, with all logits in memory"
+SHAPES = {
+    "linear_cross_entropy": "shape T x D x V x C",
+    "norm_token_shift": "shape B x M x D",
+    "reconstruction_loss": "shape T x D x V x C",
+    "rotary_attention": "shape B x M x H x E",
+}
 COLORS = {"floor": "tab:gray", "floor-folded": "tab:gray", "fused": "tab:orange"}
 FIELDS = {"machine", "copy_gb_per_s", "matmul_tflop_per_s", "small_shapes", "date", "rows"}
 
@@ -143,7 +149,21 @@ def op_line(row: dict, rows: list[dict], results: dict) -> dict:
     return line | {"fwd + bwd over fused (x)": number(ratio(both_ms(row), both_ms(fused)))}
 
 
-LINES = {"model": model_line, "generate": generate_line}
+def loss_line(row: dict, rows: list[dict], results: dict) -> dict:
+    ms, floor = row.get("ms"), find(rows, row, "cublas").get("ms")
+    return {
+        SHAPES[row["bench"]]: row.get("shape", "-"),
+        "provider": row["provider"],
+        "fwd + bwd (us)": number(ms and ms * 1e3),
+        "rate (TFLOP/s)": number(ratio(row.get("flops"), ms and ms * 1e9)),
+        "of the rate of cublas (%)": number(ratio(floor and floor * 100, ms)),
+        "extra memory (MiB)": number(row.get("extra_mib")),
+        "over fused (x)": number(ratio(ms, find(rows, row, "fused").get("ms"))),
+    }
+
+
+LOSSES = ("linear_cross_entropy", "reconstruction_loss")
+LINES = {"model": model_line, "generate": generate_line} | dict.fromkeys(LOSSES, loss_line)
 
 
 def fastest_first(rows: list[dict]) -> list[dict]:
@@ -184,7 +204,8 @@ def tables(results: dict, fold_ops: bool = False) -> str:
         f" (commit {', '.join(commits)}; {results['date']})"
     ]
     ops = sorted({row["bench"] for row in results["rows"]} - TITLES.keys())
-    for bench, heading in (TITLES | {op: OP_TITLE.format(op) for op in ops}).items():
+    title_of = lambda op: (LOSS_TITLE if op in LOSSES else OP_TITLE).format(op)
+    for bench, heading in (TITLES | {op: title_of(op) for op in ops}).items():
         rows = fastest_first([row for row in results["rows"] if row["bench"] == bench])
         if not rows:
             continue

@@ -220,6 +220,7 @@ class HierarchicalTransformer(Module):
         return_hierarchical_token_embeds=False,
         return_hierarchical_embeds=False,
         ablate_hierarchical_merge=False,
+        loss_reduction="mean",
     ):
         """Logits, or the loss of predicting each token from those before it.
 
@@ -230,16 +231,21 @@ class HierarchicalTransformer(Module):
             return_hierarchical_token_embeds: return the levels as they enter the first layer.
             return_hierarchical_embeds: return the levels as they leave the last layer, normalized.
             ablate_hierarchical_merge: leave the merges out.
+            loss_reduction: "mean", or "sum": return sums and counts in place of the loss, so that
+                batches of unequal counts can add up to one. See `loss_weights`.
 
         Returns:
             (B, N, V) logits; or the 0-dim loss and its parts (next token, reconstruction,
-            hierarchical autoregressive), in nats where they are cross entropies; or a list of (B,
-            ceil(N / stride), dim). A loss without a single label that counts is 0.
+            hierarchical autoregressive), in nats where they are cross entropies; or the sums (L,)
+            of all losses and the counts (L,) they are over; or a list of (B, ceil(N / stride),
+            dim). A loss without a single label that counts is 0.
 
         Raises:
             TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where
             it cannot run.
         """
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
         ids = self.check_ids(ids, return_loss)
         if return_loss:
             ids, labels = ids[:, :-1], ids[:, 1:]
@@ -266,31 +272,45 @@ class HierarchicalTransformer(Module):
             embed = ops.hierarchical_cat(embeds, [level.stride for level in self.levels])
         if not return_loss:
             return self.to_logits(embed)
-        return self.losses(embed, embeds, ids, labels, ops)
+        ce, recon, hierarchical_ar = self.losses(embed, embeds, ids, labels, ops)
+        if loss_reduction == "sum":
+            sums, counts = zip(ce, *recon, *hierarchical_ar, strict=True)
+            return torch.stack(sums), torch.stack(counts)
+        mean = lambda pairs: sum(total / count.clamp(min=1) for total, count in pairs)
+        parts = [mean(pairs) + ce[0].new_zeros(()) for pairs in ([ce], recon, hierarchical_ar)]
+        loss = parts[0] + parts[1] * self.recon_loss_weight
+        return loss + parts[2] * self.hierarchical_ar_loss_weight, tuple(parts)
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
+        levels = sum(level.compress > 1 for level in self.levels)
+        recon = [self.recon_loss_weight] * (levels * (self.recon_loss_weight > 0))
+        return [1.0, *recon, *[self.hierarchical_ar_loss_weight] * levels]
 
     def losses(self, embed: Tensor, embeds: list[Tensor], ids: Tensor, labels: Tensor, ops):
-        """The weighted sum of the three losses, and the three."""
+        """Sum and count of the next-token loss, and of the two others of each compressed level."""
         if embed.shape[1] != labels.shape[1]:
             raise ValueError(
                 "ids must have one prediction a token for return_loss,"
                 f" got {embed.shape[1]} predictions for {labels.shape[1]} tokens:"
                 " hierarchical_stride must be 1 for some hierarchy"
             )
-        ce = ops.linear_cross_entropy(embed, self.to_logits.weight, labels, self.ignore_index)
-        recon = hierarchical_ar = ce.new_zeros(())
+        sums = dict(reduction="sum")
+        weight = self.to_logits.weight
+        ce = ops.linear_cross_entropy(embed, weight, labels, self.ignore_index, **sums)
+        recon, hierarchical_ar = [], []
 
         parts = zip(embeds, self.levels, self.compressors, self.to_hierarchical_preds, strict=True)
         for h, level, compressor, predict in parts:
             if level.compress == 1:
                 continue
             if self.recon_loss_weight > 0:
-                recon = recon + ops.reconstruction_loss(
-                    h, compressor.to_recon.weight, ids, compress=level.compress, stride=level.stride
+                weight, taps = compressor.to_recon.weight, dict(compress=level.compress)
+                recon.append(
+                    ops.reconstruction_loss(h, weight, ids, stride=level.stride, **taps, **sums)
                 )
-            hierarchical_ar = hierarchical_ar + ops.hierarchical_ar_loss(
-                h, predict.weight, predict.bias
+            hierarchical_ar.append(
+                ops.hierarchical_ar_loss(h, predict.weight, predict.bias, **sums)
             )
-
-        loss = ce + recon * self.recon_loss_weight
-        loss = loss + hierarchical_ar * self.hierarchical_ar_loss_weight
-        return loss, (ce, recon, hierarchical_ar)
+        return ce, recon, hierarchical_ar

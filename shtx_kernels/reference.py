@@ -179,36 +179,56 @@ def hierarchical_merge(
 # losses
 
 
-def _mean_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Mean over the targets that count; 0 (and zero gradients) where none does."""
+def _reduce(total: Tensor, count: Tensor, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+    """The mean, 0 where nothing counts, or both."""
+    return (total, count) if reduction == "sum" else total / count.clamp(min=1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, reduction: str):
     total = F.cross_entropy(
         _widen(logits), targets.flatten(), ignore_index=ignore_index, reduction="sum"
     )
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return _reduce(total, (targets != ignore_index).sum(), reduction)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = 0
-) -> Tensor:
-    """Mean cross entropy of x (B, N, D) @ weight^T (V, D) with targets (B, N)."""
-    return _mean_cross_entropy(F.linear(x, weight).flatten(0, 1), targets, ignore_index)
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = 0,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross entropy of x (B, N, D) @ weight^T (V, D) with targets (B, N)."""
+    return _cross_entropy(F.linear(x, weight).flatten(0, 1), targets, ignore_index, reduction)
 
 
 def reconstruction_loss(
-    x: Tensor, weight: Tensor, ids: Tensor, *, compress: int, stride: int
-) -> Tensor:
-    """Mean cross entropy of the C ids behind every level token.
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    compress: int,
+    stride: int,
+    reduction: str = "mean",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross entropy of the C ids behind every level token: mean, or sum and count.
 
     x (B, M, D), weight (C V, D), ids (B, N): tap i of the level token at position p predicts
     ids[p - (C - 1) + i]. Index 0 stands left of the start and is ignored everywhere.
     """
     targets = F.pad(ids, (compress - 1, 0)).unfold(-1, compress, stride)
     logits = rearrange(F.linear(x, weight), "b m (c v) -> (b m c) v", c=compress)
-    return _mean_cross_entropy(logits, targets, ignore_index=0)
+    return _cross_entropy(logits, targets, 0, reduction)
 
 
-def hierarchical_ar_loss(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Mean of 1 - cos(Linear(h[t]), h[t + 1]) for h (B, M, D); 0 for a single token (Mirasol3B)."""
+def hierarchical_ar_loss(
+    h: Tensor, weight: Tensor, bias: Tensor, reduction: str = "mean"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """1 - cos(Linear(h[t]), h[t + 1]) for h (B, M, D), Mirasol3B: mean, or sum and count.
+
+    A single token has no successor: 0.
+    """
     predicted = F.normalize(_widen(F.linear(h[:, :-1], weight, bias)), dim=-1)
     cosine = (predicted * F.normalize(_widen(h[:, 1:]), dim=-1)).sum(dim=-1)
-    return (1 - cosine).sum() / max(cosine.numel(), 1)
+    count = torch.full((), cosine.numel(), device=h.device)
+    return _reduce((1 - cosine).sum(), count, reduction)

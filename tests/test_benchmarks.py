@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as cli
 from benchmarks import (
     bench_generate,
+    bench_linear_cross_entropy,
     bench_model,
     bench_norm_token_shift,
+    bench_reconstruction_loss,
     bench_rotary_attention,
     providers,
     report,
@@ -241,6 +243,14 @@ def test_rotary_attention_is_counted_in_bytes(provider):
     assert row["forward_ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["reference", "cublas"])
+@pytest.mark.parametrize("bench", [bench_linear_cross_entropy, bench_reconstruction_loss])
+def test_losses_are_counted_in_flops(bench, provider):
+    (run,) = (fn for name, fn in vars(bench).items() if name.startswith("bench_"))
+    row = row_of(run, case=bench.Case(64, 16, 50, 1), provider=provider)
+    assert row["flops"] == 3 * 2 * 64 * 16 * 50 and row["ms"] > 0
+
+
 @pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_peers_of_rotary_attention_agree_with_the_reference(window, dilation, scale):
@@ -286,6 +296,9 @@ def test_every_op_has_its_providers():
     assert benches == {"ceilings", *providers.PROVIDERS}
     everything = bench_rotary_attention.WINDOWED | bench_rotary_attention.FULL
     assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
+    for bench in (bench_linear_cross_entropy, bench_reconstruction_loss):
+        op = bench.__name__.rpartition("bench_")[2]
+        assert set(providers.PROVIDERS[op]) == bench.OPS.keys()
     assert set(providers.OPS) == report.SHAPES.keys()
 
 
@@ -369,7 +382,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from norm_token_shift rotary_a"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from linear_cross_entropy norm"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

@@ -1,0 +1,239 @@
+"""Cross entropy of the products of rows with vocabularies, whose logits are never all in memory.
+
+    logits[t, c] = x[t] weight[c]^T            one vocabulary for each of C targets of a row
+    loss = sum over (t, c) that count of logsumexp(logits[t, c]) - logits[t, c, target[t, c]]
+    dlogits = softmax(logits) - onehot(target)
+    dx[t] = sum_c dlogits[t, c] weight[c]      dweight[c] = sum_t dlogits[t, c]^T x[t]
+
+The one idea: forward knows all that the gradients need but one factor, so it makes them as well.
+Rows are walked in chunks: a product writes a chunk's logits, a kernel replaces them by their
+gradients in place, two products take those. Products are cuBLAS's; dweight is added up in fp32 in
+the order of the chunks. Backward multiplies by the gradient of the loss.
+Shared by linear_cross_entropy (C = 1) and reconstruction_loss.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WORKSPACE = 40 * 2**20  # bytes of a chunk's logits; what larger chunks save is in README
+ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
+BLOCK_V = 4096  # logits of a row that a program holds at a time
+TILE = 2048  # logits that a program holds at least
+ALIGN = tl.constexpr(16)  # elements: where rows of logits start
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_logits(ptr, cols, counted, V: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """[ROWS, BLOCK_V]; of rows that do not count, all the same. Of the WIDTH of a row, V count."""
+    mask = counted[:, None] & (cols < WIDTH)[None, :]
+    x = tl.load(ptr + cols[None, :], mask=mask, other=float("-inf")).to(ACC)
+    return tl.where((cols < V)[None, :], x, float("-inf"))
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def store_gradients(ptr, x, m, l, target, cols, counted, inside, WIDTH: tl.constexpr):
+    p = tl.where(counted[:, None], exp(x - m[:, None]) * (1 / l)[:, None], 0.0)
+    p = tl.where((cols[None, :] == target[:, None]) & counted[:, None], p - 1, p)
+    mask = inside[:, None] & (cols < WIDTH)[None, :]
+    tl.store(ptr + cols[None, :], p.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "M", "tap"])
+def _cross_entropy_kernel(
+    logits_ptr, target_ptr, loss_ptr, stride_b, stride_m, stride_c, first, rows, M, tap,
+    ignore_index,
+    C: tl.constexpr, TAPS: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+    GRADIENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Logits (rows, TAPS V) of tokens from `first` and of targets from `tap` on, in place."""
+    STRIDE: tl.constexpr = (TAPS * V + ALIGN - 1) // ALIGN * ALIGN
+    WIDTH: tl.constexpr = STRIDE if TAPS == 1 else V  # whole vectors, where nothing follows
+    offs = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = offs < rows * TAPS
+    t, c = first + offs // TAPS, tap + offs % TAPS
+    target_ptrs = target_ptr + t // M * stride_b + t % M * stride_m + c * stride_c
+    target = tl.load(target_ptrs, mask=inside, other=ignore_index)
+    counted = inside & (target != ignore_index)
+    known = (target >= 0) & (target < V)
+    ptr = logits_ptr + offs // TAPS * STRIDE + offs % TAPS * V
+    of_target = tl.load(ptr + target, mask=counted & known, other=float("nan"))
+    ptr = ptr[:, None]
+
+    offs_v = tl.arange(0, BLOCK_V)
+    x = load_logits(ptr, offs_v, counted, V, WIDTH, ACC)
+    m = tl.maximum(tl.max(x, axis=1), -1e30)  # finite, for rows that do not count
+    l = tl.sum(exp(x - m[:, None]), axis=1)
+    for v in range(BLOCK_V, V, BLOCK_V):
+        x = load_logits(ptr, v + offs_v, counted, V, WIDTH, ACC)
+        m_new = tl.maximum(m, tl.max(x, axis=1))
+        l = l * exp(m - m_new) + tl.sum(exp(x - m_new[:, None]), axis=1)
+        m = m_new
+    l = tl.where(counted, l, 1.0)
+    # not the log-sum-exp, which would round what is small beside the greatest logit
+    loss = tl.where(counted, tl.log2(l) * LN2 + (m - of_target.to(ACC)), 0.0)
+    tl.store(loss_ptr + t * C + c, loss, mask=inside)
+    if GRADIENTS:
+        if V <= BLOCK_V:
+            store_gradients(ptr, x, m, l, target, offs_v, counted, inside, WIDTH)
+        else:
+            for v in range(0, V, BLOCK_V):
+                x = load_logits(ptr, v + offs_v, counted, V, WIDTH, ACC)
+                store_gradients(ptr, x, m, l, target, v + offs_v, counted, inside, WIDTH)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, start: bool):
+    """total = a b at the start, total += a b later, added in the dtype of total."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=int(not start), out=total)
+    elif a.is_cuda and start:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+    elif a.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=int(not start), out=total)
+
+
+def _sizes(logits_bytes: int, rows: int, C: int) -> tuple[int, int]:
+    """Rows and targets of a chunk, whose row has so many bytes of logits for a target."""
+    enough = WORKSPACE // (8 * ROUND * logits_bytes)  # targets, before rows get fewer
+    taps = max(taps for taps in range(1, C + 1) if C % taps == 0 and taps <= max(1, enough))
+    most = max(ROUND, WORKSPACE // (logits_bytes * taps) // ROUND * ROUND)
+    even = triton.cdiv(rows, triton.cdiv(rows, most)) if rows else 1
+    return triton.cdiv(even, ROUND) * ROUND, taps
+
+
+def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
+    B, M, C = targets.shape
+    rows, D, V = B * M, x.shape[-1], weight.shape[0] // C
+    x = x.reshape(rows, D)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    losses = x.new_empty(rows, C, dtype=acc)
+    dx = x.new_empty((B, M, D) if needs_dx else 0)
+    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
+    if not rows:
+        dweight.zero_()
+    chunk, taps = _sizes(V * x.itemsize, rows, C)
+    logits = x.new_empty(chunk, triton.cdiv(taps * V, ALIGN.value) * ALIGN.value)
+    block = min(BLOCK_V, triton.next_power_of_2(V))
+    tile = max(1, TILE // block)
+    summed = x.new_empty(chunk if needs_dx and taps < C else 0, D, dtype=acc)
+    # autocast would narrow the sums
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        for first in range(0, rows, chunk):
+            part = x[first : first + chunk]
+            for tap in range(0, C, taps):
+                w = weight[tap * V : (tap + taps) * V]
+                scores = logits[: len(part), : taps * V]
+                torch.mm(part, w.T, out=scores)
+                _cross_entropy_kernel[(triton.cdiv(len(part) * taps, tile),)](
+                    scores, targets, losses, *targets.stride(), first, len(part), M, tap,
+                    ignore_index,
+                    C=C, TAPS=taps, V=V, ACC=tl.float64 if acc == torch.float64 else tl.float32,
+                    GRADIENTS=needs_dx or needs_dweight, ROWS=tile, BLOCK_V=block,
+                    num_warps=4,
+                )  # fmt: skip
+                if needs_dx and taps >= C:
+                    torch.mm(scores, w, out=dx.view(rows, D)[first : first + chunk])
+                elif needs_dx:
+                    add_product(summed[: len(part)], scores, w, start=tap == 0)
+                if needs_dweight:
+                    add_product(
+                        dweight[tap * V : (tap + taps) * V], scores.T, part, start=first == 0
+                    )
+            if needs_dx and taps < C:
+                dx.view(rows, D)[first : first + chunk] = summed[: len(part)]
+        return losses.sum(), (targets != ignore_index).sum(), dx, dweight
+
+
+torch.library.define(
+    "shtx::linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx,"
+    " bool needs_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("shtx::linear_cross_entropy", ("CPU", "CUDA"), _cross_entropy)
+
+
+@torch.library.register_fake("shtx::linear_cross_entropy")
+def _(x, weight, targets, ignore_index, needs_dx, needs_dweight):
+    acc = torch.promote_types(x.dtype, torch.float32)
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
+    count = targets.new_empty((), dtype=torch.int64)
+    return x.new_empty((), dtype=acc), count, dx, dweight
+
+
+@triton.jit
+def _scale_kernel(ptr, factor_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(ptr + offs, mask=offs < n).to(ACC) * tl.load(factor_ptr).to(ACC)
+    tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < n)
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place, unless the graph is kept for another backward: gradients are large."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * factor).to(gradient.dtype)
+    with torch.cuda.device_of(gradient):
+        _scale_kernel[(triton.cdiv(gradient.numel(), 4096),)](
+            gradient, factor, gradient.numel(),
+            ACC=tl.float64 if factor.dtype == torch.float64 else tl.float32, BLOCK=4096,
+        )  # fmt: skip
+    return gradient
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, dtype, needs_dx, needs_dweight):
+        total, count, dx, dweight = torch.ops.shtx.linear_cross_entropy.default(
+            x.to(dtype), weight.to(dtype), targets, ignore_index, needs_dx, needs_dweight
+        )
+        ctx.save_for_backward(dx, dweight)
+        ctx.dtypes = x.dtype, weight.dtype
+        ctx.mark_non_differentiable(count)
+        return total, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal, _):
+        return *(
+            _times(gradient, dtotal).to(dtype) if needed else None
+            for gradient, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
+            )
+        ), *[None] * 5
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str):
+    """x (B, M, D), weight (C V, D), targets (B, M, C) of any strides; mean, or sum and count."""
+    C = targets.shape[-1]
+    if (
+        weight.ndim != 2
+        or weight.shape[-1] != x.shape[-1]
+        or weight.shape[0] not in range(C, 2**31, C)
+    ):
+        raise ValueError(
+            f"weight must be ({C} V, {x.shape[-1]}) with V at least 1, got {tuple(weight.shape)}"
+        )
+    if targets.is_floating_point():
+        raise ValueError(f"targets must be integers, got {targets.dtype}")
+    for name, t in (("weight", weight), ("targets", targets)):
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    total, count = _CrossEntropy.apply(x, weight, targets, ignore_index, dtype, *wanted)
+    return (total, count) if reduction == "sum" else total / count.clamp(min=1)

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, assert_as_accurate
+
+from shtx_kernels import _cross_entropy, reconstruction_loss, reference
+
+TAPS = [(1, 1), (2, 1), (4, 2), (8, 8), (6, 4)]  # compress, stride
+
+
+def draw(B, N, D, V, compress, stride):
+    torch.manual_seed(0)
+    x = torch.randn(B, math.ceil(N / stride), D, device=DEVICE)
+    weight = torch.randn(compress * V, D, device=DEVICE)
+    return x, weight, torch.randint(0, V, (B, N), device=DEVICE)
+
+
+def call(op, ids, compress, stride):
+    return lambda x, weight: op(x, weight, ids, compress=compress, stride=stride)
+
+
+@pytest.mark.parametrize("compress, stride", TAPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace", [2**20, 2**14, 1], ids=["all taps", "some taps", "one tap"])
+@pytest.mark.parametrize("V", [2, 33])
+def test_matches_reference(compress, stride, dtype, workspace, V, monkeypatch):
+    monkeypatch.setattr(_cross_entropy, "ROUND", 16)
+    monkeypatch.setattr(_cross_entropy, "WORKSPACE", workspace)
+    *inputs, ids = draw(2, 41, 8, V, compress, stride)
+    fused, twin = (
+        call(op, ids, compress, stride)
+        for op in (reconstruction_loss, reference.reconstruction_loss)
+    )
+    assert_as_accurate(fused, twin, inputs, dtype)
+
+
+@pytest.mark.parametrize("compress, stride", TAPS)
+def test_gradcheck(compress, stride):
+    x, weight, ids = draw(2, 9, 3, 5, compress, stride)
+    inputs = [t.double().requires_grad_() for t in (x, weight)]
+    assert torch.autograd.gradcheck(call(reconstruction_loss, ids, compress, stride), inputs)
+
+
+def test_every_way_to_group_taps_is_met():
+    """What test_matches_reference changes does change the groups."""
+    many = {_cross_entropy._sizes(20000 * 2, 4096, 8)[1], _cross_entropy._sizes(512, 4096, 8)[1]}
+    assert many == {1, 8}
+
+
+def test_sum_and_count():
+    x, weight, ids = draw(2, 41, 8, 33, 4, 2)
+    keywords = dict(compress=4, stride=2, reduction="sum")
+    total, count = reconstruction_loss(x, weight, ids, **keywords)
+    twin, twin_count = reference.reconstruction_loss(x, weight, ids, **keywords)
+    assert count == twin_count
+    torch.testing.assert_close(total, twin, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(compress=0), "compress and stride must be at least 1, got 0 and 2"),
+        (dict(x=torch.randn(2, 4, 8)), r"x must be \(B, ceil\(N / 2\), D\) for ids \(B, N\), got"),
+        (dict(weight=torch.randn(6, 8)), r"weight must be \(4 V, 8\) with V at least 1, got"),
+    ],
+)
+def test_bad_input(change, message):
+    good = dict(x=torch.randn(2, 3, 8), weight=torch.randn(20, 8), ids=torch.ones(2, 6).long())
+    arguments = good | dict(compress=4, stride=2) | change
+    tensors = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        reconstruction_loss(**tensors)
