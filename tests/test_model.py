@@ -8,6 +8,7 @@ import pytest
 import torch
 from covering import ROWS
 from helpers import DEVICE, DTYPES
+from torch._dynamo.testing import CompileCounter
 
 from shtx import HierarchicalTransformer, Level
 
@@ -103,7 +104,7 @@ def test_ids_are_checked_in_compiled_code():
 
 def test_few_recompilations_over_lengths():
     model = build(depth=1)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     with torch.no_grad():
@@ -226,6 +227,25 @@ def test_all_labels_ignored():
     loss, (ce, recon, _) = train(model, torch.zeros(2, 9, dtype=torch.long, device=DEVICE))
     assert loss == 0 and ce == 0 and recon == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_sums_and_counts_of_uneven_batches_add_up(impl):
+    """To the loss of all of them, and to its gradients."""
+    model, ids = build(impl=impl), draw(17, 4)
+    ids[:3, 5:] = 0  # does not count
+    loss, _ = train(model, ids)
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    weights = ids.new_tensor(model.loss_weights, dtype=torch.float32)
+    batches = [model(part, return_loss=True, loss_reduction="sum") for part in (ids[:3], ids[3:])]
+    counts = sum(count for _, count in batches)
+    total = sum((weights * sums / counts).sum() for sums, _ in batches)
+    total.backward()
+    torch.testing.assert_close(total, loss, rtol=1e-5, atol=0)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
 
 
 def test_losses_that_weigh_nothing_still_reach_every_parameter():
