@@ -1,4 +1,4 @@
-"""How the losses behind a linear layer are measured, and who else has them.
+"""How the losses behind a linear layer are measured.
 
 Time is that of forward and backward together, from narrow rows and fp32 weights under autocast, as
 the model calls them. The floor is three products through cuBLAS: logits, and both gradients.
@@ -68,7 +68,7 @@ def time_loss(benchmark, case: Case, op: Callable | None, reference: Callable, g
             loss = op(x, weight, ids)
         return [loss, *torch.autograd.grad(loss, (x, weight))]
 
-    sets = [draw(case) for _ in range(copies(case.T * case.D * DTYPE.itemsize))][:4]
+    sets = [draw(case) for _ in range(min(4, copies(case.T * case.D * DTYPE.itemsize)))]
     row = {"flops": case.flops}
     if op is None:
         runs = [floor(x, weight) for x, weight, _ in sets]
@@ -87,9 +87,5 @@ def time_loss(benchmark, case: Case, op: Callable | None, reference: Callable, g
             kept = sum(t.nbytes for t in runs[0]())
             extra = torch.cuda.max_memory_allocated() - before - kept
             row["extra_mib"] = extra / 2**20
-    if graph:
-        (ms,) = median_ms(benchmark, graphed(runs))
-        ms /= len(runs)
-    else:
-        ms = min(median_ms(benchmark, *runs))
-    benchmark.extra_info |= row | {"ms": ms}
+    times = median_ms(benchmark, *([graphed(runs)] if graph else runs))
+    benchmark.extra_info |= row | {"ms": sum(times) / len(runs)}

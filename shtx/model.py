@@ -276,10 +276,14 @@ class HierarchicalTransformer(Module):
         if loss_reduction == "sum":
             sums, counts = zip(ce, *recon, *hierarchical_ar, strict=True)
             return torch.stack(sums), torch.stack(counts)
-        mean = lambda pairs: sum(total / count.clamp(min=1) for total, count in pairs)
-        parts = [mean(pairs) + ce[0].new_zeros(()) for pairs in ([ce], recon, hierarchical_ar)]
-        loss = parts[0] + parts[1] * self.recon_loss_weight
-        return loss + parts[2] * self.hierarchical_ar_loss_weight, tuple(parts)
+        zero = ce[0].new_zeros(())
+        ce, recon, hierarchical_ar = (
+            sum((total / count.clamp(min=1) for total, count in pairs), start=zero)
+            for pairs in ([ce], recon, hierarchical_ar)
+        )
+        loss = ce + recon * self.recon_loss_weight
+        loss = loss + hierarchical_ar * self.hierarchical_ar_loss_weight
+        return loss, (ce, recon, hierarchical_ar)
 
     @property
     def loss_weights(self) -> list[float]:
@@ -296,9 +300,9 @@ class HierarchicalTransformer(Module):
                 f" got {embed.shape[1]} predictions for {labels.shape[1]} tokens:"
                 " hierarchical_stride must be 1 for some hierarchy"
             )
-        sums = dict(reduction="sum")
-        weight = self.to_logits.weight
-        ce = ops.linear_cross_entropy(embed, weight, labels, self.ignore_index, **sums)
+        ce = ops.linear_cross_entropy(
+            embed, self.to_logits.weight, labels, self.ignore_index, reduction="sum"
+        )
         recon, hierarchical_ar = [], []
 
         parts = zip(embeds, self.levels, self.compressors, self.to_hierarchical_preds, strict=True)
@@ -306,11 +310,13 @@ class HierarchicalTransformer(Module):
             if level.compress == 1:
                 continue
             if self.recon_loss_weight > 0:
-                weight, taps = compressor.to_recon.weight, dict(compress=level.compress)
-                recon.append(
-                    ops.reconstruction_loss(h, weight, ids, stride=level.stride, **taps, **sums)
+                pair = ops.reconstruction_loss(
+                    *(h, compressor.to_recon.weight, ids),
+                    compress=level.compress,
+                    stride=level.stride,
+                    reduction="sum",
                 )
-            hierarchical_ar.append(
-                ops.hierarchical_ar_loss(h, predict.weight, predict.bias, **sums)
-            )
+                recon.append(pair)
+            pair = ops.hierarchical_ar_loss(h, predict.weight, predict.bias, reduction="sum")
+            hierarchical_ar.append(pair)
         return ce, recon, hierarchical_ar

@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WORKSPACE = 40 * 2**20  # bytes of a chunk's logits; what larger chunks save is in README
+WORKSPACE = (
+    40 * 2**20
+)  # bytes of a chunk's logits; larger ones are faster, and past 64 MiB with a weight's narrow copy
 ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
 BLOCK_V = 4096  # logits of a row that a program holds at a time
 TILE = 2048  # logits that a program holds at least
@@ -93,14 +95,14 @@ def _cross_entropy_kernel(
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, start: bool):
     """total = a b at the start, total += a b later, added in the dtype of total."""
+    if not total.is_cuda:  # a CPU has no product with a wider sum
+        a, b = a.to(total.dtype), b.to(total.dtype)
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=int(not start), out=total)
-    elif a.is_cuda and start:
+        torch.mm(a, b, out=total) if start else torch.addmm(total, a, b, out=total)
+    elif start:
         torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
-    elif a.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=int(not start), out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 def _sizes(logits_bytes: int, rows: int, C: int) -> tuple[int, int]:
@@ -126,11 +128,14 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     logits = x.new_empty(chunk, triton.cdiv(taps * V, ALIGN.value) * ALIGN.value)
     block = min(BLOCK_V, triton.next_power_of_2(V))
     tile = max(1, TILE // block)
-    summed = x.new_empty(chunk if needs_dx and taps < C else 0, D, dtype=acc)
+    widened = x.new_empty(chunk if needs_dx and taps < C else 0, D, dtype=acc)
     # autocast would narrow the sums
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         for first in range(0, rows, chunk):
             part = x[first : first + chunk]
+            if needs_dx:
+                dx_part = dx.view(rows, D)[first : first + chunk]
+                summed = dx_part if taps == C else widened[: len(part)]
             for tap in range(0, C, taps):
                 w = weight[tap * V : (tap + taps) * V]
                 scores = logits[: len(part), : taps * V]
@@ -142,16 +147,13 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                     GRADIENTS=needs_dx or needs_dweight, ROWS=tile, BLOCK_V=block,
                     num_warps=4,
                 )  # fmt: skip
-                if needs_dx and taps >= C:
-                    torch.mm(scores, w, out=dx.view(rows, D)[first : first + chunk])
-                elif needs_dx:
-                    add_product(summed[: len(part)], scores, w, start=tap == 0)
+                if needs_dx:
+                    add_product(summed, scores, w, start=tap == 0)
                 if needs_dweight:
-                    add_product(
-                        dweight[tap * V : (tap + taps) * V], scores.T, part, start=first == 0
-                    )
+                    dw = dweight[tap * V : (tap + taps) * V]
+                    add_product(dw, scores.T, part, start=first == 0)
             if needs_dx and taps < C:
-                dx.view(rows, D)[first : first + chunk] = summed[: len(part)]
+                dx_part.copy_(summed)
         return losses.sum(), (targets != ignore_index).sum(), dx, dweight
 
 

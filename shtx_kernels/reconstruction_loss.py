@@ -23,6 +23,7 @@ def reconstruction_loss(
     does not count.
 
     Under autocast, products are in its dtype; their sums and the loss are fp32 (fp64 for fp64).
+    Extra memory is that of linear_cross_entropy.
 
     Args:
         x: (B, M, D), a level; M = ceil(N / stride).

@@ -103,6 +103,12 @@ def ones(*shape, **options):
         (ones(3), {}, ValueError, "ids must be (batch, tokens), got shape (3,)"),
         (ones(1, 3, 1), {}, ValueError, "ids must be (batch, tokens), got shape (1, 3, 1)"),
         (ones(1, 3, device="meta"), {}, ValueError, f"the model's {DEVICE}"),
+        (
+            ones(1, 3),
+            {"return_loss": True, "loss_reduction": "none"},
+            ValueError,
+            'loss_reduction must be "mean" or "sum", got \'none\'',
+        ),
         (ones(1, 0), {}, ValueError, "ids must have 1 to 6 tokens (seq_len 6), got 0"),
         (ones(1, 7), {}, ValueError, "ids must have 1 to 6 tokens (seq_len 6), got 7"),
         (

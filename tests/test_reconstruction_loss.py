@@ -6,6 +6,7 @@ from helpers import DEVICE, DTYPES, assert_as_accurate
 
 from shtx_kernels import _cross_entropy, reconstruction_loss, reference
 
+WORKSPACES = [2**20, 2**16, 1]  # bytes, for all taps of a row at once, some of them, one
 TAPS = [(1, 1), (2, 1), (4, 2), (8, 8), (6, 4)]  # compress, stride
 
 
@@ -22,7 +23,7 @@ def call(op, ids, compress, stride):
 
 @pytest.mark.parametrize("compress, stride", TAPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("workspace", [2**20, 2**14, 1], ids=["all taps", "some taps", "one tap"])
+@pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("V", [2, 33])
 def test_matches_reference(compress, stride, dtype, workspace, V, monkeypatch):
     monkeypatch.setattr(_cross_entropy, "ROUND", 16)
@@ -42,10 +43,16 @@ def test_gradcheck(compress, stride):
     assert torch.autograd.gradcheck(call(reconstruction_loss, ids, compress, stride), inputs)
 
 
-def test_every_way_to_group_taps_is_met():
-    """What test_matches_reference changes does change the groups."""
-    many = {_cross_entropy._sizes(20000 * 2, 4096, 8)[1], _cross_entropy._sizes(512, 4096, 8)[1]}
-    assert many == {1, 8}
+def test_every_way_to_group_taps_is_met(monkeypatch):
+    """By the cases of test_matches_reference, and by the sizes that a model has."""
+    assert _cross_entropy._sizes(256 * 2, 4096, 8)[1] == 8
+    assert _cross_entropy._sizes(20000 * 2, 4096, 8)[1] == 1
+    monkeypatch.setattr(_cross_entropy, "ROUND", 16)
+    taps = []
+    for workspace in WORKSPACES:
+        monkeypatch.setattr(_cross_entropy, "WORKSPACE", workspace)
+        taps.append(_cross_entropy._sizes(33 * 4, 82, 8)[1])
+    assert taps == [8, 2, 1]
 
 
 def test_sum_and_count():
