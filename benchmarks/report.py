@@ -15,6 +15,7 @@ TITLES = {
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
 LOSS_TITLE = "{}, forward and backward; cublas: its products alone, with all logits in memory"
 SHAPES = {
+    "hierarchical_ar_loss": "shape B x M x D",
     "linear_cross_entropy": "shape T x D x V x C",
     "norm_token_shift": "shape B x M x D",
     "reconstruction_loss": "shape T x D x V x C",

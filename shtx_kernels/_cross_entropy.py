@@ -13,10 +13,13 @@ Shared by linear_cross_entropy (C = 1) and reconstruction_loss.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ._products import add_product, product_dtype
 
 WORKSPACE = (
     40 * 2**20
@@ -24,7 +27,7 @@ WORKSPACE = (
 ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
 BLOCK_V = 4096  # logits of a row that a program holds at a time
 TILE = 2048  # logits that a program holds at least
-ALIGN = tl.constexpr(16)  # elements: where rows of logits start
+ALIGN = 16  # a vocabulary is padded to a multiple: products of odd sizes take up to 4x as long
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -54,12 +57,10 @@ def store_gradients(ptr, x, m, l, target, cols, counted, inside, WIDTH: tl.const
 def _cross_entropy_kernel(
     logits_ptr, target_ptr, loss_ptr, stride_b, stride_m, stride_c, first, rows, M, tap,
     ignore_index,
-    C: tl.constexpr, TAPS: tl.constexpr, V: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, TAPS: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
     GRADIENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Logits (rows, TAPS V) of tokens from `first` and of targets from `tap` on, in place."""
-    STRIDE: tl.constexpr = (TAPS * V + ALIGN - 1) // ALIGN * ALIGN
-    WIDTH: tl.constexpr = STRIDE if TAPS == 1 else V  # whole vectors, where nothing follows
+    """Logits (rows, TAPS WIDTH) of tokens from `first` and of targets from `tap` on, in place."""
     offs = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = offs < rows * TAPS
     t, c = first + offs // TAPS, tap + offs % TAPS
@@ -67,7 +68,7 @@ def _cross_entropy_kernel(
     target = tl.load(target_ptrs, mask=inside, other=ignore_index)
     counted = inside & (target != ignore_index)
     known = (target >= 0) & (target < V)
-    ptr = logits_ptr + offs // TAPS * STRIDE + offs % TAPS * V
+    ptr = logits_ptr + offs * WIDTH
     of_target = tl.load(ptr + target, mask=counted & known, other=float("nan"))
     ptr = ptr[:, None]
 
@@ -93,18 +94,6 @@ def _cross_entropy_kernel(
                 store_gradients(ptr, x, m, l, target, v + offs_v, counted, inside, WIDTH)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, start: bool):
-    """total = a b at the start, total += a b later, added in the dtype of total."""
-    if not total.is_cuda:  # a CPU has no product with a wider sum
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    if a.dtype == total.dtype:
-        torch.mm(a, b, out=total) if start else torch.addmm(total, a, b, out=total)
-    elif start:
-        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
-    else:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
-
-
 def _sizes(logits_bytes: int, rows: int, C: int) -> tuple[int, int]:
     """Rows and targets of a chunk, whose row has so many bytes of logits for a target."""
     enough = WORKSPACE // (8 * ROUND * logits_bytes)  # targets, before rows get fewer
@@ -117,6 +106,9 @@ def _sizes(logits_bytes: int, rows: int, C: int) -> tuple[int, int]:
 def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     B, M, C = targets.shape
     rows, D, V = B * M, x.shape[-1], weight.shape[0] // C
+    width = triton.cdiv(V, ALIGN) * ALIGN
+    if width > V:
+        weight = F.pad(weight.unflatten(0, (C, V)), (0, 0, 0, width - V)).flatten(0, 1)
     x = x.reshape(rows, D)
     acc = torch.promote_types(x.dtype, torch.float32)
     losses = x.new_empty(rows, C, dtype=acc)
@@ -124,9 +116,9 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     if not rows:
         dweight.zero_()
-    chunk, taps = _sizes(V * x.itemsize, rows, C)
-    logits = x.new_empty(chunk, triton.cdiv(taps * V, ALIGN.value) * ALIGN.value)
-    block = min(BLOCK_V, triton.next_power_of_2(V))
+    chunk, taps = _sizes(width * x.itemsize, rows, C)
+    logits = x.new_empty(chunk, taps * width)
+    block = min(BLOCK_V, triton.next_power_of_2(width))
     tile = max(1, TILE // block)
     widened = x.new_empty(chunk if needs_dx and taps < C else 0, D, dtype=acc)
     # autocast would narrow the sums
@@ -137,23 +129,26 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                 dx_part = dx.view(rows, D)[first : first + chunk]
                 summed = dx_part if taps == C else widened[: len(part)]
             for tap in range(0, C, taps):
-                w = weight[tap * V : (tap + taps) * V]
-                scores = logits[: len(part), : taps * V]
+                w = weight[tap * width : (tap + taps) * width]
+                scores = logits[: len(part)]
                 torch.mm(part, w.T, out=scores)
                 _cross_entropy_kernel[(triton.cdiv(len(part) * taps, tile),)](
                     scores, targets, losses, *targets.stride(), first, len(part), M, tap,
                     ignore_index,
-                    C=C, TAPS=taps, V=V, ACC=tl.float64 if acc == torch.float64 else tl.float32,
+                    C=C, TAPS=taps, V=V, WIDTH=width,
+                    ACC=tl.float64 if acc == torch.float64 else tl.float32,
                     GRADIENTS=needs_dx or needs_dweight, ROWS=tile, BLOCK_V=block,
                     num_warps=4,
                 )  # fmt: skip
                 if needs_dx:
                     add_product(summed, scores, w, start=tap == 0)
                 if needs_dweight:
-                    dw = dweight[tap * V : (tap + taps) * V]
+                    dw = dweight[tap * width : (tap + taps) * width]
                     add_product(dw, scores.T, part, start=first == 0)
             if needs_dx and taps < C:
                 dx_part.copy_(summed)
+        if needs_dweight and width > V:
+            dweight = dweight.unflatten(0, (C, width))[:, :V].flatten(0, 1)
         return losses.sum(), (targets != ignore_index).sum(), dx, dweight
 
 
@@ -233,9 +228,6 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
-    total, count = _CrossEntropy.apply(x, weight, targets, ignore_index, dtype, *wanted)
+    total, count = _CrossEntropy.apply(x, weight, targets, ignore_index, product_dtype(x), *wanted)
     return (total, count) if reduction == "sum" else total / count.clamp(min=1)

@@ -47,6 +47,12 @@ RESULTS = {
         | {"error": "OutOfMemoryError: much"},
         {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
         | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
+        {
+            "bench": "hierarchical_ar_loss",
+            "provider": "copy",
+            "commit": "abc",
+            "shape": "1 x 2 x 3",
+        },
         {"bench": "linear_cross_entropy", "provider": "fused", "commit": "abc"}
         | {"shape": "64 x 16 x 50 x 1", "ms": 0.4, "flops": 100_000_000, "extra_mib": 12.0},
         {"bench": "linear_cross_entropy", "provider": "cublas", "commit": "abc"}
@@ -85,6 +91,12 @@ TABLES = [
     config | provider | rate (tokens/s) | speed-up over upstream (x) |
         limit: weights read (tokens/s)
     C | fused | 500 | - | 1,000
+    """,
+    """
+    shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
+        fwd + bwd over fused (x)
+    1 x 2 x 3 | - | copy | - | - | - | - | - | - | -
     """,
     """
     shape T x D x V x C | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
@@ -399,7 +411,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from linear_cross_entropy norm"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from hierarchical_ar_loss linear"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

@@ -1,0 +1,199 @@
+"""Cosine distance of what a linear layer predicts of each token's successor from that successor.
+
+    p[t] = h[t] weight^T + bias
+    loss = sum over t < M - 1 of 1 - cos(p[t], h[t + 1])
+
+The one idea: the product is made of all rows, so that none has to be moved, and a program then
+pairs row u of h with row u - 1 of p. It owns both in backward, where a first row, which has no
+pair, and a last one's prediction get zeros. Reference: reference.hierarchical_ar_loss
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._products import add_product, product_dtype
+
+LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
+TILE = 4096  # elements of a program's tile
+WARP_TILE = 1024  # elements of it that a warp holds
+MAX_D = 8192  # a row is held in registers
+
+
+@triton.jit
+def _row_sum(t):
+    return tl.sum(tl.sum(t, axis=1, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _unit(t):
+    """Rows over their lengths, these as F.normalize clamps them, and whether it did not."""
+    length = tl.sqrt(_row_sum(t * t))
+    clamped = tl.maximum(length, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    return t / clamped, clamped, length >= 1e-12
+
+
+@triton.jit(do_not_specialize=["rows", "M"])
+def _hierarchical_ar_loss_kernel(
+    p_ptr, h_ptr, dloss_ptr, loss_ptr, dp_ptr, dh_ptr, stride_h, rows, M,
+    D: tl.constexpr, ACC: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Row u of h with row u - 1 of p, u up to `rows`: the loss, or both gradients."""
+    pid = tl.program_id(0).to(tl.int64)
+    u = pid * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+    offs_d = tl.arange(0, ROUNDS)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    mask_d = offs_d < D
+    paired = (u % M > 0) & (u < rows)
+    before = (u - 1) * D + offs_d  # [BLOCK_M, ROUNDS, LANES]
+    p = tl.load(p_ptr + before, mask=paired & mask_d, other=0.0).to(ACC)
+    h = tl.load(h_ptr + u * stride_h + offs_d, mask=paired & mask_d, other=0.0).to(ACC)
+    p, length_p, live_p = _unit(p)
+    h, length_h, live_h = _unit(h)
+    cosine = _row_sum(p * h)
+    if BACKWARD:
+        factor = tl.where(paired, -tl.load(dloss_ptr).to(ACC), 0.0)
+        dp = (h - tl.where(live_p, cosine, 0.0) * p) * (factor / length_p)
+        dh = (p - tl.where(live_h, cosine, 0.0) * h) * (factor / length_h)
+        tl.store(dp_ptr + before, dp, mask=mask_d & (u > 0) & (u <= rows))
+        tl.store(dh_ptr + u * D + offs_d, dh, mask=mask_d & (u < rows))
+    else:
+        tl.store(loss_ptr + pid, tl.sum(tl.where(paired, 1 - cosine, 0.0)))
+
+
+def launch(p, h, M, dtotal=None):
+    """The losses' sums by program; given the gradient of their total, gradients of p and h."""
+    D, backward = p.shape[-1], dtotal is not None
+    block_d = triton.next_power_of_2(D)
+    block_m, lanes = max(1, TILE // block_d), min(block_d, LANES)
+    programs = triton.cdiv(len(p) + 1, block_m)  # past the last row of h is the last one of p
+    acc = torch.promote_types(p.dtype, torch.float32)
+    loss = p.new_empty(0 if backward else programs, dtype=acc)
+    dp, dh = (t.new_empty(t.shape if backward else 0) for t in (p, h))
+    with torch.cuda.device_of(p):
+        _hierarchical_ar_loss_kernel[(programs,)](
+            p, h, dtotal if backward else loss, loss, dp, dh, h.stride(0), len(p), max(1, M),
+            D=D, ACC=tl.float64 if acc == torch.float64 else tl.float32, BACKWARD=backward,
+            BLOCK_M=block_m, ROUNDS=block_d // lanes, LANES=lanes,
+            num_warps=max(1, min(32, block_m * block_d // WARP_TILE)),
+        )  # fmt: skip
+    return (dp, dh) if backward else loss
+
+
+def _rows(h: Tensor) -> Tensor:
+    h = h.flatten(0, 1)
+    return h if h.stride(-1) == 1 else h.contiguous()
+
+
+def _hierarchical_ar_loss(h, weight, bias):
+    M, h = h.shape[1], _rows(h)
+    with torch.autocast(h.device.type, enabled=False):
+        p = torch.addmm(bias, h.to(weight.dtype), weight.T)
+    return launch(p, h, M).sum(), p
+
+
+def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
+    shape, h = h.shape, _rows(h)
+    dp, dh = launch(p, h, shape[1], dtotal)
+    acc = torch.promote_types(p.dtype, torch.float32)
+    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
+    with torch.autocast(h.device.type, enabled=False):
+        if needs_dh:
+            add_product(dh, dp, weight, start=False)
+        if needs_dweight:
+            add_product(dweight, dp.T, h.to(p.dtype), start=True)
+    dbias = dp.sum(0, dtype=acc) if needs_dbias else dp.new_empty(0, dtype=acc)
+    return dh.view(shape) if needs_dh else dh.new_empty(0), dweight, dbias
+
+
+torch.library.define(
+    "shtx::hierarchical_ar_loss", "(Tensor h, Tensor weight, Tensor bias) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "shtx::hierarchical_ar_loss_bwd",
+    "(Tensor dtotal, Tensor p, Tensor h, Tensor weight, bool needs_dh, bool needs_dweight,"
+    " bool needs_dbias) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("shtx::hierarchical_ar_loss", ("CPU", "CUDA"), _hierarchical_ar_loss)
+torch.library.impl("shtx::hierarchical_ar_loss_bwd", ("CPU", "CUDA"), _hierarchical_ar_loss_bwd)
+
+
+@torch.library.register_fake("shtx::hierarchical_ar_loss")
+def _(h, weight, bias):
+    p = weight.new_empty(h.shape[0] * h.shape[1], h.shape[2])
+    return p.new_empty((), dtype=torch.promote_types(p.dtype, torch.float32)), p
+
+
+@torch.library.register_fake("shtx::hierarchical_ar_loss_bwd")
+def _(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
+    acc = torch.promote_types(p.dtype, torch.float32)
+    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
+    dbias = p.new_empty(p.shape[-1] if needs_dbias else 0, dtype=acc)
+    return h.new_empty(h.shape if needs_dh else 0), dweight, dbias
+
+
+class _HierarchicalARLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias, dtype):
+        ctx.dtypes = weight.dtype, bias.dtype
+        weight = weight.to(dtype)
+        total, p = torch.ops.shtx.hierarchical_ar_loss.default(h, weight, bias.to(dtype))
+        ctx.save_for_backward(p, h, weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal):
+        needs = ctx.needs_input_grad[:3]
+        dh, dweight, dbias = torch.ops.shtx.hierarchical_ar_loss_bwd.default(
+            dtotal, *ctx.saved_tensors, *needs
+        )
+        gradients = dh, dweight.to(ctx.dtypes[0]), dbias.to(ctx.dtypes[1])
+        return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), None
+
+
+def hierarchical_ar_loss(
+    h: Tensor, weight: Tensor, bias: Tensor, reduction: str = "mean"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """1 - cos(h[t] weight^T + bias, h[t + 1]), over all tokens but the last of each sequence.
+
+    Under autocast, the product is in its dtype; cosines and the loss are fp32 (fp64 for fp64).
+
+    Args:
+        h: (B, M, D), a level; D at most 8192, all may be strided. It gets the gradient of both
+            sides.
+        weight: (D, D).
+        bias: (D,).
+        reduction: "mean" over the B (M - 1) tokens that have a successor, or "sum".
+
+    Returns:
+        The 0-dim mean, 0 with zero gradients where M is 1; or the 0-dim sum and the number of
+        tokens that have a successor.
+
+    Raises:
+        ValueError: naming the argument whose shape, device or value is not as above.
+
+    Source: Mirasol3B (Piergiovanni et al. 2023, arXiv 2311.05698), as in
+    simple-hierarchical-transformer.
+    """
+    if h.ndim != 3:
+        raise ValueError(f"h must be (B, M, D), got {tuple(h.shape)}")
+    B, M, D = h.shape
+    if not 1 <= D <= MAX_D:
+        raise ValueError(f"h must have a width D of 1 to {MAX_D}, got {D}")
+    for name, t, shape in (("weight", weight, (D, D)), ("bias", bias, (D,))):
+        if t.shape != shape or t.device != h.device:
+            raise ValueError(
+                f"{name} must be {shape} on {h.device}, got {tuple(t.shape)} on {t.device}"
+            )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+    total = _HierarchicalARLoss.apply(h, weight, bias, product_dtype(h))
+    count = B * max(0, M - 1)
+    return (
+        (total, torch.full((), count, device=h.device))
+        if reduction == "sum"
+        else (total / max(1, count))
+    )
