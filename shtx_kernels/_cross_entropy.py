@@ -55,13 +55,14 @@ def store_gradients(ptr, x, m, l, target, cols, counted, inside, WIDTH: tl.const
 
 @triton.jit(do_not_specialize=["first", "rows", "M", "tap"])
 def _cross_entropy_kernel(
-    logits_ptr, target_ptr, loss_ptr, stride_b, stride_m, stride_c, first, rows, M, tap,
+    logits_ptr, target_ptr, loss_ptr, count_ptr, stride_b, stride_m, stride_c, first, rows, M, tap,
     ignore_index,
     C: tl.constexpr, TAPS: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
     GRADIENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Logits (rows, TAPS WIDTH) of tokens from `first` and of targets from `tap` on, in place."""
-    offs = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0).to(tl.int64)
+    offs = pid * ROWS + tl.arange(0, ROWS)
     inside = offs < rows * TAPS
     t, c = first + offs // TAPS, tap + offs % TAPS
     target_ptrs = target_ptr + t // M * stride_b + t % M * stride_m + c * stride_c
@@ -84,7 +85,8 @@ def _cross_entropy_kernel(
     l = tl.where(counted, l, 1.0)
     # not the log-sum-exp, which would round what is small beside the greatest logit
     loss = tl.where(counted, tl.log2(l) * LN2 + (m - of_target.to(ACC)), 0.0)
-    tl.store(loss_ptr + t * C + c, loss, mask=inside)
+    tl.store(loss_ptr + pid, tl.sum(loss))
+    tl.store(count_ptr + pid, tl.sum(counted.to(tl.int32)))
     if GRADIENTS:
         if V <= BLOCK_V:
             store_gradients(ptr, x, m, l, target, offs_v, counted, inside, WIDTH)
@@ -111,7 +113,6 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
         weight = F.pad(weight.unflatten(0, (C, V)), (0, 0, 0, width - V)).flatten(0, 1)
     x = x.reshape(rows, D)
     acc = torch.promote_types(x.dtype, torch.float32)
-    losses = x.new_empty(rows, C, dtype=acc)
     dx = x.new_empty((B, M, D) if needs_dx else 0)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     if not rows:
@@ -120,6 +121,9 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     logits = x.new_empty(chunk, taps * width)
     block = min(BLOCK_V, triton.next_power_of_2(width))
     tile = max(1, TILE // block)
+    programs = triton.cdiv(chunk * taps, tile)
+    losses = x.new_zeros(triton.cdiv(rows, chunk), C // taps, programs, dtype=acc)
+    counts = torch.zeros_like(losses, dtype=torch.int32)
     widened = x.new_empty(chunk if needs_dx and taps < C else 0, D, dtype=acc)
     # autocast would narrow the sums
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
@@ -133,7 +137,8 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                 scores = logits[: len(part)]
                 torch.mm(part, w.T, out=scores)
                 _cross_entropy_kernel[(triton.cdiv(len(part) * taps, tile),)](
-                    scores, targets, losses, *targets.stride(), first, len(part), M, tap,
+                    scores, targets, *(t[first // chunk, tap // taps] for t in (losses, counts)),
+                    *targets.stride(), first, len(part), M, tap,
                     ignore_index,
                     C=C, TAPS=taps, V=V, WIDTH=width,
                     ACC=tl.float64 if acc == torch.float64 else tl.float32,
@@ -149,7 +154,7 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                 dx_part.copy_(summed)
         if needs_dweight and width > V:
             dweight = dweight.unflatten(0, (C, width))[:, :V].flatten(0, 1)
-        return losses.sum(), (targets != ignore_index).sum(), dx, dweight
+        return losses.sum(), counts.sum(), dx, dweight
 
 
 torch.library.define(

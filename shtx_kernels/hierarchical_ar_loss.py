@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ._products import add_product, product_dtype
 
 LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
-TILE = 4096  # elements of a program's tile
+TILE = 2048  # elements of a program's tile
 WARP_TILE = 1024  # elements of it that a warp holds
 MAX_D = 8192  # a row is held in registers
 
@@ -104,7 +104,8 @@ def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, nee
             add_product(dh, dp, weight, start=False)
         if needs_dweight:
             add_product(dweight, dp.T, h.to(p.dtype), start=True)
-    dbias = dp.sum(0, dtype=acc) if needs_dbias else dp.new_empty(0, dtype=acc)
+    # in two steps: one alone has too few sums to fill a GPU
+    dbias = dp.view(shape).sum(1, dtype=acc).sum(0) if needs_dbias else dp.new_empty(0, dtype=acc)
     return dh.view(shape) if needs_dh else dh.new_empty(0), dweight, dbias
 
 
