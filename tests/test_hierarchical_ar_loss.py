@@ -62,7 +62,7 @@ def test_rows_shorter_than_the_clamp():
             for op in (hierarchical_ar_loss, reference.hierarchical_ar_loss)
         )
         for o, t in zip(ours, twin, strict=True):
-            torch.testing.assert_close(o, t, rtol=1e-8, atol=1e-8)
+            assert (o - t).norm() <= 1e-10 * t.norm()  # sums cancel numbers divided by 1e-12
 
 
 @pytest.mark.parametrize("wanted", range(3))
