@@ -31,8 +31,9 @@ def _row_sum(t):
 def _unit(t):
     """Rows over their lengths, these as F.normalize clamps them, and whether it did not."""
     length = tl.sqrt(_row_sum(t * t))
-    clamped = tl.maximum(length, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-    return t / clamped, clamped, length >= 1e-12
+    least = tl.full([1, 1, 1], 1e-12, t.dtype)  # a bare constant is fp32 in Triton 3.6
+    clamped = tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL)
+    return t / clamped, clamped, length >= least
 
 
 @triton.jit(do_not_specialize=["rows", "M"])
