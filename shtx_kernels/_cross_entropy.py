@@ -21,13 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from ._products import add_product, product_dtype
 
-WORKSPACE = (
-    40 * 2**20
-)  # bytes of a chunk's logits; larger ones are faster, and past 64 MiB with a weight's narrow copy
+# bytes of a chunk's logits; larger chunks are faster, but take more than 64 MiB with a narrow copy
+# of the weight
+WORKSPACE = 40 * 2**20
 ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
 BLOCK_V = 4096  # logits of a row that a program holds at a time
 TILE = 2048  # logits that a program holds at least
-ALIGN = 16  # a vocabulary is padded to a multiple: products of odd sizes take up to 4x as long
+ALIGN = 16  # a vocabulary is padded to a multiple, as products of odd sizes are slow
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -138,8 +138,7 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                 torch.mm(part, w.T, out=scores)
                 _cross_entropy_kernel[(triton.cdiv(len(part) * taps, tile),)](
                     scores, targets, *(t[first // chunk, tap // taps] for t in (losses, counts)),
-                    *targets.stride(), first, len(part), M, tap,
-                    ignore_index,
+                    *targets.stride(), first, len(part), M, tap, ignore_index,
                     C=C, TAPS=taps, V=V, WIDTH=width,
                     ACC=tl.float64 if acc == torch.float64 else tl.float32,
                     GRADIENTS=needs_dx or needs_dweight, ROWS=tile, BLOCK_V=block,

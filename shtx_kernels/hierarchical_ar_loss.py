@@ -15,22 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._products import add_product, product_dtype
+from ._rows import MAX_D, columns, row_sum, tile
 
-LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
 TILE = 2048  # elements of a program's tile
 WARP_TILE = 1024  # elements of it that a warp holds
-MAX_D = 8192  # a row is held in registers
-
-
-@triton.jit
-def _row_sum(t):
-    return tl.sum(tl.sum(t, axis=1, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _unit(t):
     """Rows over their lengths, these as F.normalize clamps them, and whether it did not."""
-    length = tl.sqrt(_row_sum(t * t))
+    length = tl.sqrt(row_sum(t * t))
     least = tl.full([1, 1, 1], 1e-12, t.dtype)  # a bare constant is fp32 in Triton 3.6
     clamped = tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL)
     return t / clamped, clamped, length >= least
@@ -45,7 +39,7 @@ def _hierarchical_ar_loss_kernel(
     """Row u of h with row u - 1 of p, u up to `rows`: the loss, or both gradients."""
     pid = tl.program_id(0).to(tl.int64)
     u = pid * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
-    offs_d = tl.arange(0, ROUNDS)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    offs_d = columns(ROUNDS, LANES)
     mask_d = offs_d < D
     paired = (u % M > 0) & (u < rows)
     before = (u - 1) * D + offs_d  # [BLOCK_M, ROUNDS, LANES]
@@ -53,7 +47,7 @@ def _hierarchical_ar_loss_kernel(
     h = tl.load(h_ptr + u * stride_h + offs_d, mask=paired & mask_d, other=0.0).to(ACC)
     p, length_p, live_p = _unit(p)
     h, length_h, live_h = _unit(h)
-    cosine = _row_sum(p * h)
+    cosine = row_sum(p * h)
     if BACKWARD:
         factor = tl.where(paired, -tl.load(dloss_ptr).to(ACC), 0.0)
         dp = (h - tl.where(live_p, cosine, 0.0) * p) * (factor / length_p)
@@ -67,18 +61,18 @@ def _hierarchical_ar_loss_kernel(
 def launch(p, h, M, dtotal=None):
     """The losses' sums by program; given the gradient of their total, gradients of p and h."""
     D, backward = p.shape[-1], dtotal is not None
-    block_d = triton.next_power_of_2(D)
-    block_m, lanes = max(1, TILE // block_d), min(block_d, LANES)
-    programs = triton.cdiv(len(p) + 1, block_m)  # past the last row of h is the last one of p
+    sizes = tile(D, TILE, WARP_TILE)
+    programs = triton.cdiv(len(p) + 1, sizes["BLOCK_M"])  # past h's last row is p's last
     acc = torch.promote_types(p.dtype, torch.float32)
     loss = p.new_empty(0 if backward else programs, dtype=acc)
-    dp, dh = (t.new_empty(t.shape if backward else 0) for t in (p, h))
+    dp = p.new_empty(p.shape if backward else 0)
+    # a product is added to dh, in a dtype of its own or in the sums'
+    dh = h.new_empty(h.shape if backward else 0, dtype=h.dtype if h.dtype == p.dtype else acc)
     with torch.cuda.device_of(p):
         _hierarchical_ar_loss_kernel[(programs,)](
             p, h, dtotal if backward else loss, loss, dp, dh, h.stride(0), len(p), max(1, M),
             D=D, ACC=tl.float64 if acc == torch.float64 else tl.float32, BACKWARD=backward,
-            BLOCK_M=block_m, ROUNDS=block_d // lanes, LANES=lanes,
-            num_warps=max(1, min(32, block_m * block_d // WARP_TILE)),
+            **sizes,
         )  # fmt: skip
     return (dp, dh) if backward else loss
 
@@ -107,7 +101,8 @@ def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, nee
             add_product(dweight, dp.T, h.to(p.dtype), start=True)
     # in two steps: one alone has too few sums to fill a GPU
     dbias = dp.view(shape).sum(1, dtype=acc).sum(0) if needs_dbias else dp.new_empty(0, dtype=acc)
-    return dh.view(shape) if needs_dh else dh.new_empty(0), dweight, dbias
+    dh = dh.view(shape).to(h.dtype) if needs_dh else h.new_empty(0)
+    return dh, dweight, dbias
 
 
 torch.library.define(
@@ -194,8 +189,6 @@ def hierarchical_ar_loss(
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     total = _HierarchicalARLoss.apply(h, weight, bias, product_dtype(h))
     count = B * max(0, M - 1)
-    return (
-        (total, torch.full((), count, device=h.device))
-        if reduction == "sum"
-        else (total / max(1, count))
-    )
+    if reduction == "sum":
+        return total, torch.full((), count, device=h.device)
+    return total / max(1, count)

@@ -19,7 +19,8 @@ def linear_cross_entropy(
 
     Under autocast, products are in its dtype; their sums and the loss are fp32 (fp64 for fp64).
     Extra memory is 40 MiB of logits, a copy of weight in the dtype of the products where that is
-    another, and the fp32 gradient of a weight that is narrower.
+    another, one more where V is not a multiple of 16, and the fp32 gradient of a weight that is
+    narrower.
 
     Args:
         x: (B, N, D).

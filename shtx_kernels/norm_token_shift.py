@@ -20,34 +20,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
-ROUNDS = 4  # at most, of a row; a wider one is shared by warps
+from ._rows import MAX_D, columns, row_sum, tile
+
 # on an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
 TILE = 4096  # elements of a program's tile
 WARP_TILE = 1024  # elements of it that a warp holds
 BWD_PROGRAMS = 264  # each leaves a row of partial weight gradients
 SUM_ROWS = 64  # of them are added up at a time
 SUM_COLUMNS = 32
-MAX_D = 8192  # a row is held in registers
-
-
-@triton.jit
-def _columns(ROUNDS: tl.constexpr, LANES: tl.constexpr):
-    """Of a tile [BLOCK_M, ROUNDS, LANES]: warps lie along rows, so that a row's sum needs one."""
-    return tl.arange(0, ROUNDS)[None, :, None] * LANES + tl.arange(0, LANES)[None, None, :]
-
-
-@triton.jit
-def _row_sum(t):
-    return tl.sum(tl.sum(t, axis=1, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
 def _normalize(s, mask_d, D: tl.constexpr, LAYER: tl.constexpr):
     """Normalized rows s, their scale, and whether it depends on them."""
     if LAYER:
-        s = tl.where(mask_d, s - _row_sum(s) / D, 0.0)
-    square = _row_sum(s * s)
+        s = tl.where(mask_d, s - row_sum(s) / D, 0.0)
+    square = row_sum(s * s)
     square = square / D + 1e-5 if LAYER else square
     one = tl.full([1, 1, 1], 1.0 if LAYER else D**0.5, s.dtype)
     least = tl.full([1, 1, 1], 0.0 if LAYER else 1e-12, s.dtype)
@@ -69,7 +57,7 @@ def _norm_token_shift_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
     offs_m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
-    offs_d = _columns(ROUNDS, LANES)
+    offs_d = columns(ROUNDS, LANES)
     mask_d = offs_d < D
     src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, ROUNDS, LANES]
     mask_s = mask_d & (src_m >= 0) & (src_m < M)
@@ -99,15 +87,15 @@ def _norm_token_shift_bwd_kernel(
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    offs_d = _columns(ROUNDS, LANES)
+    offs_d = columns(ROUNDS, LANES)
     mask_d = offs_d < D
     gamma = tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)
     dgamma = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
     dbeta = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
 
-    for tile in range(pid * share, tl.minimum((pid + 1) * share, total)):
-        pid_b = tile // tiles
-        offs_m = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
+    for i in range(pid * share, tl.minimum((pid + 1) * share, total)):
+        pid_b = i // tiles
+        offs_m = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
         src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, ROUNDS, LANES]
         mask_s = mask_d & (src_m >= 0) & (src_m < M)
         mask_y = mask_d & (offs_m < M)
@@ -125,9 +113,9 @@ def _norm_token_shift_bwd_kernel(
         dbeta += dy
 
         g = dy * gamma
-        along = tl.where(live, _row_sum(g * y) / D, 0.0)
+        along = tl.where(live, row_sum(g * y) / D, 0.0)
         if LAYER:
-            g -= _row_sum(g) / D
+            g -= row_sum(g) / D
         dx = (g - y * along) * scale
         if HAS_DR:
             dx += dr.to(ACC)
@@ -163,18 +151,12 @@ def _norm_token_shift_sum_kernel(
 @lru_cache
 def _constants(D: int, dtype: torch.dtype) -> dict:
     """What both kernels are compiled for."""
-    block_d = triton.next_power_of_2(D)
-    block_m = max(1, TILE // block_d)
-    lanes = min(block_d, max(LANES, block_d // ROUNDS))
     return dict(
         D=D,
         KEPT=(D + 1) // 2,
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-        BLOCK_M=block_m,
-        ROUNDS=block_d // lanes,
-        LANES=lanes,
-        num_warps=max(1, block_m * block_d // WARP_TILE),
         enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
+        **tile(D, TILE, WARP_TILE),
     )
 
 

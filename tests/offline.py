@@ -25,6 +25,7 @@ from shtx import HierarchicalTransformer, ops
 from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024
+VOCABULARIES = 256, 5000  # a row of logits is one tile, or several
 # a level for each way that attention goes backward
 SHAPES = dict(
     dim=512,
@@ -68,10 +69,11 @@ def main(backend: str, arch: str, dtype: str):
 
     JITFunction.run = compile_only
     ops.why_not_fused = lambda device: None
-    model = HierarchicalTransformer(num_tokens=256, depth=1, impl="fused", **SHAPES)
-    with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
-        loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
-    loss.backward()
+    for num_tokens in VOCABULARIES:
+        model = HierarchicalTransformer(num_tokens=num_tokens, depth=1, impl="fused", **SHAPES)
+        with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+            loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
+        loss.backward()
 
     # the passes around PyTorch's attention, which a CPU is not sent to
     qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
+from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
 
 from shtx_kernels import _cross_entropy, linear_cross_entropy, reference
 
@@ -194,6 +194,14 @@ def test_compiles_whole():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("V", [32, 37])  # a padded one, too
+@pytest.mark.parametrize("needs", [(True, True), (False, False)], ids=str)
+def test_opcheck(V, needs):
+    x, weight, targets = draw(2, 20, 8, V)
+    op = torch.ops.shtx.linear_cross_entropy.default
+    torch.library.opcheck(op, (x, weight, targets[..., None], 0, *needs))
+
+
 @pytest.mark.gpu  # memory is counted there
 @pytest.mark.parametrize("V", [2, 257, 20000, 50257])
 def test_repeats_to_the_bit_and_in_bounded_memory(V):
@@ -240,13 +248,7 @@ def test_runs_in_a_cuda_graph():
     def run():
         return torch.autograd.grad(linear_cross_entropy(*inputs, targets), inputs)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = graphed(run)
     with torch.no_grad():
         x.mul_(2)
         targets.random_(0, 1000)
