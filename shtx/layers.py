@@ -12,16 +12,11 @@ from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
 
 from shtx.levels import Level
+from shtx.ops import product_dtype
 
 
 def exists(v):
     return v is not None
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast casts the input of a product to; the norm before it writes that directly."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(Module):
@@ -163,6 +158,7 @@ class HierarchicalBlock(Module):
         self.ff = FeedForward(level)
 
     def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
+        # a norm writes what the product after it reads
         shift = dict(dilation=self.level.dilation, dtype=product_dtype(x))
         branch = None
         if exists(self.attn):

@@ -311,7 +311,9 @@ class HierarchicalTransformer(Module):
                 continue
             if self.recon_loss_weight > 0:
                 pair = ops.reconstruction_loss(
-                    *(h, compressor.to_recon.weight, ids),
+                    h,
+                    compressor.to_recon.weight,
+                    ids,
                     compress=level.compress,
                     stride=level.stride,
                     reduction="sum",

@@ -11,6 +11,7 @@ import torch
 
 import shtx_kernels
 from shtx_kernels import reference
+from shtx_kernels._products import product_dtype as product_dtype
 
 IMPLS = ("auto", "fused", "reference")
 REFERENCE_OPS = tuple(reference.__all__)
