@@ -71,7 +71,7 @@ def worker(rank, case, rendezvous):
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
     case(rank)
-    dist.barrier()  # a rank that leaves while the other still talks may abort it
+    dist.barrier()  # none leaves while the other is at work
     dist.destroy_process_group()
 
 

@@ -1,0 +1,208 @@
+"""The tables and charts of results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from benchmarks import __main__ as cli
+from benchmarks import providers, report
+
+RESULTS = {
+    "commit": "abc",
+    "date": "2030-01-02",
+    "small_shapes": False,
+    "machine": {"gpu": "GPU X", "cpu": "x86_64", "driver": "1.2", "torch": "9", "triton": "8"},
+    "copy_gb_per_s": 4000.0,
+    "matmul_tflop_per_s": 700.0,
+    "rows": [
+        {"bench": "model", "config": "B", "provider": "upstream", "commit": "abc", "ms": 200.0}
+        | {"tokens_per_s": 163840.0, "peak_gib": 22.16, "first_steps_s": 1.5, "caches": "cold"},
+        {"bench": "model", "config": "B", "provider": "fused", "commit": "def", "ms": 25.0}
+        | {"tokens_per_s": 1310720.0, "peak_gib": 9.5, "first_steps_s": 31.0, "caches": "warm"},
+        {"bench": "model", "config": "B", "provider": "floor", "commit": "abc", "ms": 40.0},
+        {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
+        {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
+        | {"error": "OutOfMemoryError: much"},
+        {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
+        {
+            "bench": "hierarchical_ar_loss",
+            "provider": "copy",
+            "commit": "abc",
+            "shape": "1 x 2 x 3",
+        },
+        {"bench": "linear_cross_entropy", "provider": "fused", "commit": "abc"}
+        | {"shape": "64 x 16 x 50 x 1", "ms": 0.4, "flops": 100_000_000, "extra_mib": 12.0},
+        {"bench": "linear_cross_entropy", "provider": "cublas", "commit": "abc"}
+        | {"shape": "64 x 16 x 50 x 1", "ms": 0.2, "flops": 100_000_000},
+        {"bench": "reconstruction_loss", "provider": "fused", "commit": "abc"}
+        | {"shape": "64 x 16 x 50 x 2", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
+        {"bench": "norm_token_shift", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "8 x 2048 x 1024", "variant": "rms", "forward_ms": 0.05, "backward_ms": 0.1}
+        | {"forward_bytes": 100_000_000, "backward_bytes": 300_000_000},
+        {"bench": "norm_token_shift", "config": "C", "provider": "copy", "commit": "abc"}
+        | {"shape": "8 x 2048 x 1024", "variant": "rms", "forward_ms": 0.04, "backward_ms": 0.08}
+        | {"forward_bytes": 100_000_000, "backward_bytes": 300_000_000},
+        {"bench": "rotary_attention", "provider": "fused", "commit": "abc"}
+        | {"shape": "1 x 16384 x 8 x 64", "variant": "w 128", "forward_ms": 0.1}
+        | {"backward_ms": 0.3, "forward_bytes": 200_000_000, "backward_bytes": 900_000_000},
+        {"bench": "rotary_attention", "provider": "flex", "commit": "abc"}
+        | {"shape": "1 x 16384 x 8 x 64", "variant": "w 128", "forward_ms": 0.2}
+        | {"backward_ms": 0.6, "forward_bytes": 200_000_000, "backward_bytes": 900_000_000},
+        {"bench": "rotary_attention", "provider": "flex", "commit": "abc"}
+        | {"shape": "1 x 16384 x 8 x 64", "variant": "w 64", "error": "ValueError: off"},
+    ],
+}
+
+TITLE = "GPU X, driver 1.2, torch 9, triton 8; copy 4,000 GB/s, matrix product 700 TFLOP/s"
+TABLES = [
+    """
+    config | provider | step (ms) | over floor (x) | speed-up over upstream (x) |
+        throughput (tokens/s) | peak memory (GiB) | first two steps (s)
+    A | fused | - | - | - | - | - | -
+    B | floor-folded | 20.0 | 1.00 | 10.0 | - | - | -
+    B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 31.0 warm
+    B | floor | 40.0 | 2.00 | 5.00 | - | - | -
+    B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | 1.50 cold
+    """,
+    """
+    config | provider | rate (tokens/s) | speed-up over upstream (x) |
+        limit: weights read (tokens/s)
+    C | fused | 500 | - | 1,000
+    """,
+    """
+    shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
+        fwd + bwd over fused (x)
+    1 x 2 x 3 | - | copy | - | - | - | - | - | - | -
+    """,
+    """
+    shape T x D x V x C | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    64 x 16 x 50 x 1 | cublas | 200 | 0.500 | 100 | - | 0.500
+    64 x 16 x 50 x 1 | fused | 400 | 0.250 | 50.0 | 12.0 | 1.00
+    """,
+    """
+    shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
+        fwd + bwd over fused (x)
+    8 x 2048 x 1024 | rms | copy | 40.0 | 2,500 | 100 | 80.0 | 3,750 | 100 | 0.800
+    8 x 2048 x 1024 | rms | fused | 50.0 | 2,000 | 80.0 | 100 | 3,000 | 80.0 | 1.00
+    """,
+    """
+    shape T x D x V x C | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    64 x 16 x 50 x 2 | fused | 500 | 0.400 | - | 0.000 | 1.00
+    """,
+    """
+    shape B x M x H x E | variant | provider | forward (us) | forward (GB/s) |
+        forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
+        fwd + bwd over fused (x)
+    1 x 16384 x 8 x 64 | w 64 | flex | - | - | - | - | - | - | -
+    1 x 16384 x 8 x 64 | w 128 | fused | 100 | 2,000 | 50.0 | 300 | 3,000 | 75.0 | 1.00
+    1 x 16384 x 8 x 64 | w 128 | flex | 200 | 1,000 | 25.0 | 600 | 1,500 | 37.5 | 2.00
+    """,
+]
+
+
+def cells(text: str) -> list[list[list[str]]]:
+    """The tables in a text, as lists of lines of cells; the rule below a head is left out."""
+    text = re.sub(r"\|\n {8}", "| ", text)
+    groups = [group.splitlines() for group in re.split(r"\n\s*\n", text) if " | " in group]
+    split = lambda line: [cell.strip() for cell in line.strip("| ").split(" | ")]
+    return [
+        [split(line) for line in group if " | " in line and "---" not in line] for group in groups
+    ]
+
+
+@pytest.fixture
+def results_file(tmp_path) -> Path:
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(RESULTS))
+    return path
+
+
+def test_tables(results_file, capsys):
+    cli.main(["table", str(results_file)])
+    text = capsys.readouterr().out
+    assert text.startswith(f"{TITLE} (commit abc, def; 2030-01-02)\n\n**Train step; ")
+    assert cells(text) == [cells(table)[0] for table in TABLES]
+    assert "\n\n- A fused: OutOfMemoryError: much\n\n" in text
+    assert "\n\n- 1 x 16384 x 8 x 64 w 64 flex: ValueError: off\n" in text
+    assert "\n\n**norm_token_shift; copy: the row of that name, which moves as many bytes," in text
+
+
+def test_a_table_is_aligned_markdown():
+    lines = [{"name": "long", "time (ms)": "1.00"}, {"name": "x", "time (ms)": "20.0"}]
+    assert report.aligned(lines).splitlines() == [
+        "| name | time (ms) |",
+        "| ---- | --------: |",
+        "| long |      1.00 |",
+        "| x    |      20.0 |",
+    ]
+
+
+def test_tables_go_between_the_markers_of_a_readme(results_file, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# shtx\n{report.BEGIN}\nold\n{report.END}\nend\n")
+    for _ in range(2):
+        cli.main(["table", str(results_file), "--write", str(readme)])
+        text = report.tables(RESULTS, fold_ops=True)
+        assert capsys.readouterr().out == report.tables(RESULTS) + "\n"
+        assert re.findall("<details><summary>(\\w+)[;,]", text) == providers.OPS
+        assert cells(text) == cells(report.tables(RESULTS))
+        assert readme.read_text() == f"# shtx\n{report.BEGIN}\n{text}\n{report.END}\nend\n"
+    readme.write_text("# shtx\n")
+    with pytest.raises(SystemExit, match="lacks <!-- benchmarks:begin -->"):
+        cli.main(["table", str(results_file), "--write", str(readme)])
+    assert readme.read_text() == "# shtx\n"
+
+
+def test_results_are_joined(results_file, tmp_path):
+    later = RESULTS | {"rows": [RESULTS["rows"][1] | {"ms": 24.0, "commit": "new"}]}
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    files = [str(results_file), str(tmp_path / "later.json")]
+    cli.main(["table", *files, "--out", str(tmp_path / "both")])
+    joined = report.read(tmp_path / "both" / "results.json")
+    assert len(joined["rows"]) == len(RESULTS["rows"])
+    models = [r for r in joined["rows"] if r["bench"] == "model" and r["provider"] == "fused"]
+    assert [r["ms"] for r in models if "ms" in r] == [24.0]
+    assert {file.name for file in (tmp_path / "both").iterdir()} == {
+        "results.json",
+        "model.png",
+        "generate.png",
+    }
+
+    other = RESULTS | {"machine": RESULTS["machine"] | {"gpu": "GPU Y"}}
+    (tmp_path / "later.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="two machines .* gpu was GPU X, is GPU Y"):
+        cli.main(["table", *files])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}'])
+def test_damaged_results_are_named(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="x.json does not hold benchmark results"):
+        cli.main(["table", str(path)])
+    with pytest.raises(SystemExit, match="missing.json: No such file"):
+        cli.main(["table", str(tmp_path / "missing.json")])
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, "-"), (0.0123, "0.012"), (0.5, "0.500"), (4.254, "4.25"), (78.04, "78.0")]
+    + [(211.4, "211"), (65536.2, "65,536")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_readme_shows_the_committed_results(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    cli.main(["table", "--write", str(readme)])
+    assert readme.read_text() == (ROOT / "README.md").read_text()
