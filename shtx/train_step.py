@@ -254,11 +254,15 @@ class TrainStep:
         captured = [g.cuda_graph for g in self._graphs.values() if g.cuda_graph]
         checked, self._core.checked = self._core.checked, False  # __call__ has, with a sync
         try:
-            with torch.cuda.graph(
-                cuda_graph,
-                pool=captured[0].pool() if captured else None,
-                stream=self._stream,
-                capture_error_mode="thread_local",  # a loader's thread may pin memory meanwhile
+            # the outer context leaves the stream even where the end of a failed capture raises
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(
+                    cuda_graph,
+                    pool=captured[0].pool() if captured else None,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",  # a loader's thread may pin memory meanwhile
+                ),
             ):
                 graph.outputs = self._step(graph.ids)
         finally:
