@@ -1,17 +1,22 @@
 """A train step on random ids: zero_grad, forward under bf16 autocast, backward, fused AdamW.
 
+`fused` is shtx.TrainStep, which replays a CUDA graph; `fused-eager` the same without one. What
+torch.compile makes is timed with a CUDA graph of the step where that is faster, or without.
+
 Its floor: every matrix product of forward, input gradient and weight gradient through cuBLAS in
 one CUDA graph, and AdamW on as many parameters.
 """
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 
 from benchmarks import shapes
 from benchmarks.providers import FLOORS, build_reference, load
 from benchmarks.timing import DEVICE, DTYPE, autocast, graphed, median_ms, synchronize
+from shtx import TrainStep
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):
@@ -34,9 +39,16 @@ def time_step(benchmark, config, provider, wait_for_turn):
 
     model = load(provider, reference, config)
     del reference
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    compiled = provider.endswith("-compiled") and DEVICE == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=compiled)
+    if provider == "fused":
+        train_step = TrainStep(
+            model, optimizer, precision="bf16-mixed" if DEVICE == "cuda" else "fp32"
+        )
 
     def step():
+        if provider == "fused":
+            return train_step(ids)[0]
         optimizer.zero_grad()
         with autocast():
             loss, _ = model(ids, return_loss=True)
@@ -44,30 +56,59 @@ def time_step(benchmark, config, provider, wait_for_turn):
         optimizer.step()
         return loss.detach()
 
+    reset_peak()
     start = time.perf_counter()
     loss = float(step())
     if not abs(loss - expected) <= 2e-2 * abs(expected):
         raise ValueError(f"loss {loss:.4f} disagrees with the reference's {expected:.4f}")
-    step()  # upstream compiles twice
+    step()  # upstream compiles twice, TrainStep captures
     synchronize()
     first_steps_s = time.perf_counter() - start
 
     optimizer.zero_grad()
     wait_for_turn()
+    if provider != "fused":  # whose replays allocate nothing: its capture did
+        reset_peak()
     step()
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    (ms,) = median_ms(benchmark, step)
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
+    timed, with_graph = faster_with_or_without_graph(step) if compiled else (step, False)
+    (ms,) = median_ms(benchmark, timed)
     if not math.isfinite(last := float(step())):
         raise ValueError(f"loss became {last}")
     benchmark.extra_info |= {
         "ms": ms,
         "peak_gib": peak,
+        "cuda_graph": with_graph or provider == "fused" and DEVICE == "cuda",
         "first_steps_s": first_steps_s,
         "loss": loss,
         "reference_loss": expected,
     }
+
+
+def reset_peak():
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def faster_with_or_without_graph(step: Callable) -> tuple[Callable, bool]:
+    """The step or a CUDA graph of it, whichever takes less time, and whether that is the graph."""
+    try:
+        replay = graphed([step])
+    except RuntimeError as error:  # it waits for the GPU somewhere
+        print(f"no CUDA graph of this step: {error}")
+        return step, False
+
+    def seconds(fn):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            fn()
+        synchronize()
+        return time.perf_counter() - start
+
+    for fn in (step, replay):
+        fn()
+    return (replay, True) if seconds(replay) < seconds(step) else (step, False)
 
 
 def time_floor(benchmark, config, folded):

@@ -13,6 +13,7 @@ from shtx.ops import why_not_fused
 
 UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
+FUSED = ("fused", "fused-eager")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
     "hierarchical_ar_loss": (*OURS, "copy"),
@@ -26,7 +27,7 @@ PROVIDERS = {
     "model": (
         *FLOORS,
         *OURS,
-        *("upstream-compiled", "upstream"),
+        *("fused-eager", "upstream-compiled", "upstream"),
     ),
     "generate": ("fused", "reference", "upstream"),
 }
@@ -37,7 +38,7 @@ GPU_ALONE = (*PACKAGES, "flex", "flash-window", "sdpa-flash", "sdpa-cudnn")
 
 def why_not(provider: str) -> str | None:
     """Why a provider cannot be measured here; None if it can."""
-    if provider == "fused":
+    if provider in FUSED:
         return why_not_fused(torch.device(DEVICE))
     if provider in GPU_ALONE and DEVICE == "cpu":
         return "needs a CUDA device"
@@ -54,7 +55,7 @@ def why_not(provider: str) -> str | None:
 
 def by_default(bench: str) -> list[str]:
     """A CPU leaves out what takes minutes there (compiling) or means nothing (interpreting)."""
-    unfit = lambda p: p in ("fused", *GPU_ALONE) or p.endswith("-compiled")
+    unfit = lambda p: p in (*FUSED, *GPU_ALONE) or p.endswith("-compiled")
     return [p for p in PROVIDERS[bench] if DEVICE == "cuda" or not unfit(p)]
 
 
@@ -67,7 +68,7 @@ def build_reference(config: Config) -> Module:
 def load(provider: str, reference: Module, config: Config) -> Module:
     """The provider's model, with the weights of `reference`."""
     model = reference
-    if provider == "fused":
+    if provider in FUSED:
         model.impl = "fused"
     if provider.startswith("upstream"):
         from simple_hierarchical_transformer import HierarchicalTransformer as Upstream

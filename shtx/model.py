@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
+from torch.nn.functional import pad
 
 from shtx import ops
 from shtx.generate import generate
@@ -291,6 +292,19 @@ class HierarchicalTransformer(Module):
         levels = sum(level.compress > 1 for level in self.levels)
         recon = [self.recon_loss_weight] * (levels * (self.recon_loss_weight > 0))
         return [1.0, *recon, *[self.hierarchical_ar_loss_weight] * levels]
+
+    def loss_counts(self, ids: Tensor) -> Tensor:
+        """The counts (L,) that loss_reduction="sum" returns for ids, from the ids alone."""
+        ids, labels = ids[:, :-1], ids[:, 1:]
+        levels = [level for level in self.levels if level.compress > 1]
+        counts = [(labels != self.ignore_index).sum()]
+        for level in levels * (self.recon_loss_weight > 0):
+            targets = pad(ids, (level.compress - 1, 0)).unfold(-1, level.compress, level.stride)
+            counts.append((targets != 0).sum())
+        for level in levels:
+            successors = (ids.shape[1] - 1) // level.stride
+            counts.append(ids.new_full((), len(ids) * successors))
+        return torch.stack(counts)
 
     def losses(self, embed: Tensor, embeds: list[Tensor], ids: Tensor, labels: Tensor, ops):
         """Sum and count of the next-token loss, and of the two others of each compressed level."""

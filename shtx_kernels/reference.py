@@ -84,7 +84,7 @@ def _rotate(t: Tensor, cos: Tensor, sin: Tensor, decay: Tensor) -> Tensor:
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
     """Every query sees itself and the `window` keys before it: those of two buckets."""
-    b, h, n, _ = q.shape
+    _, h, n, _ = q.shape
     pad = (0, 0, 0, -n % window)
     q, k, v = (rearrange(F.pad(t, pad), "b h (g w) e -> (b h) g w e", w=window) for t in (q, k, v))
     k, v = (cat((F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t), dim=2) for t in (k, v))
@@ -93,7 +93,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None)
     j = arange(2 * window, device=q.device)
     mask = (j <= i) & (j >= i - window) & ((bucket > 0) | (j >= window))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
-    return rearrange(out, "(b h) g w e -> b h (g w) e", b=b)[:, :, :n]
+    return rearrange(out, "(b h) g w e -> b h (g w) e", h=h)[:, :, :n]
 
 
 def rotary_attention(

@@ -124,6 +124,20 @@ def test_a_model_that_computes_something_else_is_not_timed(monkeypatch):
         train("reference")
 
 
+def test_fused_is_the_train_step_of_the_library(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    monkeypatch.setattr(bench_model, "load", lambda provider, reference, config: reference)
+    calls, step = [], bench_model.TrainStep.__call__
+    monkeypatch.setattr(
+        bench_model.TrainStep, "__call__", lambda self, ids: calls.append(1) or step(self, ids)
+    )
+    eager = train("fused-eager")
+    assert not calls and not eager["cuda_graph"]
+    fused = train("fused")
+    assert calls and fused["cuda_graph"] == (DEVICE == "cuda")
+    assert fused["loss"] == eager["loss"]
+
+
 def test_generation_is_counted_in_tokens(monkeypatch):
     in_tiny_configuration(monkeypatch)
     row = row_of(bench_generate.bench_generate, config="C", provider="reference")

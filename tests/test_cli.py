@@ -13,7 +13,7 @@ import sys
 for name in {(*TRAIN_EXTRA, "triton")}:
     sys.modules[name] = None  # as if it were not installed
 import shtx
-assert not [name for name in sys.modules if name.startswith(("shtx.train", "shtx.cli"))]
+assert not [name for name in sys.modules if f"{{name}}.".startswith(("shtx.train.", "shtx.cli."))]
 from shtx.cli import main
 assert main(["info", "--check"]) == 0
 assert main(["train"]) == 1

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shtx import HierarchicalTransformer
+from shtx import HierarchicalTransformer, TrainStep
 
 RANKS = 2
 OPTIONS = dict(
@@ -65,6 +65,15 @@ def fsdp_trains_and_generates(rank):
     model(draw(rank), return_loss=True)[0].backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-5, atol=1e-7)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    step = TrainStep(model, optimizer, precision="fp32", grad_clip=1e9, accumulate=2)
+    step(draw(rank))
+    for name, p in alone.named_parameters():
+        p.data -= 0.5 * expected[name]
+    for name, p in model.named_parameters():
+        stepped = alone.get_parameter(name)
+        torch.testing.assert_close(p.full_tensor(), stepped, rtol=1e-5, atol=1e-6)
 
 
 def worker(rank, case, rendezvous):

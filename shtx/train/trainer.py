@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from shtx import HierarchicalTransformer
+from shtx import HierarchicalTransformer, TrainStep
 from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint
 from shtx.train.config import Config
@@ -67,6 +67,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.precision == "fp16-mixed"
         )
+        precision = "fp32" if config.precision == "tf32" else config.precision
+        self.train_step = None
+        if not self.scaler.is_enabled():
+            self.train_step = TrainStep(
+                *(self.parallel, self.optimizer),
+                precision=precision,
+                grad_clip=CLIP,
+                cuda_graph=world == 1,
+            )
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.config.precision)
@@ -85,8 +94,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         batch = self.corpus.batch(config.seed, step, config.batch_size, self.rank, self.world)
+        ids = self.ids(batch)
+        if self.train_step is None:
+            return self.scaled_step(ids)
+        loss, (ce, *_) = self.train_step(ids)
+        return torch.stack((loss, ce, self.train_step.grad_norm))
+
+    def scaled_step(self, ids: Tensor) -> Tensor:
+        """The same in fp16, whose gradients are scaled, and dropped where they overflow."""
         with self.autocast():
-            loss, (ce, *_) = self.parallel(self.ids(batch), return_loss=True)
+            loss, (ce, *_) = self.parallel(ids, return_loss=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)

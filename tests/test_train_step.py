@@ -1,0 +1,514 @@
+"""One call of TrainStep is one step of the loop that everybody writes, to the bit."""
+
+import copy
+import io
+import warnings
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import DEVICE
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shtx import HierarchicalTransformer, TrainStep
+from shtx.train_step import MAX_GRAPHS
+
+OPTIONS = dict(
+    num_tokens=31,
+    dim=(16, 8),
+    depth=1,
+    dim_head=8,
+    heads=2,
+    seq_len=24,
+    hierarchies=(1, 4),
+    hierarchical_stride=(1, 2),
+    window_sizes=(4, None),
+)
+LR = 2.0**-7  # and its halves are the same in fp32 and fp64
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return HierarchicalTransformer(**OPTIONS | options).to(DEVICE)
+
+
+def draw(seed, batch=4, tokens=17):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 31, (batch, tokens), generator=generator).to(DEVICE)
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), **dict(lr=LR, fused=True) | options)
+
+
+def pair(model, **options):
+    optimizer = adamw(model)
+    return TrainStep(model, optimizer, **dict(precision="fp32") | options), optimizer
+
+
+def autocast(precision):
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def plain_step(model, optimizer, ids, precision="fp32", grad_clip=None):
+    with autocast(precision):
+        loss, parts = model(ids, return_loss=True)
+    loss.backward()
+    norm = None
+    if grad_clip is not None:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, parts, norm
+
+
+def assert_same_parameters(model, other):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert p.grad is None
+
+
+def assert_same(ours, theirs):
+    """Parameters, and all that the optimizer keeps, to the bit."""
+    (model, optimizer), (other, other_optimizer) = ours, theirs
+    assert_same_parameters(model, other)
+    state, other_state = optimizer.state_dict(), other_optimizer.state_dict()
+    assert state["param_groups"] == other_state["param_groups"]
+    assert state["state"].keys() == other_state["state"].keys()
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, other_state["state"][index][name]), name
+
+
+# the step
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_steps_are_those_of_the_plain_loop(precision, grad_clip, cuda_graph):
+    ours, plain = build(), build()
+    optimizer, plain_optimizer = adamw(ours), adamw(plain)
+    schedule = lambda n: 0.5**n
+    schedulers = [LambdaLR(o, schedule) for o in (optimizer, plain_optimizer)]
+    step = TrainStep(
+        ours, optimizer, precision=precision, grad_clip=grad_clip, cuda_graph=cuda_graph
+    )
+    for n in range(5):
+        loss, parts = step(draw(n))
+        theirs = plain_step(plain, plain_optimizer, draw(n), precision, grad_clip)
+        assert not loss.requires_grad and loss.shape == ()
+        assert torch.equal(loss, theirs[0])
+        assert all(torch.equal(a, b) for a, b in zip(parts, theirs[1], strict=True))
+        assert (step.grad_norm is None) == (grad_clip is None)
+        assert grad_clip is None or torch.equal(step.grad_norm, theirs[2])
+        for scheduler in schedulers:
+            scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == LR * 0.5**5
+    assert isinstance(optimizer.param_groups[0]["lr"], float)
+    assert_same((ours, optimizer), (plain, plain_optimizer))
+
+
+def test_bf16_parameters():
+    ours, plain = build().bfloat16(), build().bfloat16()
+    optimizer, plain_optimizer = adamw(ours), adamw(plain)
+    step = TrainStep(ours, optimizer, precision="bf16")
+    for n in range(3):
+        step(draw(n))
+        plain_step(plain, plain_optimizer, draw(n))
+    assert_same((ours, optimizer), (plain, plain_optimizer))
+
+
+def test_a_learning_rate_that_is_a_tensor():
+    ours, plain = build(), build()
+    rate = torch.tensor(LR)
+    optimizer, plain_optimizer = adamw(ours, lr=rate), adamw(plain)
+    step = TrainStep(ours, optimizer, precision="fp32")
+    for n in range(4):
+        rate.fill_(LR * 0.5**n)
+        plain_optimizer.param_groups[0]["lr"] = LR * 0.5**n
+        step(draw(n))
+        plain_step(plain, plain_optimizer, draw(n))
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert_same_parameters(ours, plain)
+
+
+def test_gradients_from_before_are_dropped():
+    ours, plain = build(), build()
+    step, optimizer = pair(ours)
+    plain_optimizer = adamw(plain)
+    for n in range(3):
+        ours(draw(9), return_loss=True)[0].backward()
+        step(draw(n))
+        plain_step(plain, plain_optimizer, draw(n))
+    assert_same((ours, optimizer), (plain, plain_optimizer))
+
+
+def test_within_the_autocast_of_the_caller():
+    """Whose cache of narrow weights would outlive the step."""
+    ours, plain = build(), build()
+    step, optimizer = pair(ours, precision="bf16-mixed")
+    plain_optimizer = adamw(plain)
+
+    def evaluate(model):
+        with autocast("bf16-mixed"):
+            return model(draw(9, 1, 8)).detach()
+
+    with autocast("bf16-mixed"):
+        evaluate(ours)
+        for model in (ours, plain):
+            model.to_logits.weight.data *= 2
+        logits = [(step(draw(n)), evaluate(ours))[1] for n in range(4)]
+    for n in range(4):
+        plain_step(plain, plain_optimizer, draw(n), "bf16-mixed")
+        assert torch.equal(logits[n], evaluate(plain))
+    assert_same((ours, optimizer), (plain, plain_optimizer))
+
+
+def test_an_optimizer_of_any_kind_without_a_graph():
+    ours, plain = build(), build()
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9) for m in (ours, plain))
+    step = TrainStep(ours, optimizer, precision="fp32", cuda_graph=False)
+    for n in range(3):
+        step(draw(n))
+        plain_step(plain, other, draw(n))
+    assert_same_parameters(ours, plain)
+
+
+# micro-batches
+
+
+def uneven(batch=8):
+    """Of the first micro-batches hardly a label counts."""
+    ids = draw(3, batch)
+    ids[: batch // 2, 2:] = 0
+    ids[0] = 0
+    return ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(recon_loss_weight=0.0), dict(ignore_index=-1), dict(hierarchies=1, dim=16)],
+    ids=str,
+)
+def test_micro_batches_make_the_step_of_the_whole_batch(options):
+    if "dim" in options:
+        options = options | dict(hierarchical_stride=1, window_sizes=4)
+    results = []
+    for accumulate in (1, 4):
+        model, gradients = build(**options), []
+        step, optimizer = pair(model, accumulate=accumulate, grad_clip=1e9)
+        read = lambda *_, p=gradients, m=model: p.extend(q.grad.flatten() for q in m.parameters())
+        optimizer.register_step_pre_hook(read)
+        loss, parts = step(uneven())
+        results.append((torch.stack((loss, *parts, step.grad_norm)), torch.cat(gradients)))
+    (whole, expected), (ours, gradient) = results
+    torch.testing.assert_close(ours, whole, rtol=1e-6, atol=0)
+    assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 17), (4, 2), (0, 9), (1, 25)])
+@pytest.mark.parametrize("weight", [0.1, 0.0])
+def test_counts_are_known_from_ids(shape, weight):
+    model, ids = build(recon_loss_weight=weight), draw(0, *shape)
+    ids[:1, 3:] = 0
+    counts = model.loss_counts(ids)
+    assert torch.equal(counts, model(ids, return_loss=True, loss_reduction="sum")[1])
+    assert len(counts) == len(model.loss_weights)
+
+
+def test_an_empty_batch_of_micro_batches():
+    step, _ = pair(build(), accumulate=2)
+    loss, parts = step(draw(0, 0))
+    assert loss == 0 and not any(parts)
+
+
+class CountCasts(TorchDispatchMode):
+    """How often each tensor is narrowed to bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs["dtype"] == torch.bfloat16:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_the_weight_of_a_layer_is_narrowed_once_for_all_micro_batches():
+    model = build(impl="reference")
+    step, _ = pair(model, precision="bf16-mixed", accumulate=4, cuda_graph=False)
+    with CountCasts() as casts:
+        step(draw(0))
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert {casts.counts[weight.data_ptr()] for weight in weights} == {1}
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (
+            {"precision": "fp16-mixed"},
+            ValueError,
+            "precision must be one of 'fp32', 'bf16', 'bf16-mixed', got 'fp16-mixed'",
+        ),
+        (
+            {"precision": "bf16"},
+            ValueError,
+            "precision='bf16' takes parameters of torch.bfloat16, got torch.float32: token_emb",
+        ),
+        ({"grad_clip": 0.0}, ValueError, "grad_clip must be above 0 or None, got 0.0"),
+        ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0"),
+        ({"accumulate": 1.5}, TypeError, "accumulate must be an integer, got 1.5"),
+    ],
+)
+def test_wrong_arguments(options, error, message):
+    with pytest.raises(error) as raised:
+        pair(build(), **options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "ids, error, message",
+    [
+        ([1, 2], TypeError, "ids must be a tensor of integers, got list"),
+        (torch.ones(4, 9, device=DEVICE), TypeError, "integers, got torch.float32"),
+        (draw(0)[0], ValueError, "ids must be (batch, tokens), got shape (17,)"),
+        (draw(0).to("meta"), ValueError, f"ids must be on the model's {DEVICE}"),
+        (draw(0, 4, 26), ValueError, "ids must have 2 to 25 tokens"),
+        (draw(0, 3), ValueError, "a batch that is a multiple of accumulate, 2, got 3"),
+        (draw(0) + 40, ValueError, "ids must be in [0, num_tokens) = [0, 31), got "),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_wrong_ids_lose_nothing(ids, error, message):
+    model, other = build(), build()
+    model.checked = True
+    step, optimizer = pair(model, accumulate=2)
+    other_step, other_optimizer = pair(other, accumulate=2)
+    for n in range(4):
+        with pytest.raises(error) as raised:
+            step(ids)
+        assert message in str(raised.value)
+        step(draw(n))
+        other_step(draw(n))
+    assert_same((model, optimizer), (other, other_optimizer))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_step_that_fails_loses_nothing(where):
+    model, other = build(), build()
+    step, optimizer = pair(model, grad_clip=1.0)
+    other_step, other_optimizer = pair(other, grad_clip=1.0)
+
+    def fail(*_):
+        raise RuntimeError("as asked")
+
+    for n in range(2):
+        if where == "forward":
+            hook = model.norms[0].register_forward_pre_hook(fail)
+        else:
+            hook = model.token_emb.weight.register_hook(fail)  # the last gradient
+        with pytest.raises(RuntimeError, match="as asked"):
+            step(draw(9, batch=2 + n))
+        hook.remove()
+        step(draw(n))
+        other_step(draw(n))
+        assert_same((model, optimizer), (other, other_optimizer))
+
+
+# graphs: where there is no GPU, a replay is a step on the ids that a graph reads
+
+
+@pytest.fixture(params=["replayed steps", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
+def captured(request, monkeypatch):
+    """The shapes of ids that were captured, in their order."""
+    shapes, capture = [], TrainStep._capture
+
+    def replay_a_step(step, graph):
+        def replay():
+            outputs = step._step(graph.ids)
+            graph.outputs = graph.outputs or outputs
+            for a, b in zip(tree_leaves(graph.outputs), tree_leaves(outputs), strict=True):
+                assert (a is None and b is None) or a.copy_(b) is a
+
+        graph.cuda_graph = SimpleNamespace(replay=replay)
+
+    def note(step, graph):
+        shapes.append(tuple(graph.ids.shape))
+        (capture if request.param == "CUDA graphs" else replay_a_step)(step, graph)
+
+    monkeypatch.setattr(TrainStep, "_capture", note)
+    if request.param == "replayed steps":
+        monkeypatch.setattr(TrainStep, "_first_step", TrainStep._step)
+    return shapes
+
+
+def graphed(model, **options):
+    step, optimizer = pair(model, **options)
+    if step._stream is None:
+        step._stream = "no GPU"
+    return step, optimizer
+
+
+def eager(model, **options):
+    return pair(model, cuda_graph=False, **options)
+
+
+def test_every_shape_has_a_graph_from_its_second_step_on(captured):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    batches = [draw(n, batch) for n, batch in enumerate([4, 3, 4, 3, 3, 4, 2, 4])]
+    losses, expected = ([s(ids)[0] for ids in batches] for s in (step, other_step))
+    assert captured == [(4, 17), (3, 17)]
+    assert torch.equal(torch.stack(losses), torch.stack(expected))  # no replay wrote over another's
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def test_shapes_past_the_limit_run_eagerly(captured):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n, tokens in enumerate([*range(5, 7 + MAX_GRAPHS)] * 3):
+            step(draw(n, 2, tokens))
+            other_step(draw(n, 2, tokens))
+    told = [str(w.message) for w in caught if "have a CUDA graph" in str(w.message)]
+    assert told == [
+        f"ids of shape (2, {5 + MAX_GRAPHS}): {MAX_GRAPHS} other shapes have a CUDA graph each,"
+        " further ones run eagerly"
+    ]
+    assert captured == [(2, tokens) for tokens in range(5, 5 + MAX_GRAPHS)]
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def change_weight_decay(model, optimizer):
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+
+
+def change_weight_of_a_loss(model, optimizer):
+    model.hierarchical_ar_loss_weight = 2.0
+
+
+def freeze(model, optimizer):
+    model.token_emb.weight.requires_grad_(False)
+
+
+def move_parameters(model, optimizer):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def load_from_a_file(model, optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    assert state["param_groups"][0]["lr"] == LR
+    for values in optimizer.state.values():
+        values["exp_avg"].fill_(float("nan"))  # a graph that still updates it would show
+    optimizer.load_state_dict(state)
+
+
+CHANGES = [
+    change_weight_decay,
+    change_weight_of_a_loss,
+    freeze,
+    move_parameters,
+    load_from_a_file,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_a_graph_took_in_may_change(captured, change):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    for n in range(6):
+        if n == 3:
+            change(ours, optimizer)
+            change(theirs, other_optimizer)
+        step(draw(n))
+        other_step(draw(n))
+    assert captured == [(4, 17)] * 2
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+# on a GPU
+
+
+@pytest.mark.gpu  # captures
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_replay_is_the_eager_step_and_waits_for_nothing(impl, precision, accumulate):
+    ours, theirs = build(impl=impl), build(impl=impl)
+    options = dict(precision=precision, accumulate=accumulate, grad_clip=0.5)
+    step, optimizer = pair(ours, **options)
+    other_step, other_optimizer = eager(theirs, **options)
+    schedulers = [LambdaLR(o, lambda n: 0.9**n) for o in (optimizer, other_optimizer)]
+    batches = [draw(n) for n in range(6)]
+    for n, ids in enumerate(batches):
+        torch.cuda.set_sync_debug_mode("error" if n > 1 else "default")
+        try:
+            loss, _ = step(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(loss, other_step(ids)[0])
+        assert torch.equal(step.grad_norm, other_step.grad_norm)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert step._graphs[batches[0].shape].cuda_graph
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+@pytest.mark.gpu  # captures
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_cannot_be_captured(optimizer):
+    model = build()
+    optimizer = optimizer(model.parameters(), lr=LR)
+    message = f"optimizer must have fused=True or capturable=True .* got {type(optimizer).__name__}"
+    with pytest.raises(ValueError, match=message):
+        TrainStep(model, optimizer, precision="fp32")
+
+
+@pytest.mark.gpu  # captures
+def test_an_optimizer_that_is_capturable_and_not_fused():
+    ours, theirs = build(), build()
+    optimizers = [adamw(m, fused=False, capturable=True) for m in (ours, theirs)]
+    step, other_step = (
+        TrainStep(m, o, precision="fp32", cuda_graph=graph)
+        for m, o, graph in zip((ours, theirs), optimizers, (True, False), strict=True)
+    )
+    for n in range(4):
+        step(draw(n))
+        other_step(draw(n))
+    assert_same((ours, optimizers[0]), (theirs, optimizers[1]))
+
+
+@pytest.mark.gpu  # captures
+def test_a_model_that_is_distributed_runs_eagerly(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    try:
+        plain = build()
+        model = DistributedDataParallel(copy.deepcopy(plain))
+        with pytest.warns(UserWarning, match="DistributedDataParallel"):
+            step, optimizer = pair(model)
+        other_step, other_optimizer = eager(plain)
+        for n in range(3):
+            step(draw(n))
+            other_step(draw(n))
+        assert_same((model, optimizer), (plain, other_optimizer))
+    finally:
+        dist.destroy_process_group()
