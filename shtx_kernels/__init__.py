@@ -11,12 +11,14 @@ from importlib.util import find_spec
 __all__ = []
 
 if find_spec("triton"):  # without it the reference is all there is
+    from .hierarchical_merge import hierarchical_merge
     from .linear_cross_entropy import linear_cross_entropy
     from .norm_token_shift import norm_token_shift
     from .reconstruction_loss import reconstruction_loss
     from .rotary_attention import rotary_attention
 
     __all__ += [
+        "hierarchical_merge",
         "linear_cross_entropy",
         "norm_token_shift",
         "reconstruction_loss",

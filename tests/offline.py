@@ -25,12 +25,13 @@ from shtx import HierarchicalTransformer, ops
 from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024
-# a level for each way that attention goes backward
+# a level for each way that attention goes backward, one of them strided
 SHAPES = dict(
     dim=512,
     dim_head=64,
     heads=8,
     hierarchies=(1, 2, 4),
+    hierarchical_stride=(1, 1, 2),
     window_sizes=(16, 64, None),
     seq_len=TOKENS,
 )
