@@ -15,6 +15,7 @@ UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
+    "hierarchical_merge": (*OURS, "cublas"),
     "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),
     "norm_token_shift": (*OURS, "liger", "copy"),
     "reconstruction_loss": (*OURS, "cublas"),

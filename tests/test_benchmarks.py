@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as cli
 from benchmarks import (
     bench_generate,
+    bench_hierarchical_merge,
     bench_linear_cross_entropy,
     bench_model,
     bench_norm_token_shift,
@@ -47,6 +48,8 @@ RESULTS = {
         | {"error": "OutOfMemoryError: much"},
         {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
         | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
+        {"bench": "hierarchical_merge", "config": "B", "provider": "fused", "commit": "abc"}
+        | {"ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
         {"bench": "linear_cross_entropy", "provider": "fused", "commit": "abc"}
         | {"shape": "64 x 16 x 50 x 1", "ms": 0.4, "flops": 100_000_000, "extra_mib": 12.0},
         {"bench": "linear_cross_entropy", "provider": "cublas", "commit": "abc"}
@@ -85,6 +88,11 @@ TABLES = [
     config | provider | rate (tokens/s) | speed-up over upstream (x) |
         limit: weights read (tokens/s)
     C | fused | 500 | - | 1,000
+    """,
+    """
+    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    B | fused | 500 | 0.400 | - | 0.000 | 1.00
     """,
     """
     shape T x D x V x C | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
@@ -268,6 +276,17 @@ def test_losses_are_counted_in_flops(bench, provider):
     assert row["flops"] == 3 * 2 * 64 * 16 * 50 and row["ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["reference", "cublas"])
+def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
+    """At the rates of the levels: 64 tokens of one, 8 of the other."""
+    tiny = dict(num_tokens=9, dim=(4, 16), depth=1, seq_len=32, hierarchies=(1, 8))
+    tiny = shapes.Config(2, tiny | dict(hierarchical_stride=(1, 8)))
+    monkeypatch.setattr(shapes, "configs", lambda device: {"B": tiny})
+    bench = bench_hierarchical_merge.bench_hierarchical_merge
+    row = row_of(bench, config="B", provider=provider)
+    assert row["flops"] == 3 * 2 * (64 * 4 * 8 + 8 * 16 * 8 + 64 * 8 * 4) and row["ms"] > 0
+
+
 @pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_peers_of_rotary_attention_agree_with_the_reference(window, dilation, scale):
@@ -313,7 +332,7 @@ def test_every_op_has_its_providers():
     assert benches == {"ceilings", *providers.PROVIDERS}
     everything = bench_rotary_attention.WINDOWED | bench_rotary_attention.FULL
     assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
-    for bench in (bench_linear_cross_entropy, bench_reconstruction_loss):
+    for bench in (bench_hierarchical_merge, bench_linear_cross_entropy, bench_reconstruction_loss):
         op = bench.__name__.rpartition("bench_")[2]
         assert set(providers.PROVIDERS[op]) == bench.OPS.keys()
     assert set(providers.OPS) == report.SHAPES.keys()
@@ -399,7 +418,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from linear_cross_entropy norm"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from hierarchical_merge linear"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

@@ -162,8 +162,8 @@ def _hierarchical_merge_bwd(
                 )  # fmt: skip
             widths = [dims[level] for level in group.levels]
             if needs_w_in:
-                parts = _weight_gradient(dz_g, g, acc).split(widths, dim=1)
-                for level, part in zip(group.levels, parts, strict=True):
+                dw = _weight_gradient(dz_g, g, acc)
+                for level, part in zip(group.levels, dw.split(widths, dim=1), strict=True):
                     dw_in[level] = part
             if not needs_levels:
                 continue
@@ -182,5 +182,8 @@ def _hierarchical_merge_bwd(
                     WIDTH=sum(dims), D=D, HAS_DR=drs[level] is not None,
                     HAS_DBRANCH=has_dbranch[level], **level_tiles[level],
                 )  # fmt: skip
-        dw_in = torch.cat(dw_in, dim=1) if needs_w_in else w_in.new_empty(0, dtype=acc)
+        if not needs_w_in:
+            dw_in = w_in.new_empty(0, dtype=acc)
+        else:
+            dw_in = dw if len(groups) == 1 else torch.cat(dw_in, dim=1)
         return dxs, dbranches, dgamma.sum(dim=0), dw_in, db_in.sum(dim=0), dw_out
