@@ -136,7 +136,8 @@ def _hierarchical_merge_bwd(
     tile = tile_of(acc, J, **TOKEN_TILE)
     token_tiles = triton.cdiv(N, tile["BLOCK_R"])
     db_in = norm.new_empty(B * token_tiles, J)
-    dw_in, dw_out = [None] * len(rs), w_out.new_empty(0, dtype=acc)
+    dw_in, dw_out = norm.new_empty(0), norm.new_empty(0)
+    dws = {}  # of the columns of a level
     gammas, dgammas = gamma.split(dims), dgamma.split(dims, dim=1)
     with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
         a = torch.mm(dout, w_out)  # its gradient, which the kernel replaces
@@ -163,8 +164,7 @@ def _hierarchical_merge_bwd(
             widths = [dims[level] for level in group.levels]
             if needs_w_in:
                 dw = _weight_gradient(dz_g, g, acc)
-                for level, part in zip(group.levels, dw.split(widths, dim=1), strict=True):
-                    dw_in[level] = part
+                dws |= zip(group.levels, dw.split(widths, dim=1), strict=True)
             if not needs_levels:
                 continue
             dg = torch.mm(dz_g, columns_of(w_in, dims, group.levels))
@@ -182,8 +182,6 @@ def _hierarchical_merge_bwd(
                     WIDTH=sum(dims), D=D, HAS_DR=drs[level] is not None,
                     HAS_DBRANCH=has_dbranch[level], **level_tiles[level],
                 )  # fmt: skip
-        if not needs_w_in:
-            dw_in = w_in.new_empty(0, dtype=acc)
-        else:
-            dw_in = dw if len(groups) == 1 else torch.cat(dw_in, dim=1)
+        if needs_w_in:
+            dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
         return dxs, dbranches, dgamma.sum(dim=0), dw_in, db_in.sum(dim=0), dw_out
