@@ -17,6 +17,7 @@ FUSED = ("fused", "fused-eager")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
     "hierarchical_ar_loss": (*OURS, "copy"),
+    "hierarchical_merge": (*OURS, "cublas"),
     "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),
     "norm_token_shift": (*OURS, "liger", "copy"),
     "reconstruction_loss": (*OURS, "cublas"),

@@ -13,9 +13,10 @@ TITLES = {
     "generate": "Generation, one sequence at a time",
 }
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
-LOSS_TITLE = "{}, forward and backward; cublas: its products alone, with all logits in memory"
+PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
 SHAPES = {
     "hierarchical_ar_loss": "shape B x M x D",
+    "hierarchical_merge": "config",
     "linear_cross_entropy": "shape T x D x V x C",
     "norm_token_shift": "shape B x M x D",
     "reconstruction_loss": "shape T x D x V x C",
@@ -150,10 +151,10 @@ def op_line(row: dict, rows: list[dict], results: dict) -> dict:
     return line | {"fwd + bwd over fused (x)": number(ratio(both_ms(row), both_ms(fused)))}
 
 
-def loss_line(row: dict, rows: list[dict], results: dict) -> dict:
+def products_line(row: dict, rows: list[dict], results: dict) -> dict:
     ms, floor = row.get("ms"), find(rows, row, "cublas").get("ms")
     return {
-        SHAPES[row["bench"]]: row.get("shape", "-"),
+        SHAPES[row["bench"]]: row.get("shape") or row.get("config", "-"),
         "provider": row["provider"],
         "fwd + bwd (us)": number(ms and ms * 1e3),
         "rate (TFLOP/s)": number(ratio(row.get("flops"), ms and ms * 1e9)),
@@ -163,8 +164,12 @@ def loss_line(row: dict, rows: list[dict], results: dict) -> dict:
     }
 
 
-LOSSES = ("linear_cross_entropy", "reconstruction_loss")
-LINES = {"model": model_line, "generate": generate_line} | dict.fromkeys(LOSSES, loss_line)
+PRODUCTS = {  # what cuBLAS is measured on
+    "hierarchical_merge": "every level's at its own rate",
+    "linear_cross_entropy": "with all logits in memory",
+    "reconstruction_loss": "with all logits in memory",
+}
+LINES = {"model": model_line, "generate": generate_line} | dict.fromkeys(PRODUCTS, products_line)
 
 
 def fastest_first(rows: list[dict]) -> list[dict]:
@@ -205,7 +210,9 @@ def tables(results: dict, fold_ops: bool = False) -> str:
         f" (commit {', '.join(commits)}; {results['date']})"
     ]
     ops = sorted({row["bench"] for row in results["rows"]} - TITLES.keys())
-    title_of = lambda op: (LOSS_TITLE if op in LOSSES else OP_TITLE).format(op)
+    title_of = lambda op: (PRODUCTS_TITLE if op in PRODUCTS else OP_TITLE).format(
+        op, PRODUCTS.get(op)
+    )
     for bench, heading in (TITLES | {op: title_of(op) for op in ops}).items():
         rows = fastest_first([row for row in results["rows"] if row["bench"] == bench])
         if not rows:

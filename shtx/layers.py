@@ -26,9 +26,9 @@ class RMSNorm(Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
+    def forward(self, x: Tensor, ops: SimpleNamespace, branch: Tensor | None = None) -> Tensor:
         dtype = self.weight.dtype  # the residual stream keeps the parameters' precision
-        return ops.norm_token_shift(x, self.weight, self.bias, norm="layer", dtype=dtype)[1]
+        return ops.norm_token_shift(x, self.weight, self.bias, branch, norm="layer", dtype=dtype)[1]
 
 
 class CausalConv(Module):
@@ -147,7 +147,11 @@ class FeedForward(Module):
 
 
 class HierarchicalBlock(Module):
-    """x = x + attn(norm(shift(x))); x = x + ff(norm(shift(x)))"""
+    """x = x + attn(norm(shift(x))); x = x + ff(norm(shift(x)))
+
+    A sum is made by the norm that reads it: a block is handed x with a branch to add, or None, and
+    hands on its own last sum like that.
+    """
 
     def __init__(self, level: Level):
         super().__init__()
@@ -157,19 +161,21 @@ class HierarchicalBlock(Module):
             self.attn = WindowAttention(level) if exists(level.window) else Attention(level)
         self.ff = FeedForward(level)
 
-    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, ops: SimpleNamespace
+    ) -> tuple[Tensor, Tensor]:
         # a norm writes what the product after it reads
         shift = dict(dilation=self.level.dilation, dtype=product_dtype(x))
-        branch = None
         if exists(self.attn):
-            x, y = ops.norm_token_shift(x, **self.attn.norm_args, **shift)
+            x, y = ops.norm_token_shift(x, branch=branch, **self.attn.norm_args, **shift)
             branch = self.attn(y, ops)
         x, y = ops.norm_token_shift(x, branch=branch, **self.ff.norm_args, **shift)
-        return x + self.ff(y, ops)
+        return x, self.ff(y, ops)
 
 
 class HierarchicalMerge(Module):
-    """All levels at token rate, through two linear layers, for the residual stream(s) to add."""
+    """All levels, with their branches added, and what two linear layers make of them at token
+    rate, for the residual stream(s) to add."""
 
     def __init__(self, levels: tuple[Level, ...], dim_out: int):
         super().__init__()
@@ -182,8 +188,9 @@ class HierarchicalMerge(Module):
             Linear(dim_out * 2, dim_out),
         )
 
-    def forward(self, tokens: list[Tensor], ops: SimpleNamespace) -> Tensor:
+    def forward(
+        self, tokens: list[Tensor], branches: list[Tensor | None], ops: SimpleNamespace
+    ) -> tuple[list[Tensor], Tensor]:
         norm, w_in, _, w_out = self.net
-        return ops.hierarchical_merge(
-            tokens, self.strides, norm.gamma, w_in.weight, w_in.bias, w_out.weight, w_out.bias
-        )
+        weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias
+        return ops.hierarchical_merge(tokens, self.strides, norm.gamma, *weights, branches)

@@ -206,13 +206,14 @@ class HierarchicalTransformer(Module):
             return checked_ids(ids, self.num_tokens)
         return ids.long()
 
-    def add_merged(self, tokens: list[Tensor], merged: Tensor) -> list[Tensor]:
-        """The levels with what was merged, (B, N, D), added to the predicting one or to all."""
+    def branches_of(self, merged: Tensor) -> list[Tensor | None]:
+        """What was merged, (B, N, D), as what the predicting level or every one has to add."""
         if self.hierarchy_merge_all:
-            split = zip(tokens, merged.split(self.dims, dim=-1), self.levels, strict=True)
-            return [t + m[:, :: level.stride] for t, m, level in split]
-        tokens[self.predict_index] = tokens[self.predict_index] + merged
-        return tokens
+            split = zip(merged.split(self.dims, dim=-1), self.levels, strict=True)
+            return [m[:, :: level.stride] for m, level in split]
+        branches = [None] * len(self.levels)
+        branches[self.predict_index] = merged
+        return branches
 
     def forward(
         self,
@@ -259,12 +260,16 @@ class HierarchicalTransformer(Module):
         if return_hierarchical_token_embeds:
             return tokens
 
+        branches = [None] * len(tokens)  # what the next norm is to add
         for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
-            tokens = [block(t, ops) for block, t in zip(layer, tokens, strict=True)]
+            parts = zip(layer, tokens, branches, strict=True)
+            tokens, branches = zip(*(block(t, b, ops) for block, t, b in parts), strict=True)
             if exists(merge) and not ablate_hierarchical_merge:
-                tokens = self.add_merged(tokens, merge(tokens, ops))
+                tokens, merged = merge(tokens, branches, ops)
+                branches = self.branches_of(merged)
 
-        embeds = [norm(t, ops) for norm, t in zip(self.norms, tokens, strict=True)]
+        parts = zip(self.norms, tokens, branches, strict=True)
+        embeds = [norm(t, ops, branch) for norm, t, branch in parts]
         if return_hierarchical_embeds:
             return embeds
 

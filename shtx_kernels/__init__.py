@@ -12,6 +12,7 @@ __all__ = []
 
 if find_spec("triton"):  # without it the reference is all there is
     from .hierarchical_ar_loss import hierarchical_ar_loss
+    from .hierarchical_merge import hierarchical_merge
     from .linear_cross_entropy import linear_cross_entropy
     from .norm_token_shift import norm_token_shift
     from .reconstruction_loss import reconstruction_loss
@@ -19,6 +20,7 @@ if find_spec("triton"):  # without it the reference is all there is
 
     __all__ += [
         "hierarchical_ar_loss",
+        "hierarchical_merge",
         "linear_cross_entropy",
         "norm_token_shift",
         "reconstruction_loss",

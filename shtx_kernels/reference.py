@@ -169,11 +169,16 @@ def hierarchical_merge(
     b_in: Tensor,
     w_out: Tensor,
     b_out: Tensor,
-) -> Tensor:
-    """Linear(silu(Linear(rms_norm(hierarchical_cat(levels))))), at token rate."""
+    branches: list[Tensor | None] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """The levels with their branches added, in the dtype of the level, and at token rate
+    Linear(silu(Linear(rms_norm(hierarchical_cat(levels))))).
+    """
+    pairs = zip(levels, branches or [None] * len(levels), strict=True)
+    levels = [x if branch is None else (x + branch).to(x.dtype) for x, branch in pairs]
     x = hierarchical_cat(levels, strides)
     x = rms_norm(_widen(x), gamma).to(x.dtype)
-    return F.linear(F.silu(F.linear(x, w_in, b_in)), w_out, b_out)
+    return levels, F.linear(F.silu(F.linear(x, w_in, b_in)), w_out, b_out)
 
 
 # losses

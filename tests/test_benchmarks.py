@@ -14,6 +14,7 @@ from benchmarks import __main__ as cli
 from benchmarks import (
     bench_generate,
     bench_hierarchical_ar_loss,
+    bench_hierarchical_merge,
     bench_linear_cross_entropy,
     bench_model,
     bench_norm_token_shift,
@@ -192,6 +193,17 @@ def test_losses_are_counted_in_flops(bench, provider):
     assert row["flops"] == 3 * 2 * 64 * 16 * 50 and row["ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["reference", "cublas"])
+def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
+    """At the rates of the levels: 64 tokens of one, 8 of the other."""
+    tiny = dict(num_tokens=9, dim=(4, 16), depth=1, seq_len=32, hierarchies=(1, 8))
+    tiny = shapes.Config(2, tiny | dict(hierarchical_stride=(1, 8)))
+    monkeypatch.setattr(shapes, "configs", lambda device: {"B": tiny})
+    bench = bench_hierarchical_merge.bench_hierarchical_merge
+    row = row_of(bench, config="B", provider=provider)
+    assert row["flops"] == 3 * 2 * (64 * 4 * 8 + 8 * 16 * 8 + 64 * 8 * 4) and row["ms"] > 0
+
+
 @pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_peers_of_rotary_attention_agree_with_the_reference(window, dilation, scale):
@@ -239,7 +251,7 @@ def test_every_op_has_its_providers():
     assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
     copied = {"copy", *bench_hierarchical_ar_loss.OPS}
     assert set(providers.PROVIDERS["hierarchical_ar_loss"]) == copied
-    for bench in (bench_linear_cross_entropy, bench_reconstruction_loss):
+    for bench in (bench_hierarchical_merge, bench_linear_cross_entropy, bench_reconstruction_loss):
         op = bench.__name__.rpartition("bench_")[2]
         assert set(providers.PROVIDERS[op]) == bench.OPS.keys()
     assert set(providers.OPS) == report.SHAPES.keys()
@@ -325,7 +337,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from hierarchical_ar_loss linear"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from hierarchical_ar_loss hier"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

@@ -1,0 +1,91 @@
+"""hierarchical_merge, forward and backward: its products' FLOPs against those of cuBLAS alone.
+
+As a layer of the configuration calls it under autocast: fp32 levels, each with a narrow branch, and
+fp32 weights. FLOPs are those of products at each level's own rate.
+"""
+
+import torch
+
+import shtx_kernels
+from benchmarks import shapes
+from benchmarks.timing import (
+    DEVICE,
+    DTYPE,
+    autocast,
+    check_agreement,
+    copies,
+    graphed,
+    median_ms,
+    synchronize,
+)
+from shtx_kernels import reference
+
+OPS = {
+    "fused": getattr(shtx_kernels, "hierarchical_merge", None),
+    "reference": reference.hierarchical_merge,
+    "reference-compiled": torch.compile(reference.hierarchical_merge),
+    "cublas": None,
+}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def draw(sizes: list[tuple], J: int, D_out: int):
+    """Levels (B, M, D) of these sizes, branches and weights; gradients of the outputs."""
+    D, (B, N, _) = sum(d for _, _, d in sizes), sizes[0]
+    weights = randn(D), randn(J, D) * D**-0.5, randn(J), randn(D_out, J) * J**-0.5, randn(D_out)
+    levels = [randn(*size) for size in sizes]
+    branches = [randn(*size, dtype=DTYPE) for size in sizes]
+    douts = [*map(torch.randn_like, levels), randn(B, N, D_out, dtype=DTYPE)]
+    return [t.requires_grad_() for t in (*weights, *levels, *branches)], douts
+
+
+def floor(products: list[tuple]):
+    """(rows, inner) @ (inner, columns) and both gradients of each."""
+    new = lambda *shape: randn(*shape, dtype=DTYPE)
+    operands = [(new(rows, k), new(n, k), new(rows, n)) for rows, k, n in products]
+    return lambda: [(x @ w.T, dy @ w, dy.T @ x) for x, w, dy in operands]
+
+
+def bench_hierarchical_merge(benchmark, config, provider):
+    config = shapes.configs(DEVICE)[config]
+    model = shapes.on_meta(config)
+    strides = [level.stride for level in model.levels]
+    rows = {stride: config.batch * -(-config.model["seq_len"] // stride) for stride in strides}
+    D_out = model.levels[model.predict_index].dim
+    J, tokens = 2 * D_out, rows[1]
+
+    widths = dict.fromkeys(strides, 0)
+    for level in model.levels:
+        widths[level.stride] += level.dim
+    products = [(rows[stride], width, J) for stride, width in widths.items()]
+    products += [(tokens, J, D_out)]
+    sizes = [(config.batch, rows[x.stride] // config.batch, x.dim) for x in model.levels]
+
+    def forward_backward(op, tensors, douts):
+        weights, levels = tensors[:5], tensors[5:]
+        with autocast():
+            rs, merged = op(levels[: len(sizes)], strides, *weights, levels[len(sizes) :])
+        return [*rs, merged, *torch.autograd.grad([*rs, merged], tensors, douts)]
+
+    row = {"flops": sum(6 * rows * k * n for rows, k, n in products)}
+    stream = sum(6 * B * M * D for B, M, D in sizes)
+    count = min(4, copies(stream))
+    if provider == "cublas":
+        runs = [floor(products) for _ in range(count)]
+    else:
+        op, sets = OPS[provider], [draw(sizes, J, D_out) for _ in range(count)]
+        ours, theirs = (forward_backward(fn, *sets[0]) for fn in (op, reference.hierarchical_merge))
+        check_agreement(ours, theirs, 2e-2 if DTYPE == torch.bfloat16 else 1e-5)
+        del ours, theirs
+        runs = [lambda s=s: forward_backward(op, *s) for s in sets]
+        if DEVICE == "cuda":
+            synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            kept = sum(t.nbytes for t in runs[0]())
+            row["extra_mib"] = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+    (ms,) = median_ms(benchmark, graphed(runs))
+    benchmark.extra_info |= row | {"ms": ms / count}

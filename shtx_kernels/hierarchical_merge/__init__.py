@@ -1,0 +1,193 @@
+"""Levels merged at each level's own rate.
+
+    r_l[m] = x_l[m] + branch_l[m]                         level l, with a token every s_l
+    g_l[m] = gamma_l r_l[m]
+    z_s[m] = sum_l g_l[m] w_l^T                           over levels of stride s; w_in = [w_l]
+    |r[t]|^2 = sum_l |r_l[t // s_l]|^2
+    u[t] = sqrt(D) / max(|r[t]|, 1e-12) sum_s z_s[t // s] + b_in
+    merged[t] = silu(u[t]) w_out^T + b_out
+
+The one idea: the norm's scale is one number a row, so it commutes with the product, and repeating
+rows does as well. So levels are multiplied before they are normalized and repeated: those of one
+stride side by side, in one product. Nothing as wide as all levels is made at token rate for the
+strided ones. Products are cuBLAS's. Reference: reference.hierarchical_merge
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._products import product_dtype
+from .backward import _hierarchical_merge_bwd, new_gradients
+from .forward import _hierarchical_merge_fwd, new_outputs
+
+torch.library.define(
+    "shtx::hierarchical_merge",
+    "(Tensor[] levels, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
+    " Tensor b_out, Tensor?[] branches) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "shtx::hierarchical_merge_bwd",
+    "(Tensor[] rs, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
+    " Tensor[] gs, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout, ScalarType branch_dtype,"
+    " bool[] has_dbranch, bool needs_levels, bool needs_w_in, bool needs_w_out)"
+    " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("shtx::hierarchical_merge", ("CPU", "CUDA"), _hierarchical_merge_fwd)
+torch.library.impl("shtx::hierarchical_merge_bwd", ("CPU", "CUDA"), _hierarchical_merge_bwd)
+
+
+@torch.library.register_fake("shtx::hierarchical_merge")
+def _(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
+    return new_outputs(levels, strides, w_in, w_out, branches)
+
+
+@torch.library.register_fake("shtx::hierarchical_merge_bwd")
+def _(
+    rs, strides, gamma, w_in, b_in, w_out, gs, z, norm, drs, dout, branch_dtype, has_dbranch,
+    needs_levels, needs_w_in, needs_w_out,
+):  # fmt: skip
+    dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
+    new = lambda *shape: norm.new_empty(shape)
+    dw_in, dw_out = (
+        new(*w.shape) if needed else new(0)
+        for w, needed in ((w_in, needs_w_in), (w_out, needs_w_out))
+    )
+    return dxs, dbranches, new(w_in.shape[1]), dw_in, new(len(w_in)), dw_out
+
+
+class _HierarchicalMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, strides, dtype, gamma, w_in, b_in, w_out, b_out, *tensors):
+        levels, branches = tensors[: len(strides)], tensors[len(strides) :]
+        ctx.dtypes = gamma.dtype, w_in.dtype, b_in.dtype, w_out.dtype, b_out.dtype
+        ctx.branch_dtypes = [None if branch is None else branch.dtype for branch in branches]
+        ctx.strides = strides
+        w_in, w_out = w_in.to(dtype), w_out.to(dtype)
+        rs, gs, z, norm, merged = torch.ops.shtx.hierarchical_merge.default(
+            levels, strides, gamma, w_in, b_in, w_out, b_out, branches
+        )
+        kept = zip(levels, branches, rs, strict=True)
+        rs = [x if branch is None else r for x, branch, r in kept]
+        ctx.save_for_backward(gamma, w_in, b_in, w_out, z, norm, *rs, *gs)
+        ctx.set_materialize_grads(False)
+        return *rs, merged
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        *drs, dout = gradients
+        count = len(drs)
+        needs, needs_branches = ctx.needs_input_grad, ctx.needs_input_grad[-count:]
+        if dout is None:
+            pairs = zip(drs, ctx.branch_dtypes, needs_branches, strict=True)
+            dbranches = [dr.to(d) if need and dr is not None else None for dr, d, need in pairs]
+            return *[None] * 7, *drs, *dbranches
+        gamma, w_in, b_in, w_out, z, norm, *rest = ctx.saved_tensors
+        rs, gs = rest[:count], rest[count:]
+        dtype = next(filter(None, ctx.branch_dtypes), rs[0].dtype)
+        rows = dout.reshape(-1, len(w_out)).contiguous()
+        dxs, narrow, dgamma, dw_in, db_in, dw_out = torch.ops.shtx.hierarchical_merge_bwd.default(
+            rs, ctx.strides, gamma, w_in, b_in, w_out, gs, z, norm, [_rows(dr) for dr in drs],
+            rows, dtype, [need and dtype != rs[0].dtype for need in needs_branches],
+            needs[2] or any(needs[7:]), needs[3], needs[5],
+        )  # fmt: skip
+        weights = dgamma, dw_in, db_in, dw_out, rows.sum(dim=0, dtype=norm.dtype)
+        dbranches = dxs if dtype == rs[0].dtype else narrow
+        gradients = zip([*weights, *dxs, *dbranches], needs[2:], strict=True)
+        gradients = [gradient if needed else None for gradient, needed in gradients]
+        weights = zip(gradients[:5], ctx.dtypes, strict=True)
+        weights = [None if dw is None else dw.to(dtype) for dw, dtype in weights]
+        return None, None, *weights, *gradients[5:]
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """An incoming gradient may have any layout (that of a sum is expanded)."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _check(name: str, t: Tensor, shape: tuple, device: torch.device):
+    if t.shape != shape or t.stride(-1) != 1 or t.device != device:
+        raise ValueError(
+            f"{name} must be {tuple(shape)} on {device} with a contiguous last dimension,"
+            f" got {tuple(t.shape)} on {t.device}, strides {t.stride()}"
+        )
+
+
+def hierarchical_merge(
+    levels: list[Tensor],
+    strides: list[int],
+    gamma: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    branches: list[Tensor | None] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Add branches to levels, and merge all of them at token rate.
+
+    Under autocast, products are in its dtype, and so is what was merged; else both are in the dtype
+    of the levels. Levels are multiplied before they are normalized: in fp16, the products of r,
+    gamma and w_in must stay below 65504.
+
+    Args:
+        levels: (B, M, D_l) each, of one dtype; D_l contiguous, B and M may be strided.
+        strides: of each level, how many tokens one of its tokens stands for.
+        gamma: (D,), the norm's weight; D = sum of D_l.
+        w_in: (J, D).
+        b_in: (J,).
+        w_out: (D_out, J).
+        b_out: (D_out,).
+        branches: of each level, what is to be added to it, in its shape, or None; all of one dtype.
+
+    Returns:
+        rs: (B, M, D_l) each, level + branch in the dtype of the level; the level itself without a
+            branch.
+        merged: (B, N, D_out), Linear(silu(Linear(rms_norm(cat of rs)))) with every r repeated
+            `stride` times and cut to the shortest, of N tokens.
+
+    Raises:
+        ValueError: naming the argument whose shape, strides, dtype, device or value is not as
+            above.
+
+    Source: simple-hierarchical-transformer.
+    """
+    if not levels or len(strides) != len(levels):
+        raise ValueError(
+            "strides must be one for each of levels, of which there must be some,"
+            f" got {len(strides)} for {len(levels)}"
+        )
+    if min(strides) < 1:
+        raise ValueError(f"strides must be at least 1, got {min(strides)}")
+    x = levels[0]
+    for i, t in enumerate(levels):
+        same = t.ndim == 3 and (len(t), t.dtype, t.device) == (len(x), x.dtype, x.device)
+        if not same or t.shape[-1] < 1 or t.stride(-1) != 1:
+            raise ValueError(
+                f"levels must be (B, M, D) with contiguous D of at least 1, all of the B, dtype and"
+                f" device of the first, got {tuple(t.shape)}, {t.dtype} on {t.device}, strides"
+                f" {t.stride()} for level {i}"
+            )
+    J, D, D_out = len(w_in), sum(t.shape[-1] for t in levels), len(w_out)
+    if not (J and D_out):
+        raise ValueError(f"w_in and w_out must have at least one row, got {J} and {D_out}")
+    _check("gamma", gamma, (D,), x.device)
+    _check("w_in", w_in, (J, D), x.device)
+    _check("b_in", b_in, (J,), x.device)
+    _check("w_out", w_out, (D_out, J), x.device)
+    _check("b_out", b_out, (D_out,), x.device)
+    branches = [None] * len(levels) if branches is None else branches
+    if len(branches) != len(levels):
+        raise ValueError(
+            f"branches must be one for each of {len(levels)} levels, got {len(branches)}"
+        )
+    for i, (t, branch) in enumerate(zip(levels, branches, strict=True)):
+        if branch is not None:
+            _check(f"branches[{i}]", branch, t.shape, x.device)
+    dtypes = {branch.dtype for branch in branches if branch is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"branches must be of one dtype, got {sorted(map(str, dtypes))}")
+    *rs, merged = _HierarchicalMerge.apply(
+        tuple(strides), product_dtype(x), gamma, w_in, b_in, w_out, b_out, *levels, *branches
+    )
+    return rs, merged
