@@ -238,7 +238,9 @@ class TrainStep:
         graph.ids.copy_(ids)
         if graph.cuda_graph is None:
             self._capture(graph)
+        self.model.zero_grad()
         graph.cuda_graph.replay()
+        torch.clear_autocast_cache()  # a caller's region has the weights of before
         return tree_map_only(Tensor, torch.clone, graph.outputs)
 
     def _first_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:

@@ -31,7 +31,7 @@ torch.library.define(
     "(Tensor[] rs, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
     " Tensor[] gs, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout, ScalarType branch_dtype,"
     " bool[] has_dbranch, bool needs_levels, bool needs_w_in, bool needs_w_out)"
-    " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("shtx::hierarchical_merge", ("CPU", "CUDA"), _hierarchical_merge_fwd)
 torch.library.impl("shtx::hierarchical_merge_bwd", ("CPU", "CUDA"), _hierarchical_merge_bwd)
@@ -53,7 +53,7 @@ def _(
         new(*w.shape) if needed else new(0)
         for w, needed in ((w_in, needs_w_in), (w_out, needs_w_out))
     )
-    return dxs, dbranches, new(w_in.shape[1]), dw_in, new(len(w_in)), dw_out
+    return dxs, dbranches, new(w_in.shape[1]), dw_in, new(len(w_in)), dw_out, new(len(w_out))
 
 
 class _HierarchicalMerge(torch.autograd.Function):
@@ -87,12 +87,11 @@ class _HierarchicalMerge(torch.autograd.Function):
         rs, gs = rest[:count], rest[count:]
         dtype = next(filter(None, ctx.branch_dtypes), rs[0].dtype)
         rows = dout.reshape(-1, len(w_out)).contiguous()
-        dxs, narrow, dgamma, dw_in, db_in, dw_out = torch.ops.shtx.hierarchical_merge_bwd.default(
+        dxs, narrow, *weights = torch.ops.shtx.hierarchical_merge_bwd.default(
             rs, ctx.strides, gamma, w_in, b_in, w_out, gs, z, norm, [_rows(dr) for dr in drs],
             rows, dtype, [need and dtype != rs[0].dtype for need in needs_branches],
             needs[2] or any(needs[7:]), needs[3], needs[5],
         )  # fmt: skip
-        weights = dgamma, dw_in, db_in, dw_out, rows.sum(dim=0, dtype=norm.dtype)
         dbranches = dxs if dtype == rs[0].dtype else narrow
         gradients = zip([*weights, *dxs, *dbranches], needs[2:], strict=True)
         gradients = [gradient if needed else None for gradient, needed in gradients]

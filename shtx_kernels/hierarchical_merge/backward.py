@@ -184,4 +184,5 @@ def _hierarchical_merge_bwd(
                 )  # fmt: skip
         if needs_w_in:
             dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
-        return dxs, dbranches, dgamma.sum(dim=0), dw_in, db_in.sum(dim=0), dw_out
+        sums = dgamma.sum(dim=0), dw_in, db_in.sum(dim=0), dw_out, dout.sum(dim=0, dtype=acc)
+        return dxs, dbranches, *sums

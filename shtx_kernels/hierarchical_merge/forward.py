@@ -57,7 +57,7 @@ def at_tokens(ptr, pid_b, offs_t, offs, B, N, WIDTH: tl.constexpr, STRIDES: tl.c
     mask = (offs_t < N) & (offs < WIDTH)
     total = tl.zeros(mask.shape, dtype=ACC)
     for i in tl.static_range(len(STRIDES)):
-        rows = (N + STRIDES[i] - 1) // STRIDES[i]
+        rows = ((N + STRIDES[i] - 1) // STRIDES[i]).to(tl.int64)
         row = pid_b * rows + offs_t // STRIDES[i]
         total += tl.load(ptr + row * WIDTH + offs, mask=mask, other=0.0).to(ACC)
         ptr += B * rows * WIDTH
