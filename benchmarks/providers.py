@@ -13,9 +13,10 @@ from shtx.ops import why_not_fused
 
 UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
-FUSED = ("fused", "fused-eager")
+FUSED = ("fused", "fused-eager", "products")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
+    "causal_compress": (*OURS, "products", "cublas"),
     "hierarchical_ar_loss": (*OURS, "copy"),
     "hierarchical_merge": (*OURS, "cublas"),
     "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 __all__ = []
 
 if find_spec("triton"):  # without it the reference is all there is
+    from .causal_compress import causal_compress
     from .hierarchical_ar_loss import hierarchical_ar_loss
     from .hierarchical_merge import hierarchical_merge
     from .linear_cross_entropy import linear_cross_entropy
@@ -19,6 +20,7 @@ if find_spec("triton"):  # without it the reference is all there is
     from .rotary_attention import rotary_attention
 
     __all__ += [
+        "causal_compress",
         "hierarchical_ar_loss",
         "hierarchical_merge",
         "linear_cross_entropy",

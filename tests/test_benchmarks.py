@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as cli
 from benchmarks import (
+    bench_causal_compress,
     bench_generate,
     bench_hierarchical_ar_loss,
     bench_hierarchical_merge,
@@ -193,6 +194,15 @@ def test_losses_are_counted_in_flops(bench, provider):
     assert row["flops"] == 3 * 2 * 64 * 16 * 50 and row["ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["fused", "products", "reference", "cublas"])
+def test_causal_compress_is_counted_in_flops(provider):
+    """As often as there are tokens, whatever way the op takes."""
+    case = bench_causal_compress.Case(1, 10, 3, 4, 5, C=4, stride=2)
+    bench = bench_causal_compress.bench_causal_compress
+    row = row_of(bench, case=case, provider=provider)
+    assert row["flops"] == 3 * 2 * 5 * (4 * 4 * 16 + 16 * 5) and row["ms"] > 0
+
+
 @pytest.mark.parametrize("provider", ["reference", "cublas"])
 def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
     """At the rates of the levels: 64 tokens of one, 8 of the other."""
@@ -251,7 +261,12 @@ def test_every_op_has_its_providers():
     assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
     copied = {"copy", *bench_hierarchical_ar_loss.OPS}
     assert set(providers.PROVIDERS["hierarchical_ar_loss"]) == copied
-    for bench in (bench_hierarchical_merge, bench_linear_cross_entropy, bench_reconstruction_loss):
+    for bench in (
+        bench_causal_compress,
+        bench_hierarchical_merge,
+        bench_linear_cross_entropy,
+        bench_reconstruction_loss,
+    ):
         op = bench.__name__.rpartition("bench_")[2]
         assert set(providers.PROVIDERS[op]) == bench.OPS.keys()
     assert set(providers.OPS) == report.SHAPES.keys()
@@ -337,7 +352,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from hierarchical_ar_loss hier"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress hierarchical"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

@@ -1,0 +1,120 @@
+"""causal_compress, forward and backward, of random ids.
+
+FLOPs are those of the products that compress every token: the convolution's and the one after it,
+each with both of its gradients. `products` is the fused op without its table, and `cublas` the
+products alone, of windows that lie in memory side by side.
+"""
+
+from importlib import import_module
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import shtx_kernels
+from benchmarks.timing import (
+    DEVICE,
+    DTYPE,
+    autocast,
+    check_agreement,
+    graphed,
+    median_ms,
+    synchronize,
+)
+from shtx_kernels import reference
+
+
+class Case(NamedTuple):
+    B: int
+    N: int
+    V: int
+    D: int
+    D_out: int
+    C: int
+    stride: int
+
+    def labels(self) -> dict:
+        """As a row names it."""
+        return {"shape": " x ".join(map(str, self))}
+
+    @property
+    def products(self) -> list[tuple[int, int, int]]:
+        """(rows, inner, columns) of both."""
+        rows = self.B * -(-self.N // self.stride)
+        return [(rows, self.C * self.D, 4 * self.D), (rows, 4 * self.D, self.D_out)]
+
+
+CASES = {
+    "cuda": [  # levels of configurations B, C, D and A
+        Case(32, 1024, 256, 1024, 256, 2, 1),
+        Case(32, 1024, 256, 1024, 512, 4, 1),
+        Case(32, 1024, 256, 1024, 1024, 16, 8),
+        Case(8, 2048, 256, 1024, 1024, 2, 1),
+        Case(1, 16384, 256, 512, 512, 16, 1),
+        Case(4, 2048, 20000, 512, 512, 2, 1),
+        Case(4, 2048, 20000, 512, 512, 8, 1),
+    ],
+    "cpu": [Case(2, 64, 8, 16, 8, 4, 1)],
+}[DEVICE]
+
+
+def products(*args, stride):
+    page = import_module("shtx_kernels.causal_compress")
+    with patch.object(page, "uses_table", lambda *shape: False):
+        return page.causal_compress(*args, stride=stride)
+
+
+OPS = {
+    "fused": getattr(shtx_kernels, "causal_compress", None),
+    "products": products,
+    "reference": reference.causal_compress,
+    "reference-compiled": torch.compile(reference.causal_compress),
+    "cublas": None,
+}
+
+
+def floor(case: Case):
+    new = lambda *shape: torch.randn(shape, dtype=DTYPE, device=DEVICE)
+    operands = [(new(rows, k), new(n, k), new(rows, n)) for rows, k, n in case.products]
+    return lambda: [(x @ w.T, dy @ w, dy.T @ x) for x, w, dy in operands]
+
+
+def draw(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    D, J = case.D, 4 * case.D
+    shapes = (case.V, D), (J, D, case.C), (J,), (case.D_out, J, 1), (case.D_out,)
+    scales = 1, (D * case.C) ** -0.5, 1, J**-0.5, 1
+    weights = [
+        torch.randn(shape, device=DEVICE).mul_(scale).requires_grad_()
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+    return torch.randint(0, case.V, (case.B, case.N), device=DEVICE), weights
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def bench_causal_compress(benchmark, case, provider):
+    row = {"flops": sum(6 * rows * k * n for rows, k, n in case.products)}
+    if provider == "cublas":
+        run = floor(case)
+    else:
+        ids, weights = draw(case)
+        rows = -(-case.N // case.stride)
+        dy = torch.randn(case.B, rows, case.D_out, dtype=DTYPE, device=DEVICE)
+
+        def forward_backward(op):
+            with autocast():
+                y = op(ids, *weights, stride=case.stride)
+            return [y, *torch.autograd.grad(y, weights, dy)]
+
+        ours, theirs = (forward_backward(op) for op in (OPS[provider], reference.causal_compress))
+        check_agreement(ours, theirs, 2e-2 if DTYPE == torch.bfloat16 else 1e-5)
+        del ours, theirs
+        run = lambda: forward_backward(OPS[provider])
+        if DEVICE == "cuda":
+            synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            kept = sum(t.nbytes for t in run())
+            row["extra_mib"] = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
+    (ms,) = median_ms(benchmark, graphed([run]))
+    benchmark.extra_info |= row | {"ms": ms}

@@ -1,0 +1,161 @@
+"""Token ids to the embeddings of a compressed level: causal convolution, SiLU, linear layer.
+
+    u[m] = b_conv + sum_k W_k e[ids[m s - C + 1 + k]]     ids before the first add nothing
+    y[m] = W_out silu(u[m]) + b_out
+
+Two ways to u, chosen by shape alone (`uses_table`):
+
+The table. An embedding is one of V rows, so every product that the convolution can ask for is a
+row of T = e W_k^T (V, C, J), and u sums C rows of it: V rows are multiplied in place of all tokens.
+Backward, gradients of u are summed by id and tap: a product with the one-hot matrix of the ids,
+which sums in one order always.
+
+The products. A window is C D numbers side by side. Windows s apart overlap where s < C, which
+is not a matrix for cuBLAS, but every q-th of them, q = ceil(C / s), do not: q products, without
+a copy of windows, over sequences padded to a multiple of q s tokens.
+
+Kept for backward: T or u, and narrow weights. Reference: reference.causal_compress
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._products import product_dtype
+from .kernels import taps_first, taps_inside
+from .paths import causal_compress_bwd, causal_compress_fwd, new_outputs, uses_table
+
+torch.library.define(
+    "shtx::causal_compress",
+    "(Tensor ids, Tensor embedding, Tensor taps, Tensor b_conv, Tensor w_out, Tensor b_out,"
+    " int stride, bool table) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "shtx::causal_compress_bwd",
+    "(Tensor ids, Tensor embedding, Tensor taps, Tensor b_conv, Tensor w_out, Tensor source,"
+    " Tensor dy, int stride, bool table) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("shtx::causal_compress", ("CPU", "CUDA"), causal_compress_fwd)
+torch.library.impl("shtx::causal_compress_bwd", ("CPU", "CUDA"), causal_compress_bwd)
+torch.library.define(
+    "shtx::causal_compress_taps", "(Tensor w, ScalarType dtype, bool table) -> Tensor"
+)
+
+
+@torch.library.impl("shtx::causal_compress_taps", ("CPU", "CUDA"))
+def _(w, dtype, table):
+    with torch.cuda.device_of(w):
+        return (taps_first if table else taps_inside)(w, dtype)
+
+
+@torch.library.register_fake("shtx::causal_compress_taps")
+def _(w, dtype, table):
+    J, D, C = w.shape
+    return w.new_empty((C, J, D) if table else (J, C, D), dtype=dtype)
+
+
+@torch.library.register_fake("shtx::causal_compress")
+def _(ids, embedding, taps, b_conv, w_out, b_out, stride, table):
+    return new_outputs(ids, embedding, taps, w_out, stride, table)
+
+
+@torch.library.register_fake("shtx::causal_compress_bwd")
+def _(ids, embedding, taps, b_conv, w_out, source, dy, stride, table):
+    acc = torch.promote_types(embedding.dtype, torch.float32)
+    J, (V, D), C = len(b_conv), embedding.shape, taps.shape[0 if table else 1]
+    shapes = (V, D), (J, D, C), (J,), w_out.shape, (len(w_out),)
+    return tuple(embedding.new_empty(shape, dtype=acc) for shape in shapes)
+
+
+class _CausalCompress(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, embedding, w_conv, b_conv, w_out, b_out, stride, dtype, table):
+        ctx.dtypes = [t.dtype for t in (embedding, w_conv, b_conv, w_out, b_out)]
+        ctx.stride, ctx.table, ctx.w_shape = stride, table, w_out.shape
+        embedding, w_out = embedding.to(dtype), w_out.flatten(1).to(dtype)
+        taps = torch.ops.shtx.causal_compress_taps.default(w_conv, dtype, table)
+        y, source = torch.ops.shtx.causal_compress.default(
+            ids, embedding, taps, b_conv, w_out, b_out, stride, table
+        )
+        ctx.save_for_backward(ids, embedding, taps, b_conv, w_out, source)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gradients = torch.ops.shtx.causal_compress_bwd.default(
+            *ctx.saved_tensors, dy.contiguous(), ctx.stride, ctx.table
+        )
+        pairs = zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:6], strict=True)
+        gradients = [g.to(dtype) if needed else None for g, dtype, needed in pairs]
+        if gradients[3] is not None:
+            gradients[3] = gradients[3].view(ctx.w_shape)
+        return None, *gradients, None, None, None
+
+
+def _check(name: str, t: Tensor, shape: tuple, like: Tensor):
+    if t.shape != shape or t.device != like.device or t.dtype != like.dtype:
+        raise ValueError(
+            f"{name} must be {shape}, {like.dtype} on {like.device},"
+            f" got {tuple(t.shape)}, {t.dtype} on {t.device}"
+        )
+
+
+def causal_compress(
+    ids: Tensor,
+    embedding: Tensor,
+    w_conv: Tensor,
+    b_conv: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    *,
+    stride: int,
+) -> Tensor:
+    """Embed ids and compress them by a causal convolution, SiLU and a linear layer.
+
+    Under autocast, products and what is returned are in its dtype, else in that of the weights.
+    That ids are in range is not checked: it would wait for the device.
+
+    Args:
+        ids: (B, N) int64 in [0, V).
+        embedding: (V, D).
+        w_conv: (J, D, C), of the dtype of embedding, as everything below.
+        b_conv: (J,).
+        w_out: (D_out, J, 1).
+        b_out: (D_out,).
+        stride: tokens from one of the level to the next, at least 1.
+
+    Returns:
+        (B, ceil(N / stride), D_out); row m reads the C tokens up to m * stride.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype, device or value is not as above.
+
+    Source: simple-hierarchical-transformer, CausalConv.
+    """
+    if ids.ndim != 2 or ids.dtype != torch.int64 or ids.shape[1] < 1:
+        raise ValueError(
+            f"ids must be (B, N) int64 with N of at least 1, got {tuple(ids.shape)}, {ids.dtype}"
+        )
+    if embedding.ndim != 2 or not embedding.numel() or embedding.device != ids.device:
+        raise ValueError(
+            f"embedding must be (V, D), not empty, on {ids.device},"
+            f" got {tuple(embedding.shape)} on {embedding.device}"
+        )
+    D = embedding.shape[1]
+    if w_conv.ndim != 3 or not w_conv.numel():
+        raise ValueError(f"w_conv must be (J, {D}, C), not empty, got {tuple(w_conv.shape)}")
+    if w_out.ndim != 3 or not len(w_out):
+        raise ValueError(f"w_out must be (D_out, J, 1), not empty, got {tuple(w_out.shape)}")
+    J, _, C = w_conv.shape
+    _check("w_conv", w_conv, (J, D, C), embedding)
+    _check("b_conv", b_conv, (J,), embedding)
+    _check("w_out", w_out, (len(w_out), J, 1), embedding)
+    _check("b_out", b_out, (len(w_out),), embedding)
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    rows = len(ids) * -(-ids.shape[1] // stride)
+    return _CausalCompress.apply(
+        ids.contiguous(), embedding, w_conv.contiguous(), b_conv.contiguous(), w_out, b_out,
+        stride, product_dtype(embedding), uses_table(*embedding.shape, rows),
+    )  # fmt: skip
