@@ -5,14 +5,14 @@ from torch.utils._pytree import tree_leaves
 
 from shtx_kernels import hierarchical_merge, reference
 
-ONE = [(5, 7, 1)]
+ONE = [(23, 7, 1)]
 SAME = [(9, 8, 1), (9, 5, 1)]
 CUT = [(13, 16, 1), (7, 8, 2), (4, 5, 4), (2, 24, 8)]
 STRIDED = [(5, 6, 2), (9, 4, 4), (3, 3, 4)]  # 10 tokens: of the second level three count
 APART = [(17, 3, 1), (9, 4, 2), (20, 300, 1)]  # of one stride, not side by side, past a tile
 LONG = [(40, 4, 1), (1, 6, 64)]
 CASES = [  # levels (M, D, stride), with branches, J, D_out
-    (ONE, True, 2, 1),
+    (ONE, True, 9, 1),
     (SAME, False, 10, 5),
     (SAME, True, 10, 5),
     (CUT, True, 12, 6),
