@@ -12,6 +12,7 @@ __all__ = []
 
 if find_spec("triton"):  # without it the reference is all there is
     from .causal_compress import causal_compress
+    from .feed_forward import feed_forward
     from .hierarchical_ar_loss import hierarchical_ar_loss
     from .hierarchical_merge import hierarchical_merge
     from .linear_cross_entropy import linear_cross_entropy
@@ -21,6 +22,7 @@ if find_spec("triton"):  # without it the reference is all there is
 
     __all__ += [
         "causal_compress",
+        "feed_forward",
         "hierarchical_ar_loss",
         "hierarchical_merge",
         "linear_cross_entropy",

@@ -1,0 +1,165 @@
+"""Two linear layers without bias, GELU between them.
+
+    u = x W_in^T,  y = gelu(u) W_out^T        gelu(u) = u Phi(u), Phi the normal distribution's
+
+The one idea: u alone is kept. Backward, one pass over u makes gelu(u), which the gradient of W_out
+asks for, together with the gradient of u, which is written over that of gelu(u). The products are
+cuBLAS's. Reference: reference.feed_forward
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._products import add_product, product_dtype
+
+TILE = 2048  # elements of a program
+WARPS = 4
+
+
+@triton.jit
+def _gelu_kernel(
+    u_ptr, a_ptr, da_ptr, size,
+    ACC: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """a = gelu(u); backward also the gradient of u, in place of that of a."""
+    offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = offs < size
+    u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(ACC)
+    half = tl.full([1], 0.5, ACC)  # bare constants are fp32 in Triton 3.6
+    phi = half + half * tl.erf(u * tl.full([1], 0.7071067811865476, ACC))
+    tl.store(a_ptr + offs, u * phi, mask=mask)
+    if BACKWARD:
+        da = tl.load(da_ptr + offs, mask=mask, other=0.0).to(ACC)
+        density = tl.exp(-half * u * u) * tl.full([1], 0.3989422804014327, ACC)
+        tl.store(da_ptr + offs, da * (phi + u * density), mask=mask)
+
+
+def _gelu(u: Tensor, da: Tensor | None = None) -> Tensor:
+    a, size = torch.empty_like(u), u.numel()
+    if size:
+        with torch.cuda.device_of(u):
+            _gelu_kernel[(triton.cdiv(size, TILE),)](
+                u, a, a if da is None else da, size,
+                ACC=tl.float64 if u.dtype == torch.float64 else tl.float32,
+                BACKWARD=da is not None, TILE=TILE, num_warps=WARPS,
+            )  # fmt: skip
+    return a
+
+
+def _feed_forward(x, w_in, w_out):
+    y, u = _new_outputs(x, w_in, w_out)
+    with torch.autocast(x.device.type, enabled=False):
+        torch.mm(x.flatten(0, 1), w_in.T, out=u)
+        torch.mm(_gelu(u), w_out.T, out=y.flatten(0, 1))
+    return y, u
+
+
+def _feed_forward_bwd(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
+    gradients = _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out)
+    dx, dw_in, dw_out = gradients
+    x, dy = x.flatten(0, 1), dy.flatten(0, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        du = torch.mm(dy, w_out)  # the gradient of gelu(u), until it is replaced
+        a = _gelu(u, du)
+        if needs_dw_out:
+            add_product(dw_out, dy.T, a, start=True)
+        if needs_dw_in:
+            add_product(dw_in, du.T, x, start=True)
+        if needs_dx:
+            torch.mm(du, w_in, out=dx.flatten(0, 1))
+    return gradients
+
+
+def _new_outputs(x, w_in, w_out):
+    """Uninitialised: y, and u by rows."""
+    B, M, _ = x.shape
+    return x.new_empty(B, M, len(w_out)), x.new_empty(B * M, len(w_in))
+
+
+def _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
+    """Uninitialised, those of weights in the dtype of sums; empty where not needed."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    dw_in = x.new_empty(w_in.shape if needs_dw_in else 0, dtype=acc)
+    return dx, dw_in, x.new_empty(w_out.shape if needs_dw_out else 0, dtype=acc)
+
+
+torch.library.define(
+    "shtx::feed_forward", "(Tensor x, Tensor w_in, Tensor w_out) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "shtx::feed_forward_bwd",
+    "(Tensor dy, Tensor x, Tensor u, Tensor w_in, Tensor w_out, bool needs_dx, bool needs_dw_in,"
+    " bool needs_dw_out) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("shtx::feed_forward", ("CPU", "CUDA"), _feed_forward)
+torch.library.impl("shtx::feed_forward_bwd", ("CPU", "CUDA"), _feed_forward_bwd)
+
+
+@torch.library.register_fake("shtx::feed_forward")
+def _(x, w_in, w_out):
+    return _new_outputs(x, w_in, w_out)
+
+
+@torch.library.register_fake("shtx::feed_forward_bwd")
+def _(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
+    return _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_in, w_out, dtype):
+        ctx.dtypes = x.dtype, w_in.dtype, w_out.dtype
+        x, w_in, w_out = (t.to(dtype).contiguous() for t in (x, w_in, w_out))
+        y, u = torch.ops.shtx.feed_forward.default(x, w_in, w_out)
+        ctx.save_for_backward(x, u, w_in, w_out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[:3]
+        gradients = torch.ops.shtx.feed_forward_bwd.default(
+            dy.contiguous(), *ctx.saved_tensors, *needs
+        )
+        triples = zip(gradients, ctx.dtypes, needs, strict=True)
+        return *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
+
+
+def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """gelu(x w_in^T) w_out^T, GELU by erf.
+
+    Under autocast, products and what is returned are in its dtype, else in that of x. GELU is made
+    in fp32 (fp64 for fp64), weight gradients are summed in it.
+
+    Args:
+        x: (B, M, D).
+        w_in: (F, D).
+        w_out: (D_out, F).
+
+    Returns:
+        (B, M, D_out), contiguous.
+
+    Raises:
+        ValueError: naming the argument whose shape or device is not as above.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, with GELU (Hendrycks and Gimpel 2016, arXiv
+    1606.08415), as in simple-hierarchical-transformer.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x must be (B, M, D), got {tuple(x.shape)}")
+    D = x.shape[-1]
+    if w_in.ndim != 2 or w_in.shape[1] != D or w_in.device != x.device:
+        raise ValueError(
+            f"w_in must be (F, {D}) on {x.device}, got {tuple(w_in.shape)} on {w_in.device}"
+        )
+    F = len(w_in)
+    if w_out.ndim != 2 or w_out.shape[1] != F or w_out.device != x.device:
+        raise ValueError(
+            f"w_out must be (D_out, {F}) on {x.device},"
+            f" got {tuple(w_out.shape)} on {w_out.device}"
+        )
+    return _FeedForward.apply(x, w_in, w_out, product_dtype(x))

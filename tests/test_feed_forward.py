@@ -1,0 +1,190 @@
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+
+from shtx_kernels import feed_forward, reference
+
+CASES = [  # B, M, D, F, D_out
+    (1, 1, 1, 1, 1),
+    (2, 9, 16, 64, 16),
+    (3, 7, 37, 75, 11),  # odd widths, more than a program's tile
+    (2, 100, 24, 96, 24),
+]
+
+
+def draw(B, M, D, F, D_out):
+    """x, w_in and w_out; pre-activations reach into both tails of GELU."""
+    torch.manual_seed(0)
+    sizes = (B, M, D), (F, D), (D_out, F)
+    x, w_in, w_out = (torch.randn(size, device=DEVICE) for size in sizes)
+    return x, w_in * 2 * D**-0.5, w_out * F**-0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_matches_reference(case, dtype):
+    assert_as_accurate(feed_forward, reference.feed_forward, draw(*case), dtype)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_gradcheck(case):
+    inputs = [t.double().requires_grad_() for t in draw(*case)]
+    assert torch.autograd.gradcheck(feed_forward, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_whole_of_gelu(dtype):
+    """Far out it is 0 or the identity, with the gradient of that; NaN stays."""
+    eye = torch.ones(1, 1, device=DEVICE)
+    u = torch.cat((torch.linspace(-30, 30, 4001), torch.tensor([-6e4, -1e-7, 0, 6e4]))).to(DEVICE)
+    ours, theirs = (
+        forward_backward(op, (u[None, :, None], eye, eye), dtype)[:2]
+        for op in (feed_forward, reference.feed_forward)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    assert feed_forward(u[:1, None, None] * torch.nan, eye, eye).isnan().all()
+
+
+@pytest.mark.parametrize("B, M", [(0, 4), (2, 0)])
+def test_no_tokens(B, M):
+    inputs = draw(B, M, 8, 32, 8)
+    y, *gradients = forward_backward(feed_forward, inputs, torch.float32)
+    assert y.shape == (B, M, 8)
+    for gradient, t in zip(gradients, inputs, strict=True):
+        assert gradient.shape == t.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_one_gradient_alone(wanted):
+    inputs = draw(2, 9, 16, 64, 16)
+    y = feed_forward(*(t.clone().requires_grad_() for t in inputs))
+    dy = torch.randn_like(y)
+    args = [t.clone().requires_grad_() for t in inputs]
+    gradients = torch.autograd.grad(feed_forward(*args), args, dy)
+    inputs[wanted].requires_grad_()
+    (alone,) = torch.autograd.grad(feed_forward(*inputs), inputs[wanted], dy)
+    assert torch.equal(alone, gradients[wanted])
+
+
+def test_keeps_the_pre_activation_alone():
+    x, w_in, w_out = (t.requires_grad_() for t in draw(2, 9, 16, 64, 16))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        feed_forward(x, w_in, w_out)
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in (x, w_in, w_out)) + 18 * 64
+
+
+def test_the_graph_can_be_walked_twice():
+    inputs = [t.requires_grad_() for t in draw(2, 9, 16, 64, 16)]
+    y = feed_forward(*inputs).square().sum()
+    first = torch.autograd.grad(y, inputs, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided_inputs():
+    x, w_in, w_out = draw(2, 9, 16, 64, 16)
+    wide = torch.randn(2, 19, 32, device=DEVICE)
+    wide[:, 1::2, 8:24] = x
+    y = feed_forward(x, w_in, w_out)
+    for same in (wide[:, 1::2, 8:24], x.mT.contiguous().mT):
+        assert torch.equal(feed_forward(same, w_in, w_out), y)
+    assert torch.equal(feed_forward(x, w_in.T.contiguous().T, w_out), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_narrows_the_products(dtype, x_dtype):
+    x, w_in, w_out = draw(2, 30, 32, 128, 32)
+    inputs = [t.requires_grad_() for t in (x.to(x_dtype), w_in, w_out)]
+    with torch.autocast(DEVICE, dtype):
+        y, twin = feed_forward(*inputs), reference.feed_forward(*inputs)
+    assert y.dtype == twin.dtype == dtype
+    assert (y - twin).norm() < 2e-2 * twin.norm()
+    dy = torch.randn_like(y)
+    pairs = zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(twin, inputs, dy))
+    for (ours, theirs), t in zip(pairs, inputs, strict=True):
+        assert ours.dtype == t.dtype
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.randn(2, 8)), r"x must be \(B, M, D\), got \(2, 8\)"),
+        (dict(w_in=torch.randn(32, 4)), r"w_in must be \(F, 8\) on .*, got \(32, 4\) on"),
+        (dict(w_in=torch.randn(8)), r"w_in must be \(F, 8\) on .*, got \(8,\) on"),
+        (dict(w_out=torch.randn(8, 4)), r"w_out must be \(D_out, 32\) on .*, got \(8, 4\) on"),
+    ],
+)
+def test_bad_input(change, message):
+    good = dict(x=torch.randn(2, 3, 8), w_in=torch.randn(32, 8), w_out=torch.randn(8, 32))
+    with pytest.raises(ValueError, match=message):
+        feed_forward(**{name: t.to(DEVICE) for name, t in (good | change).items()})
+
+
+def test_compiles_whole():
+    inputs = [t.requires_grad_() for t in draw(2, 20, 16, 64, 16)]
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(feed_forward, fullgraph=True, backend=backend)
+    for a, b in zip(
+        torch.autograd.grad(compiled(*inputs).sum(), inputs),
+        torch.autograd.grad(feed_forward(*inputs).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck():
+    x, w_in, w_out = draw(2, 5, 8, 32, 8)
+    forward, backward = torch.ops.shtx.feed_forward, torch.ops.shtx.feed_forward_bwd
+    torch.library.opcheck(forward.default, (x, w_in, w_out))
+    y, u = forward(x, w_in, w_out)
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(backward.default, (y, x, u, w_in, w_out, *needs))
+
+
+@pytest.mark.gpu  # 6 GiB
+def test_more_than_2_31_elements():
+    M = 2**31 // 4096 + 3
+    x = torch.randn(1, M, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    w_in = torch.randn(4096, 8, device=DEVICE, dtype=torch.bfloat16)
+    w_out = torch.randn(8, 4096, device=DEVICE, dtype=torch.bfloat16) / 64
+    y = feed_forward(x, w_in, w_out)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    last = x.detach()[:, -5:].requires_grad_()
+    twin = feed_forward(last, w_in, w_out)
+    torch.testing.assert_close(y[:, -5:], twin, rtol=2e-2, atol=2e-2)
+    (dlast,) = torch.autograd.grad(twin, last, torch.ones_like(twin))
+    torch.testing.assert_close(dx[:, -5:], dlast, rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.gpu  # other bits would come of the order that programs end in
+def test_repeats_to_the_bit():
+    x, w_in, w_out = draw(4, 700, 256, 1024, 256)
+    inputs = [t.requires_grad_() for t in (x.bfloat16(), w_in, w_out)]
+
+    def run():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = feed_forward(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, y.detach())]
+
+    first = run()
+    for _ in range(20):
+        assert all(map(torch.equal, first, run()))
+
+
+@pytest.mark.gpu  # a graph is the GPU's
+def test_runs_in_a_cuda_graph():
+    inputs = [t.requires_grad_() for t in draw(2, 300, 32, 128, 32)]
+
+    def run():
+        return torch.autograd.grad(feed_forward(*inputs).square().sum(), inputs)
+
+    graph, captured = graphed(run)
+    with torch.no_grad():
+        inputs[0].mul_(2)
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        assert torch.equal(a, b)
