@@ -13,15 +13,8 @@ import pytest
 import torch
 
 import shtx_kernels
-from benchmarks.timing import (
-    DEVICE,
-    DTYPE,
-    autocast,
-    check_agreement,
-    graphed,
-    median_ms,
-    synchronize,
-)
+from benchmarks.products import agree, extra_mib, floor, flops, time_runs
+from benchmarks.timing import DEVICE, DTYPE, autocast
 from shtx_kernels import reference
 
 
@@ -74,12 +67,6 @@ OPS = {
 }
 
 
-def floor(case: Case):
-    new = lambda *shape: torch.randn(shape, dtype=DTYPE, device=DEVICE)
-    operands = [(new(rows, k), new(n, k), new(rows, n)) for rows, k, n in case.products]
-    return lambda: [(x @ w.T, dy @ w, dy.T @ x) for x, w, dy in operands]
-
-
 def draw(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
     D, J = case.D, 4 * case.D
     shapes = (case.V, D), (J, D, case.C), (J,), (case.D_out, J, 1), (case.D_out,)
@@ -93,9 +80,9 @@ def draw(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_causal_compress(benchmark, case, provider):
-    row = {"flops": sum(6 * rows * k * n for rows, k, n in case.products)}
+    row = {"flops": flops(case.products)}
     if provider == "cublas":
-        run = floor(case)
+        run = floor(case.products)
     else:
         ids, weights = draw(case)
         rows = -(-case.N // case.stride)
@@ -106,15 +93,7 @@ def bench_causal_compress(benchmark, case, provider):
                 y = op(ids, *weights, stride=case.stride)
             return [y, *torch.autograd.grad(y, weights, dy)]
 
-        ours, theirs = (forward_backward(op) for op in (OPS[provider], reference.causal_compress))
-        check_agreement(ours, theirs, 2e-2 if DTYPE == torch.bfloat16 else 1e-5)
-        del ours, theirs
+        agree(forward_backward, OPS[provider], reference.causal_compress)
         run = lambda: forward_backward(OPS[provider])
-        if DEVICE == "cuda":
-            synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            kept = sum(t.nbytes for t in run())
-            row["extra_mib"] = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
-    (ms,) = median_ms(benchmark, graphed([run]))
-    benchmark.extra_info |= row | {"ms": ms}
+        row |= extra_mib(run)
+    benchmark.extra_info |= row | time_runs(benchmark, [run])

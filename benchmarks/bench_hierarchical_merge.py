@@ -8,16 +8,8 @@ import torch
 
 import shtx_kernels
 from benchmarks import shapes
-from benchmarks.timing import (
-    DEVICE,
-    DTYPE,
-    autocast,
-    check_agreement,
-    copies,
-    graphed,
-    median_ms,
-    synchronize,
-)
+from benchmarks.products import agree, extra_mib, floor, flops, time_runs
+from benchmarks.timing import DEVICE, DTYPE, autocast, copies
 from shtx_kernels import reference
 
 OPS = {
@@ -42,13 +34,6 @@ def draw(sizes: list[tuple], J: int, D_out: int):
     return [t.requires_grad_() for t in (*weights, *levels, *branches)], douts
 
 
-def floor(products: list[tuple]):
-    """(rows, inner) @ (inner, columns) and both gradients of each."""
-    new = lambda *shape: randn(*shape, dtype=DTYPE)
-    operands = [(new(rows, k), new(n, k), new(rows, n)) for rows, k, n in products]
-    return lambda: [(x @ w.T, dy @ w, dy.T @ x) for x, w, dy in operands]
-
-
 def bench_hierarchical_merge(benchmark, config, provider):
     config = shapes.configs(DEVICE)[config]
     model = shapes.on_meta(config)
@@ -70,22 +55,14 @@ def bench_hierarchical_merge(benchmark, config, provider):
             rs, merged = op(levels[: len(sizes)], strides, *weights, levels[len(sizes) :])
         return [*rs, merged, *torch.autograd.grad([*rs, merged], tensors, douts)]
 
-    row = {"flops": sum(6 * rows * k * n for rows, k, n in products)}
+    row = {"flops": flops(products)}
     stream = sum(6 * B * M * D for B, M, D in sizes)
     count = min(4, copies(stream))
     if provider == "cublas":
         runs = [floor(products) for _ in range(count)]
     else:
         op, sets = OPS[provider], [draw(sizes, J, D_out) for _ in range(count)]
-        ours, theirs = (forward_backward(fn, *sets[0]) for fn in (op, reference.hierarchical_merge))
-        check_agreement(ours, theirs, 2e-2 if DTYPE == torch.bfloat16 else 1e-5)
-        del ours, theirs
+        agree(lambda fn: forward_backward(fn, *sets[0]), op, reference.hierarchical_merge)
         runs = [lambda s=s: forward_backward(op, *s) for s in sets]
-        if DEVICE == "cuda":
-            synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            kept = sum(t.nbytes for t in runs[0]())
-            row["extra_mib"] = (torch.cuda.max_memory_allocated() - before - kept) / 2**20
-    (ms,) = median_ms(benchmark, graphed(runs))
-    benchmark.extra_info |= row | {"ms": ms / count}
+        row |= extra_mib(runs[0])
+    benchmark.extra_info |= row | time_runs(benchmark, runs)

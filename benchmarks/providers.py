@@ -17,6 +17,7 @@ FUSED = ("fused", "fused-eager", "products")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
     "causal_compress": (*OURS, "products", "cublas"),
+    "feed_forward": (*OURS, "cublas"),
     "hierarchical_ar_loss": (*OURS, "copy"),
     "hierarchical_merge": (*OURS, "cublas"),
     "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),

@@ -16,6 +16,7 @@ OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the 
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
 SHAPES = {
     "causal_compress": "shape B x N x V x D x D_out x C x stride",
+    "feed_forward": "shape B x M x D",
     "hierarchical_ar_loss": "shape B x M x D",
     "hierarchical_merge": "config",
     "linear_cross_entropy": "shape T x D x V x C",
@@ -167,6 +168,7 @@ def products_line(row: dict, rows: list[dict], results: dict) -> dict:
 
 PRODUCTS = {  # what cuBLAS is measured on
     "causal_compress": "of every token, windows side by side in memory",
+    "feed_forward": "an inner layer of 4 D",
     "hierarchical_merge": "every level's at its own rate",
     "linear_cross_entropy": "with all logits in memory",
     "reconstruction_loss": "with all logits in memory",

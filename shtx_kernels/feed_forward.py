@@ -159,7 +159,6 @@ def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     F = len(w_in)
     if w_out.ndim != 2 or w_out.shape[1] != F or w_out.device != x.device:
         raise ValueError(
-            f"w_out must be (D_out, {F}) on {x.device},"
-            f" got {tuple(w_out.shape)} on {w_out.device}"
+            f"w_out must be (D_out, {F}) on {x.device}, got {tuple(w_out.shape)} on {w_out.device}"
         )
     return _FeedForward.apply(x, w_in, w_out, product_dtype(x))

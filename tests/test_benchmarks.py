@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as cli
 from benchmarks import (
     bench_causal_compress,
+    bench_feed_forward,
     bench_generate,
     bench_hierarchical_ar_loss,
     bench_hierarchical_merge,
@@ -203,6 +204,13 @@ def test_causal_compress_is_counted_in_flops(provider):
     assert row["flops"] == 3 * 2 * 5 * (4 * 4 * 16 + 16 * 5) and row["ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["fused", "reference", "cublas"])
+def test_feed_forward_is_counted_in_flops(provider):
+    shape = shapes.LevelShape("C", 2, 8, 16, 1)
+    row = row_of(bench_feed_forward.bench_feed_forward, shape=shape, provider=provider)
+    assert row["flops"] == 3 * 2 * 2 * (16 * 16 * 64) and row["ms"] > 0
+
+
 @pytest.mark.parametrize("provider", ["reference", "cublas"])
 def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
     """At the rates of the levels: 64 tokens of one, 8 of the other."""
@@ -263,6 +271,7 @@ def test_every_op_has_its_providers():
     assert set(providers.PROVIDERS["hierarchical_ar_loss"]) == copied
     for bench in (
         bench_causal_compress,
+        bench_feed_forward,
         bench_hierarchical_merge,
         bench_linear_cross_entropy,
         bench_reconstruction_loss,
@@ -352,7 +361,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
     "arguments, message",
     [
         (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress hierarchical"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress feed_forward"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

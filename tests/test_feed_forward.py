@@ -103,8 +103,8 @@ def test_autocast_narrows_the_products(dtype, x_dtype):
     assert y.dtype == twin.dtype == dtype
     assert (y - twin).norm() < 2e-2 * twin.norm()
     dy = torch.randn_like(y)
-    pairs = zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(twin, inputs, dy))
-    for (ours, theirs), t in zip(pairs, inputs, strict=True):
+    gradients = (torch.autograd.grad(out, inputs, dy) for out in (y, twin))
+    for ours, theirs, t in zip(*gradients, inputs, strict=True):
         assert ours.dtype == t.dtype
         assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 

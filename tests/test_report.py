@@ -30,6 +30,8 @@ RESULTS = {
         | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
         {"bench": "causal_compress", "provider": "fused", "commit": "abc"}
         | {"shape": "1 x 2 x 3 x 4 x 5 x 6 x 7", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
+        {"bench": "feed_forward", "provider": "fused", "commit": "abc"}
+        | {"shape": "1 x 2 x 3", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
         {
             "bench": "hierarchical_ar_loss",
             "provider": "copy",
@@ -81,6 +83,11 @@ TABLES = [
     shape B x N x V x D x D_out x C x stride | provider | fwd + bwd (us) | rate (TFLOP/s) |
         of the rate of cublas (%) | extra memory (MiB) | over fused (x)
     1 x 2 x 3 x 4 x 5 x 6 x 7 | fused | 500 | 0.400 | - | 0.000 | 1.00
+    """,
+    """
+    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
     """,
     """
     shape B x M x D | variant | provider | forward (us) | forward (GB/s) |

@@ -1,0 +1,45 @@
+"""How ops around matrix products are measured: forward and backward together.
+
+The floor is their products alone, through cuBLAS, on matrices side by side in memory.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import DEVICE, DTYPE, check_agreement, graphed, median_ms, synchronize
+
+
+def flops(products: list[tuple[int, int, int]]) -> int:
+    """Of (rows, inner) @ (inner, columns) and both gradients of each."""
+    return sum(6 * rows * inner * columns for rows, inner, columns in products)
+
+
+def floor(products: list[tuple[int, int, int]]) -> Callable:
+    new = lambda *shape: torch.randn(shape, dtype=DTYPE, device=DEVICE)
+    operands = [(new(rows, k), new(n, k), new(rows, n)) for rows, k, n in products]
+    return lambda: [(x @ w.T, dy @ w, dy.T @ x) for x, w, dy in operands]
+
+
+def agree(forward_backward: Callable, op: Callable, reference: Callable):
+    """Raise ValueError unless both ops give `forward_backward` the same results."""
+    bound = 2e-2 if DTYPE == torch.bfloat16 else 1e-5
+    check_agreement(*(forward_backward(fn) for fn in (op, reference)), bound)
+
+
+def extra_mib(run: Callable[[], list[Tensor]]) -> dict:
+    """MiB at the peak of a run beyond what it returns, on a GPU."""
+    if DEVICE == "cpu":
+        return {}
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = sum(t.nbytes for t in run())
+    return {"extra_mib": (torch.cuda.max_memory_allocated() - before - kept) / 2**20}
+
+
+def time_runs(benchmark, runs: list[Callable]) -> dict:
+    """Milliseconds of one of the runs, all of them in one CUDA graph on a GPU."""
+    (ms,) = median_ms(benchmark, graphed(runs))
+    return {"ms": ms / len(runs)}
