@@ -155,7 +155,7 @@ def _hierarchical_merge_bwd(
         for group, g in zip(groups, gs, strict=True):
             dz_g = dz[group.rows]
             if group.stride > 1 and dz_g.numel():
-                columns = tile["BLOCK_C"]
+                columns = tile_of(acc, J, **LEVEL_TILE)["BLOCK_C"]
                 _hierarchical_merge_sum_kernel[(len(dz_g), triton.cdiv(J, columns))](
                     dz_t, slope_t, dz_g, slope[group.rows], N, group.tokens,
                     J=J, STRIDE=group.stride, ACC=tile["ACC"],
