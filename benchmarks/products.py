@@ -8,7 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.timing import DEVICE, DTYPE, check_agreement, graphed, median_ms, synchronize
+from benchmarks.timing import (
+    DEVICE,
+    DTYPE,
+    autocast,
+    check_agreement,
+    copies,
+    graphed,
+    median_ms,
+    synchronize,
+)
 
 
 def flops(products: list[tuple[int, int, int]]) -> int:
@@ -26,6 +35,29 @@ def agree(forward_backward: Callable, op: Callable, reference: Callable):
     """Raise ValueError unless both ops give `forward_backward` the same results."""
     bound = 2e-2 if DTYPE == torch.bfloat16 else 1e-5
     check_agreement(*(forward_backward(fn) for fn in (op, reference)), bound)
+
+
+def measure(benchmark, provider: str, ops: dict[str, Callable], products, draw: Callable):
+    """A row of an op made of `products`, forward and backward under autocast.
+
+    draw: makes the tensors that the op takes, the first of them rows, with gradients, and dy.
+    """
+
+    def forward_backward(op, inputs, dy):
+        with autocast():
+            y = op(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, dy)]
+
+    row, first = {"flops": flops(products)}, draw()
+    count = min(4, copies(first[0][0].nbytes))
+    if provider == "cublas":
+        runs = [floor(products) for _ in range(count)]
+    else:
+        sets = [first, *(draw() for _ in range(count - 1))]
+        agree(lambda fn: forward_backward(fn, *first), ops[provider], ops["reference"])
+        runs = [lambda s=s: forward_backward(ops[provider], *s) for s in sets]
+        row |= extra_mib(runs[0])
+    benchmark.extra_info |= row | time_runs(benchmark, runs)
 
 
 def extra_mib(run: Callable[[], list[Tensor]]) -> dict:

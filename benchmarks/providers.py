@@ -20,6 +20,7 @@ PROVIDERS = {
     "feed_forward": (*OURS, "cublas"),
     "hierarchical_ar_loss": (*OURS, "copy"),
     "hierarchical_merge": (*OURS, "cublas"),
+    "linear": (*OURS, "cublas"),
     "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),
     "norm_token_shift": (*OURS, "liger", "copy"),
     "reconstruction_loss": (*OURS, "cublas"),

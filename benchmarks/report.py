@@ -19,6 +19,7 @@ SHAPES = {
     "feed_forward": "shape B x M x D",
     "hierarchical_ar_loss": "shape B x M x D",
     "hierarchical_merge": "config",
+    "linear": "shape B x M x D",
     "linear_cross_entropy": "shape T x D x V x C",
     "norm_token_shift": "shape B x M x D",
     "reconstruction_loss": "shape T x D x V x C",
@@ -170,6 +171,7 @@ PRODUCTS = {  # what cuBLAS is measured on
     "causal_compress": "of every token, windows side by side in memory",
     "feed_forward": "an inner layer of 4 D",
     "hierarchical_merge": "every level's at its own rate",
+    "linear": "to a width of 3 D",
     "linear_cross_entropy": "with all logits in memory",
     "reconstruction_loss": "with all logits in memory",
 }

@@ -1,6 +1,6 @@
 """Times tile sizes of the fused ops' kernels on this GPU, those of attention checked against fp64.
 
-    python -m benchmarks.search --out DIR
+    python -m benchmarks.search [OP ...] --out DIR
 
 Prints the fastest of each case and writes all of them to DIR/search.json. The constants of
 shtx_kernels/norm_token_shift.py and shtx_kernels/rotary_attention/tiles.py are its outcome.
@@ -159,60 +159,58 @@ def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> di
 
 
 def search_norm() -> list[dict]:
-    """norm_token_shift as a block calls it: rms, fp32 stream, bf16 branch."""
-    rows, shipped = [], (NORM.TILE, NORM.WARP_TILE, NORM.BWD_PROGRAMS)
+    """norm_token_shift as a block calls it under autocast: rms, all in bf16 but the weight."""
+    names = "FWD_TILE", "BWD_TILE", "WARP_TILE", "BWD_PROGRAMS", "STAGES"
+    rows, shipped = [], {name: getattr(NORM, name) for name in names}
     op, backward = torch.ops.shtx.norm_token_shift, torch.ops.shtx.norm_token_shift_bwd
     forward_once = lambda x, g, branch, dr: op(x, g, None, branch, 1, torch.bfloat16)
     backward_once = lambda r, g, dy, dr: backward(r, g, dr, dy, False, 1, torch.bfloat16)
+    tiles = ((1024, 1024), (2048, 512), (2048, 1024), (4096, 1024), (8192, 1024))
     for B, M, D in ((8, 2048, 1024), (32, 1024, 512), (32, 1024, 256), (32, 1024, 128)):
-        random = lambda dtype, *size: torch.randn(size, device="cuda", dtype=dtype)
-        gamma = random(torch.float32, D)
+        random = lambda *size: torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        gamma = torch.randn(D, device="cuda")
         sets = [
-            (
-                *(random(torch.float32, B, M, D), gamma),
-                *(random(torch.bfloat16, B, M, D), random(torch.float32, B, M, D)),
-            )
-            for _ in range(2 + 2**29 // (B * M * D * 8))
+            (random(B, M, D), gamma, random(B, M, D), random(B, M, D))
+            for _ in range(2 + 2**28 // (B * M * D * 4))
         ]
         directions = {
-            "fwd": [partial(forward_once, *s) for s in sets],
-            "bwd": [partial(backward_once, *s) for s in sets],
+            "fwd": ([partial(forward_once, *s) for s in sets], [(None, None)]),
+            "bwd": (
+                [partial(backward_once, *s) for s in sets],
+                [(programs, stages) for programs in (264, 528, 1056) for stages in (1, 2, 3)],
+            ),
         }
-        for kernel, calls in directions.items():
+        for kernel, (calls, more) in directions.items():
             tried = []
-            sizes = ((2048, 256), (2048, 512), (4096, 512), (4096, 1024), (8192, 1024))
-            for tile, warp in sizes:
-                for programs in (132, 264, 528) if kernel == "bwd" else (None,):
-                    NORM.TILE, NORM.WARP_TILE = tile, warp
-                    NORM.BWD_PROGRAMS = programs
-                    NORM._constants.cache_clear()
-                    row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D)
-                    row |= dict(TILE=tile, WARP_TILE=warp, programs=programs)
-                    tried.append(row | dict(ms=time_ms(calls)))
+            for (tile, warp), (programs, stages) in product(tiles, more):
+                sizes = dict(WARP_TILE=warp, BWD_PROGRAMS=programs, STAGES=stages)
+                sizes[f"{kernel.upper()}_TILE"] = tile
+                for name, value in sizes.items():
+                    setattr(NORM, name, value)
+                NORM._constants.cache_clear()
+                row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D) | sizes
+                tried.append(row | dict(ms=time_ms(calls)))
             rows += sorted(tried, key=lambda row: row["ms"])
             print(f"norm_token_shift {kernel} {D}", flush=True)
             for row in rows[-len(tried) :][:3]:
-                sizes = row["TILE"], row["WARP_TILE"], row["programs"]
-                print(f"  {row['ms']:7.4f} ms  {sizes}")
-    NORM.TILE, NORM.WARP_TILE, NORM.BWD_PROGRAMS = shipped
+                print(f"  {row['ms']:7.4f} ms  { ({name: row.get(name) for name in names}) }")
+    for name, value in shipped.items():
+        setattr(NORM, name, value)
+    NORM._constants.cache_clear()
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/search"), metavar="DIR")
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
+def search_attention(keep: Callable[[list[dict]], None]):
+    """Sizes compile side by side, and are timed one by one."""
     library.takes = lambda *_: False  # what is searched is our own
     todo = jobs()
-
     major, minor = torch.cuda.get_device_capability()
     capability = (10 * major + minor,)
     with get_context("fork").Pool(os.cpu_count() - 1, without_a_gpu, capability) as pool:
         problems = pool.map(compile_only, todo, chunksize=1)
     print(f"{len(todo)} sizes, {sum(map(bool, problems))} do not compile", flush=True)
 
-    rows, shipped = search_norm(), dict(vars(tiles))
+    shipped = dict(vars(tiles))
     for case in CASES:
         sets, truth = inputs(case)
         for kernel in dict.fromkeys(job[0] for job in todo if job[1] == case):
@@ -222,15 +220,34 @@ def main():
                 if (name, other) == (kernel, case)
             ]
             setattr(tiles, kernel, shipped[kernel])
-            rows += sorted(tried, key=lambda row: row["ms"] or math.inf)
+            tried = sorted(tried, key=lambda row: row["ms"] or math.inf)
             print(kernel, case, flush=True)
-            for row in rows[-len(tried) :][:3]:
+            for row in tried[:3]:
                 sizes = {k: v for k, v in row.items() if k.startswith(("BLOCK", "num", "max"))}
                 print(
                     f"  {row['ms'] or math.inf:7.4f} ms  error {row.get('error', 0):.1e}  {sizes}"
                 )
-            results = json.dumps({"machine": machine(), "rows": rows}, indent=1)
-            (folder / "search.json").write_text(results + "\n")
+            keep(tried)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ops = "rotary_attention", "norm_token_shift"
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {' '.join(ops)}; default: all")
+    parser.add_argument("--out", type=Path, default=Path("runs/search"), metavar="DIR")
+    options = parser.parse_args()
+    if unknown := set(options.ops) - set(ops):
+        parser.error(f"OP: choose from {', '.join(ops)}, got {', '.join(unknown)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+
+    def keep(more: list[dict]):
+        rows.extend(more)
+        results = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+        (options.out / "search.json").write_text(results + "\n")
+
+    for op in options.ops or ops:  # attention first: its processes must fork before CUDA starts
+        search_attention(keep) if op == "rotary_attention" else keep(search_norm())
 
 
 if __name__ == "__main__":

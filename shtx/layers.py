@@ -27,8 +27,10 @@ class RMSNorm(Module):
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, ops: SimpleNamespace, branch: Tensor | None = None) -> Tensor:
-        dtype = self.weight.dtype  # the residual stream keeps the parameters' precision
-        return ops.norm_token_shift(x, self.weight, self.bias, branch, norm="layer", dtype=dtype)[1]
+        # the residual streams begin here, in the dtype of products: under autocast, every pass over
+        # a stream moves half of the bytes that fp32 would
+        weights = self.weight, self.bias, branch
+        return ops.norm_token_shift(x, *weights, norm="layer", dtype=product_dtype(x))[1]
 
 
 class CausalConv(Module):
@@ -95,10 +97,10 @@ class Attention(Module):
         return dict(gamma=self.norm.gamma)
 
     def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
-        qkv = self.to_qkv(x)
-        return self.to_out(
-            ops.rotary_attention(qkv, self.level.heads, dilation=self.level.dilation, xpos=True)
-        )
+        level = self.level
+        qkv = ops.linear(x, self.to_qkv.weight)
+        out = ops.rotary_attention(qkv, level.heads, dilation=level.dilation, xpos=True)
+        return ops.linear(out, self.to_out.weight)
 
 
 class WindowAttention(LocalMHA):
@@ -121,10 +123,9 @@ class WindowAttention(LocalMHA):
 
     def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
         level = self.level
-        qkv = self.to_qkv(x)
-        return self.to_out(
-            ops.rotary_attention(qkv, level.heads, window=level.window, dilation=level.dilation)
-        )
+        qkv = ops.linear(x, self.to_qkv.weight)
+        out = ops.rotary_attention(qkv, level.heads, window=level.window, dilation=level.dilation)
+        return ops.linear(out, self.to_out.weight)
 
 
 class FeedForward(Module):

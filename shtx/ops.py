@@ -11,6 +11,7 @@ import torch
 
 import shtx_kernels
 from shtx_kernels import reference
+from shtx_kernels._products import narrow_weights_kept as narrow_weights_kept
 from shtx_kernels._products import product_dtype as product_dtype
 
 IMPLS = ("auto", "fused", "reference")

@@ -9,7 +9,7 @@ captured, which computes nothing, and replayed. So every call is exactly one ste
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
 from shtx.levels import integer
+from shtx.ops import narrow_weights_kept
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -90,8 +91,12 @@ class TrainStep:
         self._parameters = list(model.parameters())
         self._device = self._core.device
         self._learning_rates = []  # a tensor a group, on CUDA
+        self._narrow_weights = {}  # all made anew at once, at the start of a step
         self._graphs, self._constants, self._state = {}, None, None
         self._warned = False
+        self._distributed = self._core is not model or any(
+            type(p) is not Parameter for p in self._parameters
+        )
         self._stream = None  # of eager first steps and captures, which share its workspaces
         if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
             self._stream = torch.cuda.Stream(self._device)
@@ -163,8 +168,10 @@ class TrainStep:
         """One region, in which a weight is cast once; its casts are of this step alone."""
         torch.clear_autocast_cache()  # the caller's own region may be open
         mixed = self.precision == "bf16-mixed"
+        # FSDP's weights come and go
+        kept = nullcontext() if self._distributed else narrow_weights_kept(self._narrow_weights)
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed), kept:
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -202,7 +209,7 @@ class TrainStep:
 
     def _can_be_captured(self) -> bool:
         """False, with a warning, for a distributed model."""
-        if self._core is not self.model or any(type(p) is not Parameter for p in self._parameters):
+        if self._distributed:
             warnings.warn(
                 f"cuda_graph=True does nothing for a distributed model ({type(self.model).__name__}"
                 " or its parameters): steps run eagerly",

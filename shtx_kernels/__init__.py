@@ -15,6 +15,7 @@ if find_spec("triton"):  # without it the reference is all there is
     from .feed_forward import feed_forward
     from .hierarchical_ar_loss import hierarchical_ar_loss
     from .hierarchical_merge import hierarchical_merge
+    from .linear import linear
     from .linear_cross_entropy import linear_cross_entropy
     from .norm_token_shift import norm_token_shift
     from .reconstruction_loss import reconstruction_loss
@@ -25,6 +26,7 @@ if find_spec("triton"):  # without it the reference is all there is
         "feed_forward",
         "hierarchical_ar_loss",
         "hierarchical_merge",
+        "linear",
         "linear_cross_entropy",
         "norm_token_shift",
         "reconstruction_loss",

@@ -19,38 +19,47 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._products import add_product, product_dtype
+from ._products import add_product, narrow, product_dtype
 
 # bytes of a chunk's logits; larger chunks are faster, but take more than 64 MiB with a narrow copy
 # of the weight
 WORKSPACE = 40 * 2**20
 ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
-BLOCK_V = 4096  # logits of a row that a program holds at a time
+BLOCK_V = 8192  # logits of a row that a program holds at a time
 TILE = 2048  # logits that a program holds at least
+WARP_TILE = 1024  # logits that a warp holds at most
 ALIGN = 16  # a vocabulary is padded to a multiple, as products of odd sizes are slow
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_logits(ptr, cols, counted, V: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """[ROWS, BLOCK_V]; of rows that do not count, all the same. Of the WIDTH of a row, V count."""
-    mask = counted[:, None] & (cols < WIDTH)[None, :]
-    x = tl.load(ptr + cols[None, :], mask=mask, other=float("-inf")).to(ACC)
-    return tl.where((cols < V)[None, :], x, float("-inf"))
+def load_logits(ptr, cols, counted, V: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr):
+    """[ROWS, BLOCK_V]; of rows that do not count, and past V unless all are WHOLE, -inf."""
+    mask = counted[:, None] if WHOLE else counted[:, None] & (cols < V)[None, :]
+    return tl.load(ptr + cols[None, :], mask=mask, other=float("-inf")).to(ACC)
 
 
 @triton.jit
-def exp(x):
-    return tl.exp2(x * LOG2_E)
+def exp_over(x, m, NARROW: tl.constexpr):
+    """exp(x - m). For 16-bit x in one instruction less, which rounds m."""
+    return tl.exp2(x * LOG2_E - m * LOG2_E) if NARROW else tl.exp2((x - m) * LOG2_E)
 
 
 @triton.jit
-def store_gradients(ptr, x, m, l, target, cols, counted, inside, WIDTH: tl.constexpr):
-    p = tl.where(counted[:, None], exp(x - m[:, None]) * (1 / l)[:, None], 0.0)
-    p = tl.where((cols[None, :] == target[:, None]) & counted[:, None], p - 1, p)
-    mask = inside[:, None] & (cols < WIDTH)[None, :]
-    tl.store(ptr + cols[None, :], p.to(ptr.dtype.element_ty), mask=mask)
+def add_up(x, m, l, NARROW: tl.constexpr):
+    """Greatest logit and sum of exponentials over it, with those of a block."""
+    m_new = tl.maximum(m, tl.max(x, axis=1))
+    l = l * exp_over(m, m_new, False) + tl.sum(exp_over(x, m_new[:, None], NARROW), axis=1)
+    return m_new, l
+
+
+@triton.jit
+def probabilities(x, m, l, counted, NARROW: tl.constexpr):
+    """[ROWS, BLOCK_V]; 0 in rows that do not count."""
+    if NARROW:
+        return exp_over(x, (m + tl.log2(l) * LN2)[:, None], True)
+    return tl.where(counted[:, None], exp_over(x, m[:, None], False) * (1 / l)[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "M", "tap"])
@@ -70,30 +79,36 @@ def _cross_entropy_kernel(
     counted = inside & (target != ignore_index)
     known = (target >= 0) & (target < V)
     ptr = logits_ptr + offs * WIDTH
-    of_target = tl.load(ptr + target, mask=counted & known, other=float("nan"))
-    ptr = ptr[:, None]
+    of_target = tl.load(ptr + target, mask=counted & known, other=float("nan")).to(ACC)
+    NARROW: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
+    WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
 
     offs_v = tl.arange(0, BLOCK_V)
-    x = load_logits(ptr, offs_v, counted, V, WIDTH, ACC)
-    m = tl.maximum(tl.max(x, axis=1), -1e30)  # finite, for rows that do not count
-    l = tl.sum(exp(x - m[:, None]), axis=1)
-    for v in range(BLOCK_V, V, BLOCK_V):
-        x = load_logits(ptr, v + offs_v, counted, V, WIDTH, ACC)
-        m_new = tl.maximum(m, tl.max(x, axis=1))
-        l = l * exp(m - m_new) + tl.sum(exp(x - m_new[:, None]), axis=1)
-        m = m_new
+    m = tl.full([ROWS], -1e30, ACC)  # finite, for rows that do not count
+    l = tl.zeros([ROWS], ACC)
+    for v in range(0, WHOLE, BLOCK_V):
+        x = load_logits(ptr[:, None], v + offs_v, counted, V, True, ACC)
+        m, l = add_up(x, m, l, NARROW)
+    if WHOLE < V:
+        x = load_logits(ptr[:, None], WHOLE + offs_v, counted, V, False, ACC)
+        m, l = add_up(x, m, l, NARROW)
     l = tl.where(counted, l, 1.0)
     # not the log-sum-exp, which would round what is small beside the greatest logit
-    loss = tl.where(counted, tl.log2(l) * LN2 + (m - of_target.to(ACC)), 0.0)
+    loss = tl.where(counted, tl.log2(l) * LN2 + (m - of_target), 0.0)
     tl.store(loss_ptr + pid, tl.sum(loss))
     tl.store(count_ptr + pid, tl.sum(counted.to(tl.int32)))
     if GRADIENTS:
-        if V <= BLOCK_V:
-            store_gradients(ptr, x, m, l, target, offs_v, counted, inside, WIDTH)
-        else:
-            for v in range(0, V, BLOCK_V):
-                x = load_logits(ptr, v + offs_v, counted, V, WIDTH, ACC)
-                store_gradients(ptr, x, m, l, target, v + offs_v, counted, inside, WIDTH)
+        if WHOLE < V:
+            p = probabilities(x, m, l, counted, NARROW)
+            mask = inside[:, None] & (WHOLE + offs_v < WIDTH)[None, :]
+            tl.store(ptr[:, None] + (WHOLE + offs_v)[None, :], p, mask=mask)
+        for v in range(0, WHOLE, BLOCK_V):
+            x = load_logits(ptr[:, None], v + offs_v, counted, V, True, ACC)
+            p = probabilities(x, m, l, counted, NARROW)
+            tl.store(ptr[:, None] + (v + offs_v)[None, :], p, mask=inside[:, None])
+        tl.debug_barrier()  # what follows lies in what was just stored
+        p = probabilities(of_target[:, None], m, l, counted, NARROW)
+        tl.store(ptr[:, None] + target[:, None], p - 1, mask=(counted & known)[:, None])
 
 
 def _sizes(logits_bytes: int, rows: int, C: int) -> tuple[int, int]:
@@ -142,7 +157,7 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                     C=C, TAPS=taps, V=V, WIDTH=width,
                     ACC=tl.float64 if acc == torch.float64 else tl.float32,
                     GRADIENTS=needs_dx or needs_dweight, ROWS=tile, BLOCK_V=block,
-                    num_warps=4,
+                    num_warps=max(4, tile * block // WARP_TILE),
                 )  # fmt: skip
                 if needs_dx:
                     add_product(summed, scores, w, start=tap == 0)
@@ -196,7 +211,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, needs_dx, needs_dweight):
         total, count, dx, dweight = torch.ops.shtx.linear_cross_entropy.default(
-            x.to(dtype), weight.to(dtype), targets, ignore_index, needs_dx, needs_dweight
+            x.to(dtype), narrow(weight, dtype), targets, ignore_index, needs_dx, needs_dweight
         )
         ctx.save_for_backward(dx, dweight)
         ctx.dtypes = x.dtype, weight.dtype

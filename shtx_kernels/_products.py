@@ -1,7 +1,12 @@
-"""What ops with matrix products share: the dtype of products, and sums wider than what is added."""
+"""What ops with matrix products share: their dtype, narrow weights, sums in a wider dtype."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+_kept: dict | None = None  # within `narrow_weights_kept`
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -10,6 +15,34 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+@contextmanager
+def narrow_weights_kept(copies: dict) -> Iterator[None]:
+    """Within, a weight has one narrow copy, which goes into `copies`.
+
+    Handed in again, all copies that are there are made anew at once: of the same weights.
+    """
+    global _kept
+    with torch.no_grad():
+        if copies:
+            weights, narrow = map(list, zip(*copies.values(), strict=True))
+            torch._foreach_copy_(narrow, weights)
+    before, _kept = _kept, copies
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`."""
+    if torch.compiler.is_compiling() or weight.dtype == dtype or _kept is None:
+        return weight.to(dtype)
+    key = id(weight), dtype
+    if key not in _kept:
+        _kept[key] = weight, weight.detach().to(dtype)
+    return _kept[key][1]
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, start: bool):

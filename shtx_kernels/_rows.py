@@ -28,5 +28,5 @@ def tile(D: int, elements: int, warp_elements: int) -> dict:
         BLOCK_M=block_m,
         ROUNDS=block_d // lanes,
         LANES=lanes,
-        num_warps=max(1, block_m * block_d // warp_elements),
+        num_warps=min(32, max(1, block_m * block_d // warp_elements)),
     )

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._products import add_product, product_dtype
+from ._products import add_product, narrow, product_dtype
 from ._rows import MAX_D, columns, row_sum, tile
+from ._sums import column_sums
 
 TILE = 2048  # elements of a program's tile
 WARP_TILE = 1024  # elements of it that a warp holds
@@ -99,8 +100,7 @@ def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, nee
             add_product(dh, dp, weight, start=False)
         if needs_dweight:
             add_product(dweight, dp.T, h.to(p.dtype), start=True)
-    # in two steps: one alone has too few sums to fill a GPU
-    dbias = dp.view(shape).sum(1, dtype=acc).sum(0) if needs_dbias else dp.new_empty(0, dtype=acc)
+    dbias = column_sums(dp) if needs_dbias else dp.new_empty(0, dtype=acc)
     dh = dh.view(shape).to(h.dtype) if needs_dh else h.new_empty(0)
     return dh, dweight, dbias
 
@@ -135,7 +135,7 @@ class _HierarchicalARLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, dtype):
         ctx.dtypes = weight.dtype, bias.dtype
-        weight = weight.to(dtype)
+        weight = narrow(weight, dtype)
         total, p = torch.ops.shtx.hierarchical_ar_loss.default(h, weight, bias.to(dtype))
         ctx.save_for_backward(p, h, weight)
         return total

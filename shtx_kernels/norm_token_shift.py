@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._rows import MAX_D, columns, row_sum, tile
+from ._sums import column_sums
 
 # on an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
-TILE = 4096  # elements of a program's tile
+FWD_TILE = 4096  # elements of a program's tile
+BWD_TILE = 2048
 WARP_TILE = 1024  # elements of it that a warp holds
-BWD_PROGRAMS = 264  # each leaves a row of partial weight gradients
-SUM_ROWS = 64  # of them are added up at a time
-SUM_COLUMNS = 32
+BWD_PROGRAMS = 528  # each leaves a row of partial weight gradients
+STAGES = 2  # tiles of a program under way in backward
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _norm_token_shift_bwd_kernel(
     stride_rb, stride_rm, stride_drb, stride_drm, stride_dyb, stride_dym,
     M, lag, tiles, total, share,
     D: tl.constexpr, KEPT: tl.constexpr, LAYER: tl.constexpr, HAS_DR: tl.constexpr,
-    HAS_DBRANCH: tl.constexpr,
+    HAS_DBRANCH: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -93,7 +94,7 @@ def _norm_token_shift_bwd_kernel(
     dgamma = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
     dbeta = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
 
-    for i in range(pid * share, tl.minimum((pid + 1) * share, total)):
+    for i in tl.range(pid * share, tl.minimum((pid + 1) * share, total), num_stages=STAGES):
         pid_b = i // tiles
         offs_m = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
         src_m = offs_m - tl.where(offs_d < KEPT, 0, lag)  # [BLOCK_M, ROUNDS, LANES]
@@ -124,39 +125,22 @@ def _norm_token_shift_bwd_kernel(
         if HAS_DBRANCH:
             tl.store(dbranch_ptr + offs_x, dx, mask=mask_s)
 
-    offs_w = pid * D + offs_d
+    offs_w = pid * (2 * D if LAYER else D) + offs_d
     tl.store(dweight_ptr + offs_w, tl.sum(dgamma, axis=0, keep_dims=True), mask=mask_d)
     if LAYER:
-        offs_w += tl.num_programs(0) * D
-        tl.store(dweight_ptr + offs_w, tl.sum(dbeta, axis=0, keep_dims=True), mask=mask_d)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _norm_token_shift_sum_kernel(
-    partial_ptr, dweight_ptr, rows, D,
-    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Columns of partial (1 | 2, rows, D), added up in a fixed order."""
-    offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    which = tl.program_id(1).to(tl.int64)
-    partial_ptr += which * rows * D
-    total = tl.zeros([BLOCK_R, BLOCK_D], dtype=ACC)
-    for row in range(0, rows, BLOCK_R):
-        offs_r = row + tl.arange(0, BLOCK_R)[:, None]
-        mask = (offs_r < rows) & (offs_d < D)[None, :]
-        total += tl.load(partial_ptr + offs_r * D + offs_d[None, :], mask=mask, other=0.0)
-    tl.store(dweight_ptr + which * D + offs_d, tl.sum(total, axis=0), mask=offs_d < D)
+        dbeta = tl.sum(dbeta, axis=0, keep_dims=True)
+        tl.store(dweight_ptr + offs_w + D, dbeta, mask=mask_d)
 
 
 @lru_cache
-def _constants(D: int, dtype: torch.dtype) -> dict:
+def _constants(D: int, dtype: torch.dtype, elements: int) -> dict:
     """What both kernels are compiled for."""
     return dict(
         D=D,
         KEPT=(D + 1) // 2,
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
         enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
-        **tile(D, TILE, WARP_TILE),
+        **tile(D, elements, WARP_TILE),
     )
 
 
@@ -166,7 +150,7 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel():
         b = x if branch is None else branch
-        lag, constants = min(dilation, M), _constants(D, x.dtype)
+        lag, constants = min(dilation, M), _constants(D, x.dtype, FWD_TILE)
         tiles = triton.cdiv(M + lag, constants["BLOCK_M"])  # of a sequence's rows of s and its end
         with torch.cuda.device_of(x):
             _norm_token_shift_fwd_kernel[(B * tiles,)](
@@ -181,13 +165,12 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     B, M, D = r.shape
     dx = r.new_empty(r.shape)
     dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
-    lag, constants = min(dilation, M), _constants(D, r.dtype)
+    lag, constants = min(dilation, M), _constants(D, r.dtype, BWD_TILE)
     tiles = triton.cdiv(M + lag, constants["BLOCK_M"])
     share = triton.cdiv(B * tiles, BWD_PROGRAMS)
     programs = triton.cdiv(B * tiles, max(1, share))
     acc = torch.promote_types(r.dtype, torch.float32)
-    partial = r.new_empty((2 if layer else 1, programs, D), dtype=acc)
-    dweight = gamma.new_empty((2 if layer else 1, D))
+    partial = r.new_empty((programs, 2 if layer else 1, D), dtype=acc)
     if dx.numel():
         d = dy if dr is None else dr
         with torch.cuda.device_of(r):
@@ -195,15 +178,11 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
                 r, gamma, d, dy, dx, dbranch, partial,
                 r.stride(0), r.stride(1), d.stride(0), d.stride(1), dy.stride(0), dy.stride(1),
                 M, lag, tiles, B * tiles, share,
-                LAYER=layer, HAS_DR=dr is not None, HAS_DBRANCH=dbranch.numel() > 0, **constants,
+                LAYER=layer, HAS_DR=dr is not None, HAS_DBRANCH=dbranch.numel() > 0,
+                STAGES=STAGES, **constants,
             )  # fmt: skip
-            _norm_token_shift_sum_kernel[(triton.cdiv(D, SUM_COLUMNS), len(dweight))](
-                partial, dweight, programs, D,
-                ACC=constants["ACC"], BLOCK_R=SUM_ROWS, BLOCK_D=SUM_COLUMNS, num_warps=4,
-            )  # fmt: skip
-    else:
-        dweight.zero_()
-    return dx, dbranch, dweight
+    dweight = column_sums(partial.flatten(1)).view(partial.shape[1:])
+    return dx, dbranch, dweight.to(gamma.dtype)
 
 
 torch.library.define(

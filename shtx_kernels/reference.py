@@ -17,6 +17,7 @@ __all__ = [
     "hierarchical_ar_loss",
     "hierarchical_cat",
     "hierarchical_merge",
+    "linear",
     "linear_cross_entropy",
     "norm_token_shift",
     "reconstruction_loss",
@@ -128,6 +129,11 @@ def rotary_attention(
 
 
 # products
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T for x (B, M, D), weight (D_out, D)."""
+    return F.linear(x, weight)
 
 
 def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from benchmarks import (
     bench_generate,
     bench_hierarchical_ar_loss,
     bench_hierarchical_merge,
+    bench_linear,
     bench_linear_cross_entropy,
     bench_model,
     bench_norm_token_shift,
@@ -211,6 +212,13 @@ def test_feed_forward_is_counted_in_flops(provider):
     assert row["flops"] == 3 * 2 * 2 * (16 * 16 * 64) and row["ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["fused", "reference", "cublas"])
+def test_linear_is_counted_in_flops(provider):
+    shape = shapes.LevelShape("C", 2, 8, 16, 1)
+    row = row_of(bench_linear.bench_linear, shape=shape, provider=provider)
+    assert row["flops"] == 3 * 2 * (16 * 16 * 48) and row["ms"] > 0
+
+
 @pytest.mark.parametrize("provider", ["reference", "cublas"])
 def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
     """At the rates of the levels: 64 tokens of one, 8 of the other."""
@@ -273,6 +281,7 @@ def test_every_op_has_its_providers():
         bench_causal_compress,
         bench_feed_forward,
         bench_hierarchical_merge,
+        bench_linear,
         bench_linear_cross_entropy,
         bench_reconstruction_loss,
     ):

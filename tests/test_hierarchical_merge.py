@@ -254,8 +254,9 @@ def test_registration(levels, batch):
     branches = [xs[0], *[None] * (len(xs) - 1)]
     args = xs, strides, *weights, b_out, branches
     torch.library.opcheck(forward, args)
-    _, gs, z, norm, merged = forward(*args)
-    args = xs, strides, *weights, gs, z, norm, branches, merged.flatten(0, 1)
+    side_by_side, w, z, norm, merged = forward(*args)
+    args = xs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, branches
+    args = *args, merged.flatten(0, 1)
     for needs in [(True, True, True), (False, True, False)]:
         narrow = [needs[0], *[False] * (len(xs) - 1)]
         torch.library.opcheck(backward, (*args, torch.float16, narrow, *needs))

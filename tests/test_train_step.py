@@ -114,6 +114,18 @@ def test_steps_are_those_of_the_plain_loop(precision, grad_clip, cuda_graph):
     assert_same((ours, optimizer), (plain, plain_optimizer))
 
 
+def test_narrow_copies_of_weights_are_of_this_step():
+    ours, plain = (build(impl="fused") for _ in range(2))
+    step = TrainStep(ours, adamw(ours), precision="bf16-mixed", accumulate=2)
+    eager = TrainStep(plain, adamw(plain), precision="bf16-mixed", accumulate=2)
+    for n in range(3):
+        eager._narrow_weights.clear()
+        step(draw(n))
+        eager(draw(n))
+    assert len(step._narrow_weights) >= 10
+    assert_same_parameters(ours, plain)
+
+
 def test_bf16_parameters():
     ours, plain = build().bfloat16(), build().bfloat16()
     optimizer, plain_optimizer = adamw(ours), adamw(plain)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._products import product_dtype
+from .._products import narrow, product_dtype
 from .kernels import taps_first, taps_inside
 from .paths import causal_compress_bwd, causal_compress_fwd, new_outputs, uses_table
 
@@ -72,7 +72,7 @@ class _CausalCompress(torch.autograd.Function):
     def forward(ctx, ids, embedding, w_conv, b_conv, w_out, b_out, stride, dtype, table):
         ctx.dtypes = [t.dtype for t in (embedding, w_conv, b_conv, w_out, b_out)]
         ctx.stride, ctx.table, ctx.w_shape = stride, table, w_out.shape
-        embedding, w_out = embedding.to(dtype), w_out.flatten(1).to(dtype)
+        embedding, w_out = narrow(embedding, dtype), narrow(w_out, dtype).flatten(1)
         taps = torch.ops.shtx.causal_compress_taps.default(w_conv, dtype, table)
         y, source = torch.ops.shtx.causal_compress.default(
             ids, embedding, taps, b_conv, w_out, b_out, stride, table

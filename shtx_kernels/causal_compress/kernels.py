@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sums import column_sums
+
 TILE = dict(BLOCK_R=16, num_warps=4)
 COLUMNS = 256  # of a tile at most
 ONE_HOT_TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
@@ -141,7 +143,7 @@ def activate_backward(source, ids, b_conv, da, M: int, stride: int, taps: int, r
             source, ids, b_conv, da, du, dbias, N, M, R,
             STRIDE=stride, C=taps, J=J, ROWS=rows, **tile,
         )  # fmt: skip
-    return du.flatten(0, 1), dbias.sum(dim=0)
+    return du.flatten(0, 1), column_sums(dbias)
 
 
 def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._products import add_product
+from .._sums import column_sums
 from .kernels import activate, activate_backward, one_hot, taps_last
 
 
@@ -76,7 +77,7 @@ def causal_compress_bwd(ids, embedding, taps, b_conv, w_out, source, dy, stride,
         add_product(dw_out, dy.T, a, start=True)
         backward = _table_backward if table else _products_backward
         dembedding, dw_conv = backward(ids, embedding, taps, du, M, stride, C, acc)
-        return dembedding, dw_conv, db_conv, dw_out, dy.sum(dim=0, dtype=acc)
+        return dembedding, dw_conv, db_conv, dw_out, column_sums(dy)
 
 
 def _table_backward(ids, embedding, taps, du, M, stride, C, acc):

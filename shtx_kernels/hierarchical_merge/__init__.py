@@ -1,37 +1,37 @@
 """Levels merged at each level's own rate.
 
     r_l[m] = x_l[m] + branch_l[m]                         level l, with a token every s_l
-    g_l[m] = gamma_l r_l[m]
-    z_s[m] = sum_l g_l[m] w_l^T                           over levels of stride s; w_in = [w_l]
+    z_s[m] = sum_l r_l[m] (w_l gamma_l)^T                 over levels of stride s; w_in = [w_l]
     |r[t]|^2 = sum_l |r_l[t // s_l]|^2
     u[t] = sqrt(D) / max(|r[t]|, 1e-12) sum_s z_s[t // s] + b_in
     merged[t] = silu(u[t]) w_out^T + b_out
 
 The one idea: the norm's scale is one number a row, so it commutes with the product, and repeating
-rows does as well. So levels are multiplied before they are normalized and repeated: those of one
-stride side by side, in one product. Nothing as wide as all levels is made at token rate for the
-strided ones. Products are cuBLAS's. Reference: reference.hierarchical_merge
+rows does as well. So levels are multiplied before they are normalized and repeated: sums of those
+of one stride are written side by side, for one product with a weight that has gamma in it. Nothing
+as wide as all levels is made at token rate for the strided ones. The gradient of the weight with
+gamma in it gives those of both. Products are cuBLAS's. Reference: reference.hierarchical_merge
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._products import product_dtype
+from .._products import narrow, product_dtype
 from .backward import _hierarchical_merge_bwd, new_gradients
-from .forward import _hierarchical_merge_fwd, new_outputs
+from .forward import _hierarchical_merge_fwd, groups_of, new_outputs
 
 torch.library.define(
     "shtx::hierarchical_merge",
     "(Tensor[] levels, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
-    " Tensor b_out, Tensor?[] branches) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)",
+    " Tensor b_out, Tensor?[] branches) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "shtx::hierarchical_merge_bwd",
-    "(Tensor[] rs, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
-    " Tensor[] gs, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout, ScalarType branch_dtype,"
-    " bool[] has_dbranch, bool needs_levels, bool needs_w_in, bool needs_w_out)"
-    " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor[] rs, Tensor[] side_by_side, int[] strides, Tensor gamma, Tensor w_in, Tensor w,"
+    " Tensor b_in, Tensor w_out, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout,"
+    " ScalarType branch_dtype, bool[] has_dbranch, bool needs_levels, bool needs_w_in,"
+    " bool needs_w_out) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("shtx::hierarchical_merge", ("CPU", "CUDA"), _hierarchical_merge_fwd)
 torch.library.impl("shtx::hierarchical_merge_bwd", ("CPU", "CUDA"), _hierarchical_merge_bwd)
@@ -39,21 +39,36 @@ torch.library.impl("shtx::hierarchical_merge_bwd", ("CPU", "CUDA"), _hierarchica
 
 @torch.library.register_fake("shtx::hierarchical_merge")
 def _(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
-    return new_outputs(levels, strides, w_in, w_out, branches)
+    return new_outputs(levels, strides, w_in, w_out)
 
 
 @torch.library.register_fake("shtx::hierarchical_merge_bwd")
 def _(
-    rs, strides, gamma, w_in, b_in, w_out, gs, z, norm, drs, dout, branch_dtype, has_dbranch,
-    needs_levels, needs_w_in, needs_w_out,
+    rs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, drs, dout, branch_dtype,
+    has_dbranch, needs_levels, needs_w_in, needs_w_out,
 ):  # fmt: skip
     dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
-    new = lambda *shape: norm.new_empty(shape)
-    dw_in, dw_out = (
-        new(*w.shape) if needed else new(0)
-        for w, needed in ((w_in, needs_w_in), (w_out, needs_w_out))
+    new = lambda needed, *shape: norm.new_empty(shape if needed else 0)
+    J, W = w_in.shape
+    dgamma, dw_in, db_in = new(needs_w_in, W), new(needs_w_in, J, W), new(True, J)
+    return (
+        dxs,
+        dbranches,
+        dgamma,
+        dw_in,
+        db_in,
+        new(needs_w_out, *w_out.shape),
+        new(True, len(w_out)),
     )
-    return dxs, dbranches, new(w_in.shape[1]), dw_in, new(len(w_in)), dw_out, new(len(w_out))
+
+
+def _apart(side_by_side: list[Tensor], levels, strides) -> list[Tensor]:
+    """Each level's part of its group: a view."""
+    parts = {}
+    for group, r in zip(groups_of(levels, strides)[1], side_by_side, strict=True):
+        widths = [levels[level].shape[-1] for level in group.levels]
+        parts |= zip(group.levels, r.split(widths, dim=-1), strict=True)
+    return [parts[level] for level in range(len(levels))]
 
 
 class _HierarchicalMerge(torch.autograd.Function):
@@ -63,15 +78,15 @@ class _HierarchicalMerge(torch.autograd.Function):
         ctx.dtypes = gamma.dtype, w_in.dtype, b_in.dtype, w_out.dtype, b_out.dtype
         ctx.branch_dtypes = [None if branch is None else branch.dtype for branch in branches]
         ctx.strides = strides
-        w_in, w_out = w_in.to(dtype), w_out.to(dtype)
-        rs, gs, z, norm, merged = torch.ops.shtx.hierarchical_merge.default(
+        w_out = narrow(w_out, dtype)
+        side_by_side, w, z, norm, merged = torch.ops.shtx.hierarchical_merge.default(
             levels, strides, gamma, w_in, b_in, w_out, b_out, branches
         )
-        kept = zip(levels, branches, rs, strict=True)
-        rs = [x if branch is None else r for x, branch, r in kept]
-        ctx.save_for_backward(gamma, w_in, b_in, w_out, z, norm, *rs, *gs)
+        rs = _apart(side_by_side, levels, strides)
+        ctx.save_for_backward(gamma, w_in, w, b_in, w_out, z, norm, *rs, *side_by_side)
         ctx.set_materialize_grads(False)
-        return *rs, merged
+        kept = zip(levels, branches, rs, strict=True)
+        return *(x if branch is None else r for x, branch, r in kept), merged
 
     @staticmethod
     @once_differentiable
@@ -83,14 +98,15 @@ class _HierarchicalMerge(torch.autograd.Function):
             pairs = zip(drs, ctx.branch_dtypes, needs_branches, strict=True)
             dbranches = [dr.to(d) if need and dr is not None else None for dr, d, need in pairs]
             return *[None] * 7, *drs, *dbranches
-        gamma, w_in, b_in, w_out, z, norm, *rest = ctx.saved_tensors
-        rs, gs = rest[:count], rest[count:]
+        gamma, w_in, w, b_in, w_out, z, norm, *rest = ctx.saved_tensors
+        rs, side_by_side = rest[:count], rest[count:]
         dtype = next(filter(None, ctx.branch_dtypes), rs[0].dtype)
         rows = dout.reshape(-1, len(w_out)).contiguous()
         dxs, narrow, *weights = torch.ops.shtx.hierarchical_merge_bwd.default(
-            rs, ctx.strides, gamma, w_in, b_in, w_out, gs, z, norm, [_rows(dr) for dr in drs],
-            rows, dtype, [need and dtype != rs[0].dtype for need in needs_branches],
-            needs[2] or any(needs[7:]), needs[3], needs[5],
+            rs, side_by_side, ctx.strides, gamma, w_in, w, b_in, w_out, z, norm,
+            [_rows(dr) for dr in drs], rows, dtype,
+            [need and dtype != rs[0].dtype for need in needs_branches],
+            any(needs[7:]), needs[2] or needs[3], needs[5],
         )  # fmt: skip
         dbranches = dxs if dtype == rs[0].dtype else narrow
         gradients = zip([*weights, *dxs, *dbranches], needs[2:], strict=True)

@@ -14,35 +14,30 @@ TOKEN_TILE = dict(columns=1024, elements=2048, num_warps=4)
 
 @triton.jit(do_not_specialize=["M", "kept", "tiles"])
 def _hierarchical_merge_level_fwd_kernel(
-    x_ptr, branch_ptr, gamma_ptr, r_ptr, g_ptr, square_ptr,
-    stride_xb, stride_xm, stride_bb, stride_bm, stride_g,
+    x_ptr, branch_ptr, r_ptr, square_ptr,
+    stride_xb, stride_xm, stride_bb, stride_bm, stride_r,
     M, kept, tiles,
     D: tl.constexpr, HAS_BRANCH: tl.constexpr, FIRST: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """r and g of a level, and |r|^2 added to that of the levels before it, of the same stride."""
+    """r of a level, and |r|^2 added to that of the levels before it, of the same group."""
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
     offs_m = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = pid_b * kept + offs_m
     squares = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
     for d in range(0, D, BLOCK_C):
         offs_d = d + tl.arange(0, BLOCK_C)
-        mask_d = offs_d < D
-        mask = (offs_m < M)[:, None] & mask_d[None, :]
+        mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
         x_ptrs = x_ptr + pid_b * stride_xb + offs_m[:, None] * stride_xm + offs_d[None, :]
         r = tl.load(x_ptrs, mask=mask, other=0.0)
         if HAS_BRANCH:
             b_ptrs = branch_ptr + pid_b * stride_bb + offs_m[:, None] * stride_bm + offs_d[None, :]
             branch = tl.load(b_ptrs, mask=mask, other=0.0)
             r = (r.to(ACC) + branch.to(ACC)).to(r_ptr.dtype.element_ty)
-            tl.store(r_ptr + (pid_b * M + offs_m)[:, None] * D + offs_d[None, :], r, mask=mask)
+        tl.store(r_ptr + (pid_b * M + offs_m)[:, None] * stride_r + offs_d[None, :], r, mask=mask)
         r = r.to(ACC)
         squares += r * r
-        g = r * tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(ACC)[None, :]
-        mask &= (offs_m < kept)[:, None]
-        tl.store(g_ptr + row[:, None] * stride_g + offs_d[None, :], g, mask=mask)
-    square = tl.sum(squares, axis=1)
+    square, row = tl.sum(squares, axis=1), pid_b * kept + offs_m
     if not FIRST:
         square += tl.load(square_ptr + row, mask=offs_m < kept, other=0.0)
     tl.store(square_ptr + row, square, mask=offs_m < kept)
@@ -96,25 +91,33 @@ def _hierarchical_merge_fwd_kernel(
 
 
 class Group(NamedTuple):
-    """The levels of one stride."""
+    """Levels of one stride and length, side by side."""
 
     stride: int
     levels: list[int]
-    tokens: int  # of each that count
+    width: int
+    tokens: int  # of each level that count
     rows: slice  # of z
 
 
 def groups_of(levels, strides) -> tuple[int, list[Group]]:
     """Tokens of the shortest level at token rate, and the groups in order of their rows."""
     N = min(x.shape[1] * stride for x, stride in zip(levels, strides, strict=True))
-    members = {}
-    for level, stride in enumerate(strides):
-        members.setdefault(stride, []).append(level)
+    members = []
+    for level in range(len(levels)):
+        kind = lambda i: (strides[i], levels[i].shape[1])
+        alike = [indices for indices in members if kind(indices[0]) == kind(level)]
+        if alike:
+            alike[0].append(level)
+        else:
+            members.append([level])
     groups, first = [], 0
-    for stride, indices in members.items():
+    for indices in members:
+        stride = strides[indices[0]]
         tokens = -(-N // stride)
         last = first + levels[0].shape[0] * tokens
-        groups.append(Group(stride, indices, tokens, slice(first, last)))
+        width = sum(levels[level].shape[-1] for level in indices)
+        groups.append(Group(stride, indices, width, tokens, slice(first, last)))
         first = last
     return N, groups
 
@@ -127,6 +130,11 @@ def columns_of(w: Tensor, dims: list[int], levels: list[int]) -> Tensor:
     return torch.cat([parts[level] for level in levels], dim=1)
 
 
+def rows_of(r: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """What a product takes of the levels of a group: (B tokens, width)."""
+    return r[:, : group.tokens].reshape(-1, group.width).to(dtype)
+
+
 def tile_of(dtype: torch.dtype, width: int, columns: int, elements: int, num_warps: int) -> dict:
     """What a kernel over rows so wide is compiled for."""
     columns = min(columns, triton.next_power_of_2(width))
@@ -134,30 +142,29 @@ def tile_of(dtype: torch.dtype, width: int, columns: int, elements: int, num_war
     return dict(ACC=acc, BLOCK_R=elements // columns, BLOCK_C=columns, num_warps=num_warps)
 
 
-def new_outputs(levels, strides, w_in, w_out, branches) -> tuple:
-    """Uninitialised: rs (of 0 elements without a branch), the g of each group, z, norm, merged."""
-    B, (N, groups) = levels[0].shape[0], groups_of(levels, strides)
-    widths = [sum(levels[level].shape[-1] for level in group.levels) for group in groups]
+def new_outputs(levels, strides, w_in, w_out) -> tuple:
+    """Uninitialised: the levels of each group side by side, w_in gamma, z, norm, merged."""
+    x, B, (N, groups) = levels[0], levels[0].shape[0], groups_of(levels, strides)
     return (
-        [x.new_empty(0 if b is None else x.shape) for x, b in zip(levels, branches, strict=True)],
-        [w_in.new_empty(B * group.tokens, D) for group, D in zip(groups, widths, strict=True)],
-        w_in.new_empty(groups[-1].rows.stop, len(w_in)),
-        levels[0].new_empty(B, N, dtype=torch.promote_types(levels[0].dtype, torch.float32)),
+        [x.new_empty(B, levels[group.levels[0]].shape[1], group.width) for group in groups],
+        w_out.new_empty(w_in.shape),
+        w_out.new_empty(groups[-1].rows.stop, len(w_in)),
+        x.new_empty(B, N, dtype=torch.promote_types(x.dtype, torch.float32)),
         w_out.new_empty(B, N, len(w_out)),
     )
 
 
 def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
-    rs, gs, z, norm, merged = new_outputs(levels, strides, w_in, w_out, branches)
+    rs, w, z, norm, merged = new_outputs(levels, strides, w_in, w_out)
     (B, N), J, acc, dims = norm.shape, len(w_in), norm.dtype, [x.shape[-1] for x in levels]
     _, groups = groups_of(levels, strides)
-    square, a = norm.new_empty(len(z)), w_in.new_empty(B * N, J)
-    gammas = gamma.split(dims)
+    square, a = norm.new_empty(len(z)), w.new_empty(B * N, J)
+    torch.mul(w_in, gamma, out=w)
     # autocast would narrow the products of wider numbers
     with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
-        for group, g in zip(groups, gs, strict=True):
-            parts = g.split([dims[level] for level in group.levels], dim=1)
-            for level, part in zip(group.levels, parts, strict=True):
+        for group, side_by_side in zip(groups, rs, strict=True):
+            parts = side_by_side.split([dims[level] for level in group.levels], dim=2)
+            for level, r in zip(group.levels, parts, strict=True):
                 x, branch = levels[level], branches[level]
                 if not x.numel():
                     continue
@@ -165,12 +172,13 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
                 tile = tile_of(acc, D, **LEVEL_TILE)
                 tiles = triton.cdiv(M, tile["BLOCK_R"])
                 _hierarchical_merge_level_fwd_kernel[(B * tiles,)](
-                    x, b, gammas[level], rs[level], part, square[group.rows],
-                    x.stride(0), x.stride(1), b.stride(0), b.stride(1), part.stride(0),
+                    x, b, r, square[group.rows],
+                    x.stride(0), x.stride(1), b.stride(0), b.stride(1), r.stride(1),
                     M, group.tokens, tiles,
                     D=D, HAS_BRANCH=branch is not None, FIRST=level == group.levels[0], **tile,
                 )  # fmt: skip
-            torch.mm(g, columns_of(w_in, dims, group.levels).T, out=z[group.rows])
+            columns = columns_of(w, dims, group.levels)
+            torch.mm(rows_of(side_by_side, group, z.dtype), columns.T, out=z[group.rows])
         if a.numel():
             tile = tile_of(acc, J, **TOKEN_TILE)
             tiles = triton.cdiv(N, tile["BLOCK_R"])
@@ -179,4 +187,4 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
                 WIDTH=sum(dims), J=J, STRIDES=tuple(group.stride for group in groups), **tile,
             )  # fmt: skip
         torch.addmm(b_out.to(a.dtype), a, w_out.T, out=merged.view(B * N, len(w_out)))
-    return rs, gs, z, norm, merged
+    return rs, w, z, norm, merged

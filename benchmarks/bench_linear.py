@@ -1,0 +1,29 @@
+"""linear, forward and backward, at the width of queries, keys and values: FLOPs against cuBLAS's.
+
+As a block of the configuration calls it under autocast: narrow rows, an fp32 weight.
+"""
+
+import torch
+
+import shtx_kernels
+from benchmarks.products import measure
+from benchmarks.timing import DEVICE, DTYPE
+from shtx_kernels import reference
+
+OPS = {
+    "fused": getattr(shtx_kernels, "linear", None),
+    "reference": reference.linear,
+    "reference-compiled": torch.compile(reference.linear),
+    "cublas": None,
+}
+
+
+def bench_linear(benchmark, shape, provider):
+    _, B, M, D, _ = shape
+
+    def draw():
+        x = torch.randn(B, M, D, dtype=DTYPE, device=DEVICE, requires_grad=True)
+        weight = torch.randn(3 * D, D, device=DEVICE, requires_grad=True)
+        return [x, weight], torch.randn(B, M, 3 * D, dtype=DTYPE, device=DEVICE)
+
+    measure(benchmark, provider, OPS, [(B * M, D, 3 * D)], draw)

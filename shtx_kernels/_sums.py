@@ -1,0 +1,45 @@
+"""Sums of columns in a fixed order, as gradients of biases are."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ALONE = 512  # rows that one program adds up, at most
+PROGRAMS = 64  # of a column of more rows, whose sums are added up in turn
+TILE = dict(BLOCK_R=32, BLOCK_C=64, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def _column_sums_kernel(
+    x_ptr, out_ptr, rows, share, D, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """out (programs, D) of x (rows, D): of `share` rows a program."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
+    end = tl.minimum((pid + 1) * share, rows)
+    for row in range(pid * share, end, BLOCK_R):
+        offs_r = row + tl.arange(0, BLOCK_R)[:, None]
+        mask = (offs_r < end) & (offs_d < D)[None, :]
+        total += tl.load(x_ptr + offs_r * D + offs_d[None, :], mask=mask, other=0.0).to(ACC)
+    tl.store(out_ptr + pid * D + offs_d, tl.sum(total, axis=0), mask=offs_d < D)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """(D,) of contiguous (rows, D), in fp32 or wider."""
+    rows, D = x.shape
+    acc = torch.promote_types(x.dtype, torch.float32)
+    if not x.numel():
+        return x.new_zeros(D, dtype=acc)
+    block, columns = TILE["BLOCK_R"], triton.cdiv(D, TILE["BLOCK_C"])
+    constants = dict(ACC=tl.float64 if acc == torch.float64 else tl.float32, **TILE)
+    share = rows if rows <= ALONE else triton.cdiv(rows, PROGRAMS * block) * block
+    with torch.cuda.device_of(x):
+        while True:
+            programs = triton.cdiv(rows, share)
+            out = x.new_empty(programs, D, dtype=acc)
+            _column_sums_kernel[(programs, columns)](x, out, rows, share, D, **constants)
+            if programs == 1:
+                return out[0]
+            x, rows, share = out, programs, programs

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+
+from shtx_kernels import linear, reference
+
+CASES = [(1, 1, 1, 1), (2, 9, 16, 48), (3, 7, 37, 11)]  # B, M, D, D_out
+
+
+def draw(B, M, D, D_out):
+    torch.manual_seed(0)
+    return torch.randn(B, M, D, device=DEVICE), torch.randn(D_out, D, device=DEVICE) * D**-0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, dtype):
+    assert_as_accurate(linear, reference.linear, draw(*case), dtype)
+
+
+def test_gradcheck():
+    inputs = [t.double().requires_grad_() for t in draw(2, 3, 4, 5)]
+    assert torch.autograd.gradcheck(linear, inputs)
+
+
+@pytest.mark.parametrize("B, M", [(0, 4), (2, 0)])
+def test_no_tokens(B, M):
+    inputs = draw(B, M, 8, 6)
+    y, *gradients = forward_backward(linear, inputs, torch.float32)
+    assert y.shape == (B, M, 6)
+    for gradient, t in zip(gradients, inputs, strict=True):
+        assert gradient.shape == t.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("wanted", range(2))
+def test_one_gradient_alone(wanted):
+    inputs = draw(2, 9, 16, 24)
+    args = [t.clone().requires_grad_() for t in inputs]
+    y = linear(*args)
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, args, dy)
+    inputs[wanted].requires_grad_()
+    (alone,) = torch.autograd.grad(linear(*inputs), inputs[wanted], dy)
+    assert torch.equal(alone, gradients[wanted])
+
+
+def test_strided_inputs():
+    x, weight = draw(2, 9, 16, 24)
+    wide = torch.randn(2, 19, 32, device=DEVICE)
+    wide[:, 1::2, 8:24] = x
+    y = linear(x, weight)
+    for same in (wide[:, 1::2, 8:24], x.mT.contiguous().mT):
+        assert torch.equal(linear(same, weight), y)
+    assert torch.equal(linear(x, weight.T.contiguous().T), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_narrows_the_products_and_not_the_gradient_of_the_weight(dtype, x_dtype):
+    x, weight = draw(2, 300, 32, 24)
+    inputs = [t.requires_grad_() for t in (x.to(x_dtype), weight)]
+    with torch.autocast(DEVICE, dtype):
+        y, twin = linear(*inputs), reference.linear(*inputs)
+    assert y.dtype == twin.dtype == dtype and torch.equal(y, twin)
+    dy = torch.randn_like(y)
+    dx, dweight = torch.autograd.grad(y, inputs, dy)
+    assert dx.dtype == x_dtype and dweight.dtype == torch.float32
+    exact = dy.flatten(0, 1).double().T @ inputs[0].detach().to(dtype).flatten(0, 1).double()
+    assert (dweight - exact).norm() < 1e-5 * exact.norm()  # a rounded one is 1e-4 off at least
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.randn(2, 8)), r"x must be \(B, M, D\), got \(2, 8\)"),
+        (dict(weight=torch.randn(32, 4)), r"weight must be \(D_out, 8\) on .*, got \(32, 4\) on"),
+        (dict(weight=torch.randn(8)), r"weight must be \(D_out, 8\) on .*, got \(8,\) on"),
+    ],
+)
+def test_bad_input(change, message):
+    good = dict(x=torch.randn(2, 3, 8), weight=torch.randn(32, 8))
+    with pytest.raises(ValueError, match=message):
+        linear(**{name: t.to(DEVICE) for name, t in (good | change).items()})
+
+
+def test_compiles_whole():
+    inputs = [t.requires_grad_() for t in draw(2, 20, 16, 24)]
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(linear, fullgraph=True, backend=backend)
+    gradients = (torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (compiled, linear))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck():
+    x, weight = draw(2, 5, 8, 6)
+    torch.library.opcheck(torch.ops.shtx.linear.default, (x, weight))
+    dy = torch.randn(2, 5, 6, device=DEVICE)
+    for needs in ((True, True), (False, True)):
+        torch.library.opcheck(torch.ops.shtx.linear_bwd.default, (dy, x, weight, *needs))
+
+
+@pytest.mark.gpu  # other bits would come of the order that programs end in
+def test_repeats_to_the_bit_in_a_cuda_graph():
+    x, weight = draw(4, 700, 256, 768)
+    inputs = [x.bfloat16().requires_grad_(), weight.requires_grad_()]
+
+    def run():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = linear(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, y.detach())]
+
+    graph, captured = graphed(run)
+    for _ in range(20):
+        graph.replay()
+        assert all(map(torch.equal, captured, run()))
