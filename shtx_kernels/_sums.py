@@ -7,7 +7,7 @@ from torch import Tensor
 
 ALONE = 512  # rows that one program adds up, at most
 PROGRAMS = 64  # of a column of more rows, whose sums are added up in turn
-TILE = dict(BLOCK_R=32, BLOCK_C=64, num_warps=4)
+TILE = dict(BLOCK_R=32, BLOCK_C=32, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])

@@ -25,10 +25,11 @@ from ._sums import column_sums
 
 # on an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
 FWD_TILE = 4096  # elements of a program's tile
-BWD_TILE = 2048
+BWD_TILE = 1024
 WARP_TILE = 1024  # elements of it that a warp holds
-BWD_PROGRAMS = 528  # each leaves a row of partial weight gradients
-STAGES = 2  # tiles of a program under way in backward
+BWD_PROGRAMS = 1056  # each leaves a row of partial weight gradients
+STAGES = 3  # tiles of a program under way in backward, where rows are wide
+WIDE = 512
 
 
 @triton.jit
@@ -179,7 +180,7 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
                 r.stride(0), r.stride(1), d.stride(0), d.stride(1), dy.stride(0), dy.stride(1),
                 M, lag, tiles, B * tiles, share,
                 LAYER=layer, HAS_DR=dr is not None, HAS_DBRANCH=dbranch.numel() > 0,
-                STAGES=STAGES, **constants,
+                STAGES=STAGES if D >= WIDE else 1, **constants,
             )  # fmt: skip
     dweight = column_sums(partial.flatten(1)).view(partial.shape[1:])
     return dx, dbranch, dweight.to(gamma.dtype)

@@ -20,10 +20,13 @@ from .forward import (
     tile_of,
 )
 
-TOKEN_TILE = 2048  # elements of a program's tile
-WARP_TILE = 1024  # elements of it that a warp holds
-PROGRAMS = 528  # at token rate, each of which leaves a row of partial sums
-STAGES = 2  # tiles of each that are under way
+# at token rate, up to a width J: elements of a program's tile, those that a warp holds, and
+# programs, each of which leaves a row of partial sums; on an H200 the fastest of 11
+TOKEN_TILES = (
+    (512, (1024, 512, 1056)),
+    (1024, (1024, 1024, 1056)),
+    (float("inf"), (4096, 1024, 264)),
+)
 WEIGHT_TILE = dict(BLOCK_R=32, BLOCK_C=128, num_warps=4)
 STEP = 16  # tokens of a level token, of which more are added up in steps
 
@@ -31,7 +34,7 @@ STEP = 16  # tokens of a level token, of which more are added up in steps
 @triton.jit(do_not_specialize=["B", "N", "tiles", "total", "share"])
 def _hierarchical_merge_bwd_kernel(
     z_ptr, norm_ptr, bias_ptr, da_ptr, dz_ptr, slope_ptr, dbias_ptr, B, N, tiles, total, share,
-    WIDTH: tl.constexpr, J: tl.constexpr, STRIDES: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, J: tl.constexpr, STRIDES: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """a over da (B, N, J), dz at token rate, slope (B, N), by which r adds to its gradient, and the
@@ -41,7 +44,7 @@ def _hierarchical_merge_bwd_kernel(
     mask_j = offs_j < J
     bias = tl.load(bias_ptr + offs_j, mask=mask_j, other=0.0).to(ACC)
     dbias = tl.zeros([BLOCK_M, ROUNDS, LANES], dtype=ACC)
-    for i in tl.range(pid * share, tl.minimum((pid + 1) * share, total), num_stages=STAGES):
+    for i in range(pid * share, tl.minimum((pid + 1) * share, total)):
         pid_b = i // tiles
         offs_t = i % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
         row, inside = pid_b * N + offs_t, offs_t < N
@@ -158,9 +161,10 @@ def _hierarchical_merge_bwd(
     _, groups = groups_of(rs, strides)
     acc = norm.dtype
     dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
-    token_tile = tile(J, TOKEN_TILE, WARP_TILE)
+    elements, warp_elements, most = next(sizes for width, sizes in TOKEN_TILES if J <= width)
+    token_tile = tile(J, elements, warp_elements)
     tiles = triton.cdiv(N, token_tile["BLOCK_M"])
-    share = triton.cdiv(B * tiles, PROGRAMS)
+    share = triton.cdiv(B * tiles, most)
     programs = triton.cdiv(B * tiles, max(1, share))
     ACC = tl.float64 if acc == torch.float64 else tl.float32
     dw_in, dw_out, dgamma = (norm.new_empty(0) for _ in range(3))
@@ -172,7 +176,7 @@ def _hierarchical_merge_bwd(
         if a.numel():
             _hierarchical_merge_bwd_kernel[(programs,)](
                 z, norm, b_in, a, dz, slope, db_in, B, N, tiles, B * tiles, share,
-                WIDTH=W, J=J, STRIDES=tuple(group.stride for group in groups), STAGES=STAGES,
+                WIDTH=W, J=J, STRIDES=tuple(group.stride for group in groups),
                 ACC=ACC, **token_tile,
             )  # fmt: skip
         if needs_w_out:

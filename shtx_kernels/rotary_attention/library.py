@@ -131,7 +131,7 @@ def backward(classes, table, out, lse, dout, dilation: int, xpos: bool, scale: f
     """dqkv (B, M, 3 H E)"""
     _, _, n, heads, _ = classes.shape
     B, M, K = out.shape
-    dout, out = (by_class(t, dilation, heads).contiguous() for t in (dout, out))
+    dout, out = (by_class(t, dilation, heads) for t in (dout, out))  # views of a single sequence
     seed = classes.new_empty(2, dtype=torch.uint64)  # of dropout, which there is none of
     with deterministic():
         gradients = torch.ops.aten._flash_attention_backward.default(
