@@ -28,6 +28,7 @@ PROVIDERS = {
         *OURS,
         *("flex", "flash-window", "sdpa-flash", "sdpa-cudnn", "local-mha"),
     ),
+    "token_embedding": OURS,
     "model": (
         *FLOORS,
         *OURS,

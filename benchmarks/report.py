@@ -24,6 +24,7 @@ SHAPES = {
     "norm_token_shift": "shape B x M x D",
     "reconstruction_loss": "shape T x D x V x C",
     "rotary_attention": "shape B x M x H x E",
+    "token_embedding": "config",
 }
 COLORS = {"floor": "tab:gray", "floor-folded": "tab:gray", "fused": "tab:orange"}
 FIELDS = {"machine", "copy_gb_per_s", "matmul_tflop_per_s", "small_shapes", "date", "rows"}
@@ -174,6 +175,7 @@ PRODUCTS = {  # what cuBLAS is measured on
     "linear": "to a width of 3 D",
     "linear_cross_entropy": "with all logits in memory",
     "reconstruction_loss": "with all logits in memory",
+    "token_embedding": "of every token",
 }
 LINES = {"model": model_line, "generate": generate_line} | dict.fromkeys(PRODUCTS, products_line)
 

@@ -63,7 +63,7 @@ class Compress(Module):
 
     def forward(self, ids: Tensor, embedding: Tensor, ops: SimpleNamespace) -> Tensor:
         if self.level.compress == 1:
-            return self.compress_fn(nn.functional.embedding(ids, embedding))
+            return ops.token_embedding(ids, embedding, getattr(self.compress_fn, "weight", None))
         conv, out = self.compress_fn[1].conv, self.compress_fn[3]
         return ops.causal_compress(
             ids, embedding, conv.weight, conv.bias, out.weight, out.bias, stride=self.level.stride

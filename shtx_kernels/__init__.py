@@ -20,6 +20,7 @@ if find_spec("triton"):  # without it the reference is all there is
     from .norm_token_shift import norm_token_shift
     from .reconstruction_loss import reconstruction_loss
     from .rotary_attention import rotary_attention
+    from .token_embedding import token_embedding
 
     __all__ += [
         "causal_compress",
@@ -31,4 +32,5 @@ if find_spec("triton"):  # without it the reference is all there is
         "norm_token_shift",
         "reconstruction_loss",
         "rotary_attention",
+        "token_embedding",
     ]

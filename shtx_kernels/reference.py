@@ -22,6 +22,7 @@ __all__ = [
     "norm_token_shift",
     "reconstruction_loss",
     "rotary_attention",
+    "token_embedding",
 ]
 
 
@@ -185,6 +186,12 @@ def hierarchical_merge(
     x = hierarchical_cat(levels, strides)
     x = rms_norm(_widen(x), gamma).to(x.dtype)
     return levels, F.linear(F.silu(F.linear(x, w_in, b_in)), w_out, b_out)
+
+
+def token_embedding(ids: Tensor, embedding: Tensor, weight: Tensor | None = None) -> Tensor:
+    """(B, N, D), or a linear layer of it: ids (B, N), embedding (V, D), weight (D_out, D)."""
+    x = F.embedding(ids, embedding)
+    return x if weight is None else F.linear(x, weight)
 
 
 # losses

@@ -40,6 +40,10 @@ RESULTS = {
         },
         {"bench": "hierarchical_merge", "config": "B", "provider": "fused", "commit": "abc"}
         | {"ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
+        {"bench": "linear", "provider": "fused", "commit": "abc"}
+        | {"shape": "1 x 2 x 3", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
+        {"bench": "token_embedding", "config": "B", "provider": "fused", "commit": "abc"}
+        | {"ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
         {"bench": "linear_cross_entropy", "provider": "fused", "commit": "abc"}
         | {"shape": "64 x 16 x 50 x 1", "ms": 0.4, "flops": 100_000_000, "extra_mib": 12.0},
         {"bench": "linear_cross_entropy", "provider": "cublas", "commit": "abc"}

@@ -9,7 +9,6 @@ from .._sums import column_sums
 
 TILE = dict(BLOCK_R=16, num_warps=4)
 COLUMNS = 256  # of a tile at most
-ONE_HOT_TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
 TAPS_ELEMENTS = 8192  # of a tile of weights
 
 
@@ -78,23 +77,6 @@ def _causal_compress_bwd_kernel(
     tl.store(dbias_ptr + pid * J + offs_j, tl.sum(du, axis=0), mask=offs_j < J)
 
 
-@triton.jit(do_not_specialize=["N", "M", "R", "V", "width"])
-def _causal_compress_one_hot_kernel(
-    ids_ptr, out_ptr, N, M, R, V, width,
-    STRIDE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """out (V, C, width): 1 where tap k of level token r reads id v."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    k = tl.program_id(2).to(tl.int64)
-    position = row % M * STRIDE + (k - C + 1)
-    known = (row < R) & (position >= 0)
-    ids = tl.load(ids_ptr + row // M * N + position, mask=known, other=-1)
-    out = (ids[None, :] == v[:, None]).to(out_ptr.dtype.element_ty)
-    mask = (v < V)[:, None] & (row < R)[None, :]
-    tl.store(out_ptr + (v * C + k)[:, None] * width + row[None, :], out, mask=mask)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _causal_compress_taps_kernel(
     w_ptr, taps_ptr, rows, stride_j, stride_c,
@@ -144,17 +126,6 @@ def activate_backward(source, ids, b_conv, da, M: int, stride: int, taps: int, r
             STRIDE=stride, C=taps, J=J, ROWS=rows, **tile,
         )  # fmt: skip
     return du.flatten(0, 1), column_sums(dbias)
-
-
-def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:
-    """(V C, B M), whose rows are apart by a multiple of 16, as cuBLAS likes them."""
-    R = len(ids) * M
-    out = torch.empty(V * taps, -(-R // 16) * 16, dtype=dtype, device=ids.device)
-    grid = triton.cdiv(R, ONE_HOT_TILE["BLOCK_R"]), triton.cdiv(V, ONE_HOT_TILE["BLOCK_V"]), taps
-    _causal_compress_one_hot_kernel[grid](
-        ids, out, ids.shape[1], M, R, V, out.shape[1], STRIDE=stride, C=taps, **ONE_HOT_TILE
-    )
-    return out[:, :R]
 
 
 def _copy_taps(w: Tensor, taps: Tensor, stride_j: int, stride_c: int, to_taps: bool):

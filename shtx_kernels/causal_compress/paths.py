@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from .._one_hot import one_hot
 from .._products import add_product
 from .._sums import column_sums
-from .kernels import activate, activate_backward, one_hot, taps_last
+from .kernels import activate, activate_backward, taps_last
 
 
 def uses_table(V: int, D: int, rows: int) -> bool:

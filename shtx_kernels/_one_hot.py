@@ -1,0 +1,36 @@
+"""The one-hot matrix of ids, whose product with rows adds them up by id, in one order always."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["N", "M", "R", "V", "width"])
+def _one_hot_kernel(
+    ids_ptr, out_ptr, N, M, R, V, width,
+    STRIDE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out (V, C, width): 1 where tap k of level token r reads id v."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    k = tl.program_id(2).to(tl.int64)
+    position = row % M * STRIDE + (k - C + 1)
+    known = (row < R) & (position >= 0)
+    ids = tl.load(ids_ptr + row // M * N + position, mask=known, other=-1)
+    out = (ids[None, :] == v[:, None]).to(out_ptr.dtype.element_ty)
+    mask = (v < V)[:, None] & (row < R)[None, :]
+    tl.store(out_ptr + (v * C + k)[:, None] * width + row[None, :], out, mask=mask)
+
+
+def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:
+    """(V C, B M), whose rows are apart by a multiple of 16, as cuBLAS likes them."""
+    R = len(ids) * M
+    out = torch.empty(V * taps, -(-R // 16) * 16, dtype=dtype, device=ids.device)
+    grid = triton.cdiv(R, TILE["BLOCK_R"]), triton.cdiv(V, TILE["BLOCK_V"]), taps
+    _one_hot_kernel[grid](
+        ids, out, ids.shape[1], M, R, V, out.shape[1], STRIDE=stride, C=taps, **TILE
+    )
+    return out[:, :R]

@@ -1,0 +1,150 @@
+"""Token ids to the embeddings of a level that is not compressed.
+
+    y[b, n] = e[ids[b, n]]    or    e[ids[b, n]] W^T
+
+The one idea: an embedding is one of V rows. Where there are fewer of them than tokens, the linear
+layer is made of them, not of the tokens. Backward, small vocabularies sum gradients by id in a
+product with the one-hot matrix of the ids, which sums in one order always; PyTorch adds them with
+atomics. Reference: reference.token_embedding
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._one_hot import one_hot
+from ._products import add_product, narrow, product_dtype
+
+ONE_HOT = 1024  # largest vocabulary summed by a product, of 2 KiB a token at most in 16 bits
+
+
+def _rows_first(embedding: Tensor, weight: Tensor | None, ids: Tensor) -> bool:
+    """Whether the linear layer is made of the vocabulary's rows."""
+    return weight is not None and len(embedding) <= min(ONE_HOT, ids.numel())
+
+
+def _new_outputs(ids, embedding, weight) -> Tensor:
+    return embedding.new_empty(*ids.shape, embedding.shape[1] if weight is None else len(weight))
+
+
+def _token_embedding(ids, embedding, weight):
+    with torch.autocast(embedding.device.type, enabled=False):
+        if _rows_first(embedding, weight, ids):
+            return F.embedding(ids, embedding @ weight.T)
+        y = F.embedding(ids, embedding)
+        return y if weight is None else y @ weight.T
+
+
+def _sum_by_id(dy: Tensor, ids: Tensor, V: int) -> Tensor:
+    """(V, D) of dy (B, N, D), in fp32 or wider."""
+    acc = torch.promote_types(dy.dtype, torch.float32)
+    if V > ONE_HOT:
+        return torch.ops.aten.embedding_dense_backward(dy.to(acc), ids, V, -1, False)
+    total = dy.new_empty(V, dy.shape[-1], dtype=acc)
+    if not dy.numel():
+        return total.zero_()
+    with torch.cuda.device_of(dy):
+        hot = one_hot(ids, V, ids.shape[1], 1, 1, dy.dtype)
+    add_product(total, hot, dy.flatten(0, 1), start=True)
+    return total
+
+
+def _new_gradients(embedding, weight, needs_weight) -> tuple[Tensor, Tensor]:
+    """Uninitialised, in the dtype of sums; empty where not needed."""
+    acc = torch.promote_types(embedding.dtype, torch.float32)
+    dweight = embedding.new_empty(weight.shape if needs_weight else 0, dtype=acc)
+    return embedding.new_empty(embedding.shape, dtype=acc), dweight
+
+
+def _token_embedding_bwd(dy, ids, embedding, weight, needs_weight):
+    V = len(embedding)
+    dembedding, dweight = _new_gradients(embedding, weight, needs_weight)
+    with torch.autocast(dy.device.type, enabled=False):
+        if weight is None:
+            return _sum_by_id(dy, ids, V), dweight
+        if _rows_first(embedding, weight, ids):
+            d, x = _sum_by_id(dy, ids, V).to(dy.dtype), embedding
+            add_product(dembedding, d, weight, start=True)
+        else:
+            d, x = dy.flatten(0, 1), F.embedding(ids.flatten(), embedding)
+            dembedding = _sum_by_id((d @ weight).view(*ids.shape, embedding.shape[1]), ids, V)
+        if needs_weight:
+            add_product(dweight, d.T, x, start=True) if len(d) else dweight.zero_()
+    return dembedding, dweight
+
+
+torch.library.define(
+    "shtx::token_embedding", "(Tensor ids, Tensor embedding, Tensor? weight) -> Tensor"
+)
+torch.library.define(
+    "shtx::token_embedding_bwd",
+    "(Tensor dy, Tensor ids, Tensor embedding, Tensor? weight, bool needs_weight)"
+    " -> (Tensor, Tensor)",
+)
+torch.library.impl("shtx::token_embedding", ("CPU", "CUDA"), _token_embedding)
+torch.library.impl("shtx::token_embedding_bwd", ("CPU", "CUDA"), _token_embedding_bwd)
+torch.library.register_fake("shtx::token_embedding", _new_outputs)
+
+
+@torch.library.register_fake("shtx::token_embedding_bwd")
+def _(dy, ids, embedding, weight, needs_weight):
+    return _new_gradients(embedding, weight, needs_weight)
+
+
+class _TokenEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, embedding, weight, dtype):
+        ctx.dtypes = embedding.dtype, None if weight is None else weight.dtype
+        embedding = narrow(embedding, dtype)
+        weight = None if weight is None else narrow(weight, dtype)
+        ctx.save_for_backward(ids, embedding, weight)
+        return torch.ops.shtx.token_embedding.default(ids, embedding, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[1:3]
+        gradients = torch.ops.shtx.token_embedding_bwd.default(
+            dy.contiguous(), *ctx.saved_tensors, needs[1]
+        )
+        triples = zip(gradients, ctx.dtypes, needs, strict=True)
+        return None, *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
+
+
+def token_embedding(ids: Tensor, embedding: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Rows of an embedding, or what a linear layer makes of them.
+
+    Under autocast, what is returned is in its dtype, else in that of the embedding; gradients are
+    summed in fp32 (fp64 for fp64). That ids are in range is not checked: it would wait for the
+    device.
+
+    Args:
+        ids: (B, N) int64 in [0, V).
+        embedding: (V, D).
+        weight: (D_out, D), of the dtype of embedding, or None.
+
+    Returns:
+        (B, N, D_out), or (B, N, D) without a weight.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device is not as above.
+
+    Source: torch.nn.functional.embedding, as simple-hierarchical-transformer uses it.
+    """
+    if ids.ndim != 2 or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be (B, N) int64, got {tuple(ids.shape)}, {ids.dtype}")
+    if embedding.ndim != 2 or not embedding.numel() or embedding.device != ids.device:
+        raise ValueError(
+            f"embedding must be (V, D), not empty, on {ids.device},"
+            f" got {tuple(embedding.shape)} on {embedding.device}"
+        )
+    D, dtype, device = embedding.shape[1], embedding.dtype, embedding.device
+    if weight is not None and (
+        (weight.ndim, weight.shape[-1], weight.dtype, weight.device) != (2, D, dtype, device)
+    ):
+        raise ValueError(
+            f"weight must be (D_out, {D}), {dtype} on {device},"
+            f" got {tuple(weight.shape)}, {weight.dtype} on {weight.device}"
+        )
+    return _TokenEmbedding.apply(ids.contiguous(), embedding, weight, product_dtype(embedding))
