@@ -18,7 +18,7 @@ CASES = [  # levels (M, D, stride), with branches, J, D_out
     (CUT, True, 12, 6),
     (CUT, False, 300, 4),  # past a tile
     (STRIDED, True, 7, 3),
-    (APART, True, 8, 4),
+    (APART, True, 8, 64),
     (LONG, False, 16, 8),
 ]
 

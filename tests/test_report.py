@@ -105,6 +105,11 @@ TABLES = [
     B | fused | 500 | 0.400 | - | 0.000 | 1.00
     """,
     """
+    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
+    """,
+    """
     shape T x D x V x C | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
         extra memory (MiB) | over fused (x)
     64 x 16 x 50 x 1 | cublas | 200 | 0.500 | 100 | - | 0.500
@@ -129,6 +134,11 @@ TABLES = [
     1 x 16384 x 8 x 64 | w 64 | flex | - | - | - | - | - | - | -
     1 x 16384 x 8 x 64 | w 128 | fused | 100 | 2,000 | 50.0 | 300 | 3,000 | 75.0 | 1.00
     1 x 16384 x 8 x 64 | w 128 | flex | 200 | 1,000 | 25.0 | 600 | 1,500 | 37.5 | 2.00
+    """,
+    """
+    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    B | fused | 500 | 0.400 | - | 0.000 | 1.00
     """,
 ]
 

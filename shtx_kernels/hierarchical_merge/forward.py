@@ -24,7 +24,7 @@ def _hierarchical_merge_level_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
     offs_m = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    squares = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
+    r_row_ptrs = r_ptr + (pid_b * M + offs_m)[:, None] * stride_r
     for d in range(0, D, BLOCK_C):
         offs_d = d + tl.arange(0, BLOCK_C)
         mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
@@ -34,8 +34,15 @@ def _hierarchical_merge_level_fwd_kernel(
             b_ptrs = branch_ptr + pid_b * stride_bb + offs_m[:, None] * stride_bm + offs_d[None, :]
             branch = tl.load(b_ptrs, mask=mask, other=0.0)
             r = (r.to(ACC) + branch.to(ACC)).to(r_ptr.dtype.element_ty)
-        tl.store(r_ptr + (pid_b * M + offs_m)[:, None] * stride_r + offs_d[None, :], r, mask=mask)
-        r = r.to(ACC)
+        tl.store(r_row_ptrs + offs_d[None, :], r, mask=mask)
+    # from where r lies: the order of a sum follows from how what it adds was loaded, and so would
+    # its bits from the strides of x
+    tl.debug_barrier()
+    squares = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
+    for d in range(0, D, BLOCK_C):
+        offs_d = d + tl.arange(0, BLOCK_C)
+        mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+        r = tl.load(r_row_ptrs + offs_d[None, :], mask=mask, other=0.0).to(ACC)
         squares += r * r
     square, row = tl.sum(squares, axis=1), pid_b * kept + offs_m
     if not FIRST:
@@ -64,7 +71,9 @@ def scale_of(norm, WIDTH: tl.constexpr):
     """sqrt(WIDTH) / max(norm, 1e-12), and whether it depends on the norm."""
     root = tl.full(norm.shape, WIDTH**0.5, norm.dtype)
     least = tl.full(norm.shape, 1e-12, norm.dtype)
-    return root / tl.maximum(norm, least, propagate_nan=tl.PropagateNan.ALL), norm > least
+    clamped = tl.maximum(norm, least, propagate_nan=tl.PropagateNan.ALL)
+    # division of fp32, and the square root below, are approximate by default
+    return root / clamped if norm.dtype == tl.float64 else tl.div_rn(root, clamped), norm > least
 
 
 @triton.jit(do_not_specialize=["B", "N", "tiles"])
@@ -79,7 +88,8 @@ def _hierarchical_merge_fwd_kernel(
     offs_t = (pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     row = pid_b * N + offs_t
     offs = tl.arange(0, 1)[None, :]
-    norm = tl.sqrt(at_tokens(square_ptr, pid_b, offs_t, offs, B, N, 1, STRIDES, ACC))
+    square = at_tokens(square_ptr, pid_b, offs_t, offs, B, N, 1, STRIDES, ACC)
+    norm = tl.sqrt(square) if ACC == tl.float64 else tl.sqrt_rn(square)
     tl.store(norm_ptr + row, norm, mask=offs_t < N)
     scale, _ = scale_of(norm, WIDTH)
     for j in range(0, J, BLOCK_C):
