@@ -11,13 +11,13 @@ import torch
 
 import shtx_kernels
 from shtx_kernels import reference
+from shtx_kernels._groups import Attention as Attention
+from shtx_kernels._groups import Lookup as Lookup
+from shtx_kernels._groups import Norm as Norm
+from shtx_kernels._groups import Part as Part
+from shtx_kernels._groups import Projection as Projection
 from shtx_kernels._products import narrow_weights_kept as narrow_weights_kept
 from shtx_kernels._products import product_dtype as product_dtype
-from shtx_kernels.decode.groups import Attention as Attention
-from shtx_kernels.decode.groups import Lookup as Lookup
-from shtx_kernels.decode.groups import Norm as Norm
-from shtx_kernels.decode.groups import Part as Part
-from shtx_kernels.decode.groups import Projection as Projection
 from shtx_kernels.reference import decode as reference_decode
 
 IMPLS = ("auto", "fused", "reference")
@@ -30,6 +30,8 @@ REFERENCE.decode = reference_decode  # ops of one token
 FUSED = SimpleNamespace(
     **vars(REFERENCE) | {name: getattr(shtx_kernels, name) for name in FUSED_OPS}
 )
+if FUSED_OPS:
+    FUSED.decode = shtx_kernels.decode
 
 
 def why_not_fused(device: torch.device) -> str | None:

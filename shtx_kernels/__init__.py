@@ -11,6 +11,7 @@ from importlib.util import find_spec
 __all__ = []
 
 if find_spec("triton"):  # without it the reference is all there is
+    from . import decode as decode
     from .causal_compress import causal_compress
     from .feed_forward import feed_forward
     from .hierarchical_ar_loss import hierarchical_ar_loss

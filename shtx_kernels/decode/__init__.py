@@ -1,1 +1,12 @@
-"""Fused ops of one token of every sequence: what a CUDA graph of a model's step is made of."""
+"""Fused ops of one token of every sequence of a batch: what a model's step of generation is made
+of. Each does a stage of a layer for all levels in one launch, and writes into the state; their
+specification is `shtx_kernels.reference.decode`.
+"""
+
+from .attend import attend
+from .embed import embed
+from .merge import merge
+from .norm import norm
+from .project import project
+
+__all__ = ["attend", "embed", "merge", "norm", "project"]

@@ -4,7 +4,7 @@ What the past leaves behind lies in rings: (B, S, ...) of which slot m % S holds
 token m; zeros before the start. The token at position p (B,) makes level token p // stride where p
 is a multiple of the stride; elsewhere the level has nothing to do, and its rows stay. Every op
 writes to its `out`. It takes what it has to do for all levels at once, a NamedTuple for each: those
-of `shtx_kernels.decode.groups`.
+of `shtx_kernels._groups`.
 """
 
 import torch

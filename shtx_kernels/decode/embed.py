@@ -1,0 +1,74 @@
+"""Rows of tables, by the last ids.
+
+out[m] = activation(bias + sum over taps t of table[t, ids[position - (C - 1) + t]])
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._groups import Lookup
+from ._device import accumulator, activate, ring_of, row_of, starts
+
+ELEMENTS = 2048  # of tables, a program
+
+
+@triton.jit
+def _embed_kernel(
+    position_ptr, ids_ptr, history_ptr, table_ptrs, bias_ptrs, out_ptrs,
+    HISTORY: tl.constexpr, START: tl.constexpr, C: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+    STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RING: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    position = tl.load(position_ptr + b)
+    token_id = tl.load(ids_ptr + b)
+    if pid == 0:
+        tl.store(row_of(history_ptr, b, position, HISTORY), token_id)
+    for i in tl.static_range(len(table_ptrs)):
+        if (pid >= START[i]) & (pid < START[i + 1]):
+            if position % STRIDE[i] == 0:
+                tap = tl.arange(0, C[i])
+                at = position - (C[i] - 1) + tap
+                past = row_of(history_ptr, b, at, HISTORY)
+                ids = tl.load(past, mask=(at >= 0) & (at < position), other=0)
+                ids = tl.where(at == position, token_id, ids)
+                offs = (pid - START[i]) * BLOCK_D[i] + tl.arange(0, BLOCK_D[i])
+                rows = table_ptrs[i] + (tap.to(tl.int64) * V[i] + ids)[:, None] * D[i]
+                mask = (at >= 0)[:, None] & (offs < D[i])[None, :]
+                y = tl.sum(tl.load(rows + offs[None, :], mask=mask, other=0.0).to(ACC), axis=0)
+                if bias_ptrs[i] is not None:
+                    y += tl.load(bias_ptrs[i] + offs, mask=offs < D[i], other=0.0).to(ACC)
+                out = row_of(out_ptrs[i], b, position // STRIDE[i], RING[i]) + offs
+                tl.store(out, activate(y, ACTIVATION[i]), mask=offs < D[i])
+
+
+def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:
+    """out = activation(bias + sum over taps t of table[t, id]), of the ids up to each position.
+
+    Args:
+        position: (B,) int64.
+        ids: (B,) int64, at `position`.
+        history: ring (B, C) int64 of the ids before, which they join; nothing left of the start
+            counts.
+        lookups: of each level; taps of a table are a power of two.
+
+    Source: simple-hierarchical-transformer, one token at a time.
+    """
+    if not len(position):
+        return
+    each = lambda fn: tuple(map(fn, lookups))
+    C, V, D = zip(*(x.table.shape for x in lookups), strict=True)
+    wide = [triton.next_power_of_2(d) for d in D]
+    BLOCK_D = tuple(min(d, ELEMENTS // c) for d, c in zip(wide, C, strict=True))
+    START = starts([triton.cdiv(d, n) for d, n in zip(D, BLOCK_D, strict=True)])
+    with torch.cuda.device_of(position):
+        _embed_kernel[(START[-1], len(position))](
+            position, ids, history, each(lambda x: x.table), each(lambda x: x.bias),
+            each(lambda x: x.out), HISTORY=(history.shape[1], history.stride(0), 1), START=START,
+            C=C, V=V, D=D, STRIDE=each(lambda x: x.stride),
+            ACTIVATION=each(lambda x: x.activation), RING=each(lambda x: ring_of(x.out)),
+            BLOCK_D=BLOCK_D, ACC=accumulator(lookups[0].table.dtype),
+        )  # fmt: skip

@@ -1,0 +1,149 @@
+"""The first product of a merge.
+
+    out = silu(sum over levels of (weight_l x_l[m_l]) sqrt(D) / |x| + bias),  |x|^2 = sum of |x_l|^2
+
+A level works at its own rate: of one that is not due, its product and the square of its norm are
+those of its last token, in `kept`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._groups import Part
+from ._device import accumulator, activate, ahead, ring_of, row_of, wait
+
+ROW_ELEMENTS = 8192  # of a weight, a program
+TILE = dict(BLOCK_J=32, BLOCK_K=128, num_warps=4)
+MAX_ROWS = 64
+
+
+@triton.jit
+def _merge_row_kernel(
+    position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr,
+    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
+    RING: tl.constexpr, STRIDE_OB: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    wait(AHEAD)
+    pid = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    position = tl.load(position_ptr + b)
+    offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
+    mask_j = offs_j < J
+    total, squares = tl.zeros([BLOCK_J], dtype=ACC), tl.zeros([1], dtype=ACC)
+    for i in tl.static_range(len(x_ptrs)):
+        if position % STRIDE[i] == 0:
+            offs = tl.arange(0, BLOCK_D[i])
+            w_ptrs = weight_ptrs[i] + offs_j[:, None] * WIDTH + offs[None, :]
+            w = tl.load(w_ptrs, mask=mask_j[:, None] & (offs < D[i])[None, :], other=0.0).to(ACC)
+            x_row = row_of(x_ptrs[i], b, position // STRIDE[i], RING[i])
+            x = tl.load(x_row + offs, mask=offs < D[i], other=0.0).to(ACC)
+            product, square = tl.sum(w * x[None, :], axis=1), tl.sum(x * x, axis=0)
+            total += product
+            squares += square
+            if kept_ptrs[i] is not None:
+                tl.store(kept_ptrs[i] + b * (J + 1) + offs_j, product, mask=mask_j)
+                tl.store(kept_ptrs[i] + b * (J + 1) + J, square, mask=pid == 0)
+        elif kept_ptrs[i] is not None:  # which any level has that is ever not due
+            total += tl.load(kept_ptrs[i] + b * (J + 1) + offs_j, mask=mask_j, other=0.0)
+            squares += tl.load(kept_ptrs[i] + b * (J + 1) + J)
+    y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12))
+    y += tl.load(bias_ptr + offs_j, mask=mask_j, other=0.0).to(ACC)
+    tl.store(out_ptr + b * STRIDE_OB + offs_j, activate(y, "silu"), mask=mask_j)
+
+
+@triton.jit
+def part_of_rows(
+    x_ptr, weight_ptr, b, token, due, offs_j,
+    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Product and squares of a level, of the rows that are due."""
+    product = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
+    if tl.max(due.to(tl.int32)) > 0:
+        for k in range(0, D, BLOCK_K):
+            offs = k + tl.arange(0, BLOCK_K)
+            w_ptrs = weight_ptr + offs_j[:, None] * WIDTH + offs[None, :]
+            w = tl.load(w_ptrs, mask=(offs_j < J)[:, None] & (offs < D)[None, :], other=0.0)
+            x_ptrs = row_of(x_ptr, b, token, RING) + offs[None, :]
+            x = tl.load(x_ptrs, mask=due & (offs < D)[None, :], other=0.0)
+            product = tl.dot(x, w.T, product, input_precision="ieee")
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)[:, None]
+    return product, squares
+
+
+@triton.jit(do_not_specialize=["B"])
+def _merge_rows_kernel(
+    position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr, B,
+    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
+    RING: tl.constexpr, STRIDE_OB: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    wait(AHEAD)
+    pid = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
+    position = tl.load(position_ptr + b, mask=b < B, other=0)
+    mask = (b < B) & (offs_j < J)[None, :]
+    total = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
+    for i in tl.static_range(len(x_ptrs)):
+        due = (b < B) & (position % STRIDE[i] == 0)
+        product, square = part_of_rows(
+            x_ptrs[i], weight_ptrs[i], b, position // STRIDE[i], due, offs_j,
+            J, D[i], WIDTH, RING[i], BLOCK_B, BLOCK_J, BLOCK_K,
+        )  # fmt: skip
+        if kept_ptrs[i] is not None:
+            kept = kept_ptrs[i] + b * (J + 1)
+            tl.store(kept + offs_j[None, :], product, mask=mask & due)
+            tl.store(kept + J, square, mask=tl.where(pid == 0, due, False))
+            past = (b < B) & (position % STRIDE[i] != 0)
+            product += tl.load(kept + offs_j[None, :], mask=mask & past, other=0.0)
+            square += tl.load(kept + J, mask=past, other=0.0)
+        total += product
+        squares += square
+    y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12))
+    y += tl.load(bias_ptr + offs_j, mask=offs_j < J, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + b * STRIDE_OB + offs_j[None, :], activate(y, "silu"), mask=mask)
+
+
+def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> None:
+    """out = silu(rms_norm(levels side by side) weights + bias), gamma being in the weights.
+
+    Args:
+        position: (B,) int64.
+        parts: of each level, the weights being columns of one (J, D).
+        bias: (J,).
+        out: (B, 1, J).
+
+    Source: simple-hierarchical-transformer, one token at a time.
+    """
+    if not len(position):
+        return
+    each = lambda fn: tuple(map(fn, parts))
+    B, J, D, dtype = len(position), len(bias), each(lambda p: p.x.shape[-1]), bias.dtype
+    pointers = [each(lambda p, k=k: p[k]) for k in range(3)]
+    constants = dict(
+        J=J,
+        D=D,
+        WIDTH=sum(D),
+        STRIDE=each(lambda p: p.stride),
+        RING=each(lambda p: ring_of(p.x)),
+        STRIDE_OB=out.stride(0),
+    )
+    with torch.cuda.device_of(position):
+        if B == 1 or dtype == torch.float64:
+            BLOCK_D = tuple(map(triton.next_power_of_2, D))
+            BLOCK_J = min(max(1, ROW_ELEMENTS // max(BLOCK_D)), triton.next_power_of_2(J))
+            _merge_row_kernel[(triton.cdiv(J, BLOCK_J), B)](
+                position, *pointers, bias, out, **constants, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D,
+                ACC=accumulator(dtype), num_warps=4, **ahead(),
+            )  # fmt: skip
+            return
+        BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
+        _merge_rows_kernel[(triton.cdiv(J, TILE["BLOCK_J"]), triton.cdiv(B, BLOCK_B))](
+            position, *pointers, bias, out, B, **constants, BLOCK_B=BLOCK_B, **TILE, **ahead()
+        )

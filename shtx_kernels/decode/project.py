@@ -1,0 +1,223 @@
+"""Matrix products of one row, or of a few, with what stands before and after them.
+
+    x_s = x[m], or its second half from x[m - dilation], or the last `taps` rows side by side
+    out[m] = activation(weight norm(x_s) + bias) + residual[m]
+
+One sequence is a matter of reading the weights once: a program reads whole rows of a weight at one
+go, ahead of x. Several sequences are a small matrix product, in which x is normalized on the way.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._groups import Projection
+from ._device import accumulator, activate, ahead, normalize, ring_of, row_of, starts, wait
+
+ROW_ELEMENTS = 8192  # of a weight, a program
+TILE = dict(BLOCK_O=32, BLOCK_K=128, num_warps=4)
+MAX_ROWS = 64
+
+
+@triton.jit
+def source(
+    x_ptr, b, position, offs_k,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr, RING,
+):  # fmt: skip
+    """Where channels offs_k of what is multiplied lie."""
+    if TAPS > 0:
+        tap = offs_k // (K // TAPS)
+        return row_of(x_ptr, b, position - (TAPS - 1) + tap, RING) + offs_k % (K // TAPS)
+    token = position // STRIDE
+    if DILATION > 0:
+        token = tl.where(offs_k < (K + 1) // 2, token, token - DILATION)
+    return row_of(x_ptr, b, token, RING) + offs_k
+
+
+@triton.jit
+def finish(
+    y, out_ptr, bias_ptr, residual_ptr, b, token, offs_o, mask,
+    O: tl.constexpr, ACTIVATION: tl.constexpr, RING_O: tl.constexpr, RING_R: tl.constexpr,
+):  # fmt: skip
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_o, mask=offs_o < O, other=0.0).to(y.dtype)
+    y = activate(y, ACTIVATION)
+    if residual_ptr is not None:
+        residual = row_of(residual_ptr, b, token, RING_R) + offs_o
+        y += tl.load(residual, mask=mask, other=0.0).to(y.dtype)
+    tl.store(row_of(out_ptr, b, token, RING_O) + offs_o, y, mask=mask)
+
+
+@triton.jit
+def _project_row_kernel(
+    position_ptr, x_ptrs, weight_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, bias_ptrs, residual_ptrs,
+    START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    RING_X: tl.constexpr, RING_O: tl.constexpr, RING_R: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    position = tl.load(position_ptr + b)
+    for i in tl.static_range(len(x_ptrs)):
+        if (pid >= START[i]) & (pid < START[i + 1]):
+            if position % STRIDE[i] == 0:
+                offs_o = (pid - START[i]) * BLOCK_O[i] + tl.arange(0, BLOCK_O[i])
+                offs_k = tl.arange(0, BLOCK_K[i])
+                mask = (offs_o < O[i])[:, None] & (offs_k < K[i])[None, :]
+                w_ptrs = weight_ptrs[i] + offs_o[:, None] * K[i] + offs_k[None, :]
+                w = tl.load(w_ptrs, mask=mask, other=0.0)
+                wait(AHEAD)
+                x_ptrs_i = source(
+                    x_ptrs[i], b, position, offs_k, K[i], STRIDE[i], DILATION[i], TAPS[i], RING_X[i]
+                )
+                x = tl.load(x_ptrs_i, mask=offs_k < K[i], other=0.0).to(ACC)
+                x = normalize(x, gamma_ptrs[i], beta_ptrs[i], offs_k, K[i], NORM[i])
+                y = tl.sum(w.to(ACC) * x[None, :], axis=1)
+                token = position // STRIDE[i]
+                finish(
+                    y, out_ptrs[i], bias_ptrs[i], residual_ptrs[i], b, token, offs_o,
+                    offs_o < O[i], O[i], ACTIVATION[i], RING_O[i], RING_R[i],
+                )  # fmt: skip
+            else:
+                wait(AHEAD)
+
+
+@triton.jit
+def statistics(
+    x_ptr, gamma_ptr, b, position, mask_b,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr, RING,
+    NORM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Mean and scale [BLOCK_B, 1] of rows to be normalized."""
+    mean = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
+    scale = tl.full([BLOCK_B, 1], 1.0, dtype=tl.float32)
+    if NORM == "layer":
+        for k in range(0, K, BLOCK_K):
+            offs_k = (k + tl.arange(0, BLOCK_K))[None, :]
+            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RING)
+            x = tl.load(x_ptrs, mask=mask_b & (offs_k < K), other=0.0).to(tl.float32)
+            mean += tl.sum(x, axis=1)[:, None]
+        mean = mean / K
+    if NORM is not None:
+        squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            offs_k = (k + tl.arange(0, BLOCK_K))[None, :]
+            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RING)
+            x = tl.load(x_ptrs, mask=mask_b & (offs_k < K), other=0.0).to(tl.float32)
+            x = tl.where(offs_k < K, x - mean, 0.0)
+            squares += tl.sum(x * x, axis=1)[:, None]
+        if NORM == "layer":
+            scale = 1 / tl.sqrt(squares / K + 1e-5)
+        else:
+            scale = K**0.5 / tl.maximum(tl.sqrt(squares), 1e-12)
+    return mean, scale
+
+
+@triton.jit
+def project_rows(
+    position_ptr, x_ptr, weight_ptr, out_ptr, gamma_ptr, beta_ptr, bias_ptr, residual_ptr, tile, B,
+    K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RING_X: tl.constexpr,
+    RING_O: tl.constexpr, RING_R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    position = tl.load(position_ptr + b, mask=b < B, other=1)
+    due = (b < B) & (position % STRIDE == 0)
+    if tl.max(due.to(tl.int32)) > 0:
+        mean, scale = statistics(
+            x_ptr, gamma_ptr, b, position, due,
+            K, STRIDE, DILATION, TAPS, RING_X, NORM, BLOCK_B, BLOCK_K,
+        )  # fmt: skip
+        offs_o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+        y = tl.zeros([BLOCK_B, BLOCK_O], dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            w_ptrs = weight_ptr + offs_o[:, None] * K + offs_k[None, :]
+            w = tl.load(w_ptrs, mask=(offs_o < O)[:, None] & (offs_k < K)[None, :], other=0.0)
+            offs_k = offs_k[None, :]
+            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RING_X)
+            x = tl.load(x_ptrs, mask=due & (offs_k < K), other=0.0)
+            if NORM is not None:
+                x = (x.to(tl.float32) - mean) * scale
+                x *= tl.load(gamma_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+                if NORM == "layer":
+                    x += tl.load(beta_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+            y = tl.dot(x.to(w.dtype), w.T, y, input_precision="ieee")
+        offs_o = offs_o[None, :]
+        finish(
+            y, out_ptr, bias_ptr, residual_ptr, b, position // STRIDE, offs_o, due & (offs_o < O),
+            O, ACTIVATION, RING_O, RING_R,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["B"])
+def _project_rows_kernel(
+    position_ptr, x_ptrs, weight_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, bias_ptrs, residual_ptrs, B,
+    START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
+    DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    RING_X: tl.constexpr, RING_O: tl.constexpr, RING_R: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    wait(AHEAD)
+    pid = tl.program_id(0).to(tl.int64)
+    for i in tl.static_range(len(x_ptrs)):
+        if (pid >= START[i]) & (pid < START[i + 1]):
+            project_rows(
+                position_ptr, x_ptrs[i], weight_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i],
+                bias_ptrs[i], residual_ptrs[i], pid - START[i], B,
+                K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], NORM[i], ACTIVATION[i], RING_X[i],
+                RING_O[i], RING_R[i], BLOCK_B, BLOCK_O, BLOCK_K,
+            )  # fmt: skip
+
+
+def project(position: Tensor, projections: list[Projection]) -> None:
+    """out = activation(weight norm(token_shift(x)) + bias) + residual, in the row of the token at
+    each position.
+
+    With taps, x is a ring of positions, whose last `taps` rows stand side by side.
+
+    Args:
+        position: (B,) int64.
+        projections: of each level.
+
+    Source: simple-hierarchical-transformer, one token at a time.
+    """
+    if not projections or not len(position):
+        return
+    each = lambda fn: tuple(map(fn, projections))
+    O, K = each(lambda p: p.weight.shape[0]), each(lambda p: p.weight.shape[1])
+    tensors = ("x", "weight", "out", "gamma", "beta", "bias", "residual")
+    pointers = [each(lambda p, name=name: getattr(p, name)) for name in tensors]
+    constants = dict(
+        K=K,
+        O=O,
+        STRIDE=each(lambda p: p.stride),
+        DILATION=each(lambda p: p.dilation),
+        TAPS=each(lambda p: p.taps),
+        NORM=each(lambda p: p.norm),
+        ACTIVATION=each(lambda p: p.activation),
+        RING_X=each(lambda p: ring_of(p.x)),
+        RING_O=each(lambda p: ring_of(p.out)),
+        RING_R=each(lambda p: None if p.residual is None else ring_of(p.residual)),
+    )
+    B, dtype = len(position), projections[0].weight.dtype
+    with torch.cuda.device_of(position):
+        if B == 1 or dtype == torch.float64:
+            columns = tuple(map(triton.next_power_of_2, K))
+            rows = [max(1, ROW_ELEMENTS // k) for k in columns]
+            rows = tuple(min(n, triton.next_power_of_2(o)) for n, o in zip(rows, O, strict=True))
+            START = starts([triton.cdiv(o, n) for o, n in zip(O, rows, strict=True)])
+            most = max(n * k for n, k in zip(rows, columns, strict=True))
+            _project_row_kernel[(START[-1], B)](
+                position, *pointers, START=START, **constants, BLOCK_O=rows, BLOCK_K=columns,
+                ACC=accumulator(dtype), num_warps=4 if most <= ROW_ELEMENTS else 8, **ahead(),
+            )  # fmt: skip
+            return
+        BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
+        START = starts([triton.cdiv(o, TILE["BLOCK_O"]) for o in O])
+        _project_rows_kernel[(START[-1], triton.cdiv(B, BLOCK_B))](
+            position, *pointers, B, START=START, **constants, BLOCK_B=BLOCK_B, **TILE, **ahead()
+        )
