@@ -13,6 +13,12 @@ import shtx_kernels
 from shtx_kernels import reference
 from shtx_kernels._products import narrow_weights_kept as narrow_weights_kept
 from shtx_kernels._products import product_dtype as product_dtype
+from shtx_kernels.decode.groups import Attention as Attention
+from shtx_kernels.decode.groups import Lookup as Lookup
+from shtx_kernels.decode.groups import Norm as Norm
+from shtx_kernels.decode.groups import Part as Part
+from shtx_kernels.decode.groups import Projection as Projection
+from shtx_kernels.reference import decode as reference_decode
 
 IMPLS = ("auto", "fused", "reference")
 REFERENCE_OPS = tuple(reference.__all__)
@@ -20,6 +26,7 @@ FUSED_OPS = tuple(shtx_kernels.__all__)
 MIN_CAPABILITY = (8, 0)
 
 REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in REFERENCE_OPS})
+REFERENCE.decode = reference_decode  # ops of one token
 FUSED = SimpleNamespace(
     **vars(REFERENCE) | {name: getattr(shtx_kernels, name) for name in FUSED_OPS}
 )

@@ -12,19 +12,24 @@ LEVEL_TILE = dict(columns=256, elements=2048, num_warps=4)
 TOKEN_TILE = dict(columns=1024, elements=2048, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["M", "kept", "tiles"])
+STRIDES_OF_LEVEL = ["stride_xb", "stride_xm", "stride_bb", "stride_bm"]
+
+
+@triton.jit(do_not_specialize=["M", "kept", "tiles", *STRIDES_OF_LEVEL])
 def _hierarchical_merge_level_fwd_kernel(
     x_ptr, branch_ptr, r_ptr, square_ptr,
     stride_xb, stride_xm, stride_bb, stride_bm, stride_r,
     M, kept, tiles,
-    D: tl.constexpr, HAS_BRANCH: tl.constexpr, FIRST: tl.constexpr,
+    D: tl.constexpr, HAS_BRANCH: tl.constexpr, FIRST: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """r of a level, and |r|^2 added to that of the levels before it, of the same group."""
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
     offs_m = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    r_row_ptrs = r_ptr + (pid_b * M + offs_m)[:, None] * stride_r
+    stride_xb, stride_xm = tl.multiple_of(stride_xb, ALIGNED), tl.multiple_of(stride_xm, ALIGNED)
+    stride_bb, stride_bm = tl.multiple_of(stride_bb, ALIGNED), tl.multiple_of(stride_bm, ALIGNED)
+    squares = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
     for d in range(0, D, BLOCK_C):
         offs_d = d + tl.arange(0, BLOCK_C)
         mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
@@ -34,16 +39,9 @@ def _hierarchical_merge_level_fwd_kernel(
             b_ptrs = branch_ptr + pid_b * stride_bb + offs_m[:, None] * stride_bm + offs_d[None, :]
             branch = tl.load(b_ptrs, mask=mask, other=0.0)
             r = (r.to(ACC) + branch.to(ACC)).to(r_ptr.dtype.element_ty)
-        tl.store(r_row_ptrs + offs_d[None, :], r, mask=mask)
-    # from where r lies: the order of a sum follows from how what it adds was loaded, and so would
-    # its bits from the strides of x
-    tl.debug_barrier()
-    squares = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
-    for d in range(0, D, BLOCK_C):
-        offs_d = d + tl.arange(0, BLOCK_C)
-        mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
-        r = tl.load(r_row_ptrs + offs_d[None, :], mask=mask, other=0.0).to(ACC)
-        squares += r * r
+        r_ptrs = r_ptr + (pid_b * M + offs_m)[:, None] * stride_r + offs_d[None, :]
+        tl.store(r_ptrs, r, mask=mask)
+        squares += r.to(ACC) * r.to(ACC)
     square, row = tl.sum(squares, axis=1), pid_b * kept + offs_m
     if not FIRST:
         square += tl.load(square_ptr + row, mask=offs_m < kept, other=0.0)
@@ -164,6 +162,21 @@ def new_outputs(levels, strides, w_in, w_out) -> tuple:
     )
 
 
+def _power_of_two_in(n: int) -> int:
+    return min(n & -n, 16)
+
+
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """x, in the alignment that a contiguous one has: the order in which a kernel sums a row follows
+    from how it loads it, and bits must not depend on the strides of x.
+    """
+    if x is None or not x.numel():
+        return x
+    whole = x.data_ptr() % 16 == 0
+    whole &= all(stride % _power_of_two_in(x.shape[-1]) == 0 for stride in x.stride()[:2])
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
 def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
     rs, w, z, norm, merged = new_outputs(levels, strides, w_in, w_out)
     (B, N), J, acc, dims = norm.shape, len(w_in), norm.dtype, [x.shape[-1] for x in levels]
@@ -175,7 +188,7 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
         for group, side_by_side in zip(groups, rs, strict=True):
             parts = side_by_side.split([dims[level] for level in group.levels], dim=2)
             for level, r in zip(group.levels, parts, strict=True):
-                x, branch = levels[level], branches[level]
+                x, branch = _aligned(levels[level]), _aligned(branches[level])
                 if not x.numel():
                     continue
                 b, (_, M, D) = x if branch is None else branch, x.shape
@@ -185,7 +198,8 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
                     x, b, r, square[group.rows],
                     x.stride(0), x.stride(1), b.stride(0), b.stride(1), r.stride(1),
                     M, group.tokens, tiles,
-                    D=D, HAS_BRANCH=branch is not None, FIRST=level == group.levels[0], **tile,
+                    D=D, HAS_BRANCH=branch is not None, FIRST=level == group.levels[0],
+                    ALIGNED=_power_of_two_in(D), **tile,
                 )  # fmt: skip
             columns = columns_of(w, dims, group.levels)
             torch.mm(rows_of(side_by_side, group, z.dtype), columns.T, out=z[group.rows])

@@ -1,5 +1,5 @@
 """Every op in plain PyTorch, same names and signatures: the specification, and the path that runs
-anywhere.
+anywhere. The ops of generating a token are in `decode`.
 
 Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V
 vocabulary. Half precision is accumulated in fp32, fp64 in fp64. Semantics are those of

@@ -1,0 +1,128 @@
+"""One token of every sequence of a batch: the model as a recurrence over positions.
+
+What the past leaves behind lies in rings: (B, S, ...) of which slot m % S holds the row of level
+token m; zeros before the start. The token at position p (B,) makes level token p // stride where p
+is a multiple of the stride; elsewhere the level has nothing to do, and its rows stay. Every op
+writes to its `out`. It takes what it has to do for all levels at once, a NamedTuple for each: those
+of `shtx_kernels.decode.groups`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, arange
+
+from . import _widen, rms_norm
+
+__all__ = ["attend", "embed", "merge", "norm", "project"]
+
+
+def read(ring: Tensor, token: Tensor) -> Tensor:
+    """Rows (B, ...) of the level tokens (B,)."""
+    return ring[arange(len(ring), device=ring.device), token % ring.shape[1]]
+
+
+def write(ring: Tensor, position: Tensor, stride: int, rows: Tensor) -> None:
+    token, due = position // stride, position % stride == 0
+    due = due.view(-1, *[1] * (rows.ndim - 1))
+    rows = torch.where(due, rows.to(ring.dtype), read(ring, token))
+    ring[arange(len(ring), device=ring.device), token % ring.shape[1]] = rows
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else getattr(F, activation)(x)
+
+
+def normalize(x: Tensor, norm: str | None, gamma: Tensor, beta: Tensor | None) -> Tensor:
+    if norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], gamma.to(x), beta.to(x), eps=1e-5)
+    return rms_norm(x, gamma.to(x)) if norm == "rms" else x
+
+
+def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list) -> None:
+    """out = activation(bias + sum over taps t of table[t, id]), of the ids up to `position`.
+
+    ids (B,) at `position` go into the ring history (B, C); what lies left of the start adds
+    nothing.
+    """
+    write(history, position, 1, ids)
+    for table, bias, activation, out, stride in lookups:
+        taps = len(table)
+        total = 0
+        for t in range(taps):
+            token = position - (taps - 1) + t
+            rows = _widen(table[t, read(history, token)])
+            total = total + rows * (token >= 0)[:, None]
+        total = total if bias is None else total + bias.to(total)
+        write(out, position, stride, activate(total, activation))
+
+
+def norm(position: Tensor, norms: list) -> None:
+    """out = layer_norm(x)."""
+    for x, gamma, beta, out, stride in norms:
+        rows = normalize(_widen(read(x, position // stride)), "layer", gamma, beta)
+        write(out, position, stride, rows)
+
+
+def project(position: Tensor, projections: list) -> None:
+    """out = activation(weight norm(token_shift(x)) + bias) + residual.
+
+    With taps, x is a ring of positions, whose last `taps` rows stand side by side.
+    """
+    for p in projections:
+        token = position // p.stride
+        if p.taps:
+            taps = [read(p.x, position - t) for t in reversed(range(p.taps))]
+            x = torch.cat(taps, dim=-1)
+        else:
+            x = read(p.x, token)
+        if p.dilation:
+            half = (x.shape[-1] + 1) // 2
+            x = torch.cat((x[:, :half], read(p.x, token - p.dilation)[:, half:]), dim=-1)
+        x = normalize(_widen(x), p.norm, p.gamma, p.beta).to(p.weight.dtype)
+        y = _widen(F.linear(x, p.weight))
+        y = activate(y if p.bias is None else y + p.bias.to(y), p.activation)
+        if p.residual is not None:
+            y = y + read(p.residual, token).to(y)
+        write(p.out, position, p.stride, y)
+
+
+def attend(position: Tensor, attentions: list) -> None:
+    """Causal attention of the token in each row of qkv (B, 1, 3 H E) to the keys of its residue
+    class in the ring kv (B, S, 2, H, E), which it joins.
+
+    rotation (S / dilation, 2, E / 2): cosine and sine, times xpos decay, of every distance.
+    """
+    for qkv, kv, out, rotation, stride, dilation in attentions:
+        q, k, v = qkv[:, 0].unflatten(-1, (3, *kv.shape[-2:])).unbind(1)
+        write(kv, position, stride, torch.stack((k, v), dim=1))
+        distance = arange(len(rotation), device=kv.device)
+        token = (position // stride)[:, None] - distance * dilation
+        batch = arange(len(kv), device=kv.device)[:, None]
+        k, v = _widen(kv[batch, token % kv.shape[1]]).unbind(2)  # (B, L, H, E)
+        cos, sin = rotation[:, :, None].to(k).unbind(1)  # (L, 1, E / 2)
+        (k1, k2), (q1, q2) = k.chunk(2, dim=-1), _widen(q)[:, None].chunk(2, dim=-1)
+        scores = (q1 * k1 + q2 * k2) * cos + (q1 * k2 - q2 * k1) * sin
+        scores = scores.sum(dim=-1) * kv.shape[-1] ** -0.5
+        scores = scores.masked_fill((token < 0)[..., None], float("-inf"))
+        rows = (scores.softmax(dim=1)[..., None] * v).sum(dim=1)
+        write(out, position, stride, rows.flatten(1))
+
+
+def merge(position: Tensor, parts: list, bias: Tensor, out: Tensor) -> None:
+    """out = silu(rms_norm(levels side by side) weights + bias), gamma being in the weights.
+
+    Of a level that is not due, what its last token gave: `kept`, (B, J + 1), has its product, and
+    the square of its norm.
+    """
+    total, width = 0, 0
+    for x, weight, kept, stride in parts:
+        x = read(x, position // stride)
+        product, square = _widen(F.linear(x, weight)), _widen(x).square().sum(dim=-1, keepdim=True)
+        share = torch.cat((product, square), dim=1)
+        if kept is not None:
+            write(kept[:, None], position, stride, share)
+            share = kept
+        total = total + share
+        width += x.shape[-1]
+    scale = width**0.5 / total[:, -1:].sqrt().clamp(min=1e-12)
+    write(out, position, 1, F.silu(total[:, :-1] * scale + bias.to(total)))

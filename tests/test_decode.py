@@ -1,0 +1,53 @@
+"""A token at a time gives what the whole sequence gives."""
+
+import warnings
+
+import pytest
+import torch
+from covering import ROWS, TOKENS
+from helpers import DEVICE
+
+from shtx import HierarchicalTransformer
+from shtx import decode as decoding
+from shtx.decode import Decoder
+
+
+def build(options, **more):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # windows larger than the sequence
+        model = HierarchicalTransformer(**options | more).to(DEVICE).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # norms and biases start as if they were not there
+            p += 0.05 * torch.randn_like(p)
+    return model
+
+
+def last_logits(model, ids):
+    with torch.no_grad():
+        return torch.stack([model(ids[:, : t + 1])[:, -1] for t in range(ids.shape[1])], dim=1)
+
+
+def decode(decoder, model, ids, prompt):
+    logits = [decoder.prefill(model, ids[:, :prompt]).clone()]
+    for t in range(prompt, ids.shape[1]):
+        decoder.ids.copy_(ids[:, t])
+        logits.append(decoder.step().clone())
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_every_position(row, impl, monkeypatch):
+    options, _, _ = ROWS[row]
+    if row % 2:  # as for a large vocabulary
+        monkeypatch.setattr(decoding, "TABLE_IDS", 0)
+    model = build(options, impl=impl)
+    ids = torch.randint(0, options["num_tokens"], (2, TOKENS), device=DEVICE)
+    model.impl = "reference"
+    expected = last_logits(model, ids)
+    model.impl = impl
+    decoder = Decoder(model, 2, TOKENS)
+    for prompt in (1, 20, 37):
+        ours = decode(decoder, model, ids, prompt)
+        torch.testing.assert_close(ours, expected[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
