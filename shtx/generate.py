@@ -192,8 +192,8 @@ def _from_decoder(
     room = SHORTEST
     while room < taken + count - 1:  # the last token is not taken in
         room *= 2
-    if overflow != "stream":
-        room = min(room, model.seq_len)
+    room = min(room, model.seq_len)  # enough for any number without full attention
+    window = float("inf") if overflow == "stream" else model.seq_len
     key = (len(rows), room, dtype, model.impl, model.device)
     # out of sight of other calls while this one is at work
     sampler = _decoders.setdefault(model, {}).pop(key, None)
@@ -203,7 +203,7 @@ def _from_decoder(
     try:
         recent = deque(maxlen=max(1, model.seq_len // 2))
         for i in range(count):
-            if i and taken < room:
+            if i and taken < window:
                 sampler.step()
                 taken += 1
             elif i:
@@ -211,7 +211,7 @@ def _from_decoder(
                 pairs = zip(rows, new, strict=True)
                 rows = [cat((row, more))[-recent.maxlen :] for row, more in pairs]
                 recent.clear()
-                sampler.prefill(rows)
+                sampler.prefill(model, rows)
                 taken = max(map(len, rows))
             recent.append(sampler.ids.clone())
             yield recent[-1]
@@ -245,17 +245,17 @@ class Sampler:
         if sampling != self.sampling:
             self.sampling, self.graph = sampling, None
             if self.graphs:
-                self.prefill(rows)
+                self.prefill(model, rows)
                 self._capture()
         self.generator.manual_seed(seed)
-        self.prefill(rows)
+        self.prefill(model, rows)
 
-    def prefill(self, rows: list[Tensor]):
+    def prefill(self, model, rows: list[Tensor]):
         lengths = [len(row) for row in rows]
         with _plain(self.ids.device):
             ragged = len(set(lengths)) > 1
             lengths = torch.tensor(lengths, device=self.ids.device) if ragged else None
-            self.decoder.prefill(pad_sequence(rows, batch_first=True), lengths)
+            self.decoder.prefill(model, pad_sequence(rows, batch_first=True), lengths)
             self._sample()
 
     def step(self):

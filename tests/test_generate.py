@@ -15,6 +15,7 @@ from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from simple_hierarchical_transformer.simple_hierarchical_transformer import top_k as upstream_top_k
 
 from shtx import HierarchicalTransformer
+from shtx.decode import Decoder
 from shtx.generate import CHECK_EVERY, MAX_DECODERS, Sampler, _decoders
 from shtx.sampling import make_sampling, sample
 
@@ -308,6 +309,9 @@ def test_windowed_levels_go_on_for_ever():
     expected = longer.generate(draw(9), 55, temperature=0)
     assert torch.equal(model.generate(draw(9), 55, temperature=0, overflow="stream"), expected)
     assert not torch.equal(model.generate(draw(9), 55, temperature=0), expected)
+    assert len(_decoders[model]) == 1
+    sizes = [Decoder(model, 1, length).state_bytes for length in (16, 1_000_000)]
+    assert sizes[0] == sizes[1] > 0
 
 
 # the model is left as it was
