@@ -1,8 +1,9 @@
 """Sampling tokens from a model.
 
 A decoder takes a token at a time and keeps what later ones need of it. On CUDA the step of a
-decoder with the sampling after it is one CUDA graph. Decoders outlive the call, with their graph:
-the next call of the same size copies the weights it finds into them.
+decoder with the sampling after it is one CUDA graph: the first step runs eagerly, which compiles
+kernels, the second is captured, which computes nothing, and replayed. Decoders outlive the call,
+with their graph: the next call of the same size copies the weights it finds into them.
 """
 
 import warnings
@@ -104,7 +105,9 @@ def generate(
         dtype = dtype or product_dtype(model.token_emb.weight)
         tokens = _from_decoder(model, rows, count, sampling, _seed(seed), overflow, dtype)
     else:
-        generator = None if seed is None else _generator(model.device, _seed(seed))
+        generator = None if seed is None else torch.Generator(model.device)
+        if generator is not None:
+            generator.manual_seed(_seed(seed))
         tokens = _from_model(model, rows, count, sampling, generator, kwargs)
     if stop_token is not None:
         tokens = _until_stopped(tokens, stop_token, 1 if stream else CHECK_EVERY)
@@ -178,10 +181,6 @@ def _seed(seed: int | torch.Generator | None) -> int:
     return seed
 
 
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
 # tokens, one (B,) at a time
 
 
@@ -232,21 +231,18 @@ class Sampler:
             self.noise = torch.empty(batch, model.num_tokens, device=model.device)
         self.ids = self.decoder.ids
         self.generator = torch.Generator(model.device)
-        self.sampling = None
+        self.sampling = self.graph = self.stream = None
+        self.has_stepped = False
         # the reference is for reading, not for speed
-        fused = model.ops_for(model.device) is ops.FUSED
-        self.graphs = model.device.type == "cuda" and fused
-        self.graph = None
+        if model.device.type == "cuda" and model.ops_for(model.device) is ops.FUSED:
+            self.stream = torch.cuda.Stream(model.device)  # of eager first steps and captures
 
     def start(self, model, rows: list[Tensor], sampling: Sampling, seed: int):
         """Take the prompts, of the weights that the model has, and sample their next tokens."""
         with _plain(model.device):
             self.decoder.refresh(model)
         if sampling != self.sampling:
-            self.sampling, self.graph = sampling, None
-            if self.graphs:
-                self.prefill(model, rows)
-                self._capture()
+            self.sampling, self.graph, self.has_stepped = sampling, None, False
         self.generator.manual_seed(seed)
         self.prefill(model, rows)
 
@@ -259,12 +255,22 @@ class Sampler:
             self._sample()
 
     def step(self):
-        if self.graph is not None:
+        if self.stream is not None and self.has_stepped:
+            if self.graph is None:
+                self._capture()
             with torch.cuda.device_of(self.ids):
                 self.graph.replay()
             return
+        self.has_stepped = True
         with _plain(self.ids.device):
-            self._step()
+            if self.stream is None:
+                self._step()
+                return
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self._step()
+            current.wait_stream(self.stream)
 
     def _step(self):
         self.decoder.step()
@@ -276,18 +282,14 @@ class Sampler:
         self.ids.copy_(sample(self.decoder.logits, self.noise, *self.sampling))
 
     def _capture(self):
-        """The graph of a step, after one that compiles kernels and makes workspaces."""
-        with _plain(self.ids.device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                self._step()
-            current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with (
+            _plain(self.ids.device),
             # a loader's thread may pin memory meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._step()
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            self._step()
         self.graph = graph
 
 
