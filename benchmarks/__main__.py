@@ -136,7 +136,8 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
 
 def summary(rows: list[dict]) -> str:
     failed = [row["error"] for row in rows if "error" in row]
-    times = [f"{row[ms]:.3f} ms" for row in rows for ms in ("ms", "ms_per_token") if ms in row]
+    times = [f"{row['ms']:.3f} ms" for row in rows if "ms" in row]
+    times += [f"{row['us_per_token']:.0f} us a token" for row in rows if "us_per_token" in row]
     return "; ".join(failed or times) or f"{len(rows)} rows"
 
 

@@ -1,28 +1,55 @@
-"""Generation, one sequence at a time under bf16 autocast."""
+"""Generation in bf16, from a prompt: 1024 tokens, or a few in the middle of them where each takes
+milliseconds.
 
+`fused` replays a CUDA graph for every token; `reference` is the same decoder in eager PyTorch;
+`upstream` runs its whole model, under autocast. Times are of the tokens after the first, which
+waits for the weights to be copied and the prompt to be read.
+"""
+
+import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.providers import build_reference, load
+from benchmarks.providers import FUSED, OURS, build_reference, load
 from benchmarks.timing import DEVICE, DTYPE, autocast, check_agreement, median_ms
+from shtx.decode import Decoder
 
-PROMPT, NEW = (128, 32) if DEVICE == "cuda" else (16, 4)
+PROMPT, NEW, FEW = (128, 1024, 32) if DEVICE == "cuda" else (16, 8, 4)
+STEPS = 8  # whose last logits are compared
+BATCHES = {"batch 1": 1, "batch 64": 64}
 
 
+@pytest.mark.parametrize("variant", BATCHES)
 @torch.no_grad()
-def bench_generate(benchmark, config, provider):
-    config = shapes.configs(DEVICE)[config]
+def bench_generate(benchmark, config, variant, provider):
+    config, batch = shapes.configs(DEVICE)[config], BATCHES[variant]
     reference = build_reference(config)
-    prompt = torch.randint(1, config.model["num_tokens"], (1, PROMPT), device=DEVICE)
+    new = NEW if provider in FUSED else FEW
+    prompt_tokens = PROMPT + (NEW - new) // 2
+    prompt = torch.randint(1, config.model["num_tokens"], (batch, prompt_tokens), device=DEVICE)
     with autocast():
-        expected = reference(prompt)
+        expected = reference(prompt)[:, -1]
         model = load(provider, reference, config)
-        check_agreement([model(prompt)], [expected], 5e-2 if DTYPE == torch.bfloat16 else 1e-4)
-        (ms,) = median_ms(benchmark, lambda: model.generate(prompt, NEW), calls=1, rounds=3)
+        if provider in OURS:
+            model = model.to(DTYPE)
+            decoder = Decoder(model, batch, prompt_tokens + new)
+            logits = decoder.prefill(model, prompt[:, :-STEPS])
+            for ids in prompt[:, -STEPS:].T:
+                decoder.ids.copy_(ids)
+                logits = decoder.step()
+            benchmark.extra_info["state_bytes"] = decoder.state_bytes
+            del decoder
+        else:
+            logits = model(prompt)[:, -1]
+        check_agreement([logits], [expected], 5e-2 if DTYPE == torch.bfloat16 else 1e-4)
+        times = [lambda count=count: model.generate(prompt, count) for count in (1, 1 + new)]
+        first_ms, all_ms = median_ms(benchmark, *times, calls=1, rounds=3)
+    us = (all_ms - first_ms) / new * 1e3
     benchmark.extra_info |= {
-        "prompt_tokens": PROMPT,
-        "new_tokens": NEW,
-        "ms_per_token": ms / NEW,
-        "tokens_per_s": NEW / ms * 1e3,
-        "weight_bytes": shapes.weight_bytes(config),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new,
+        "first_us": first_ms * 1e3,
+        "us_per_token": us,
+        "tokens_per_s": batch / us * 1e6,
+        "weight_bytes": shapes.weight_bytes(config, batch),
     }

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
-    "generate": "Generation, one sequence at a time",
+    "generate": "Generation; floor: the weights of a token, read at the speed of a copy",
 }
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
@@ -117,16 +117,20 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
 
 
 def generate_line(row: dict, rows: list[dict], results: dict) -> dict:
-    rate = row.get("tokens_per_s")
-    upstream = find(rows, row, "upstream").get("tokens_per_s")
+    us, first, state = (row.get(name) for name in ("us_per_token", "first_us", "state_bytes"))
+    upstream = find(rows, row, "upstream").get("us_per_token")
+    floor = ratio(row.get("weight_bytes"), results["copy_gb_per_s"] * 1e3)
     return {
         "config": row["config"],
+        "variant": row.get("variant", "-"),
         "provider": row["provider"],
-        "rate (tokens/s)": number(rate),
-        "speed-up over upstream (x)": number(ratio(rate, upstream)),
-        "limit: weights read (tokens/s)": number(
-            ratio(results["copy_gb_per_s"] * 1e9, row.get("weight_bytes"))
-        ),
+        "prompt + new": f"{row.get('prompt_tokens', '-')} + {row.get('new_tokens', '-')}",
+        "first token (ms)": number(first and first / 1e3),
+        "per token (us)": number(us),
+        "rate (tokens/s)": number(row.get("tokens_per_s")),
+        "of the floor (%)": number(ratio(floor and floor * 100, us)),
+        "speed-up over upstream (x)": number(ratio(upstream, us)),
+        "state of a sequence (MiB)": number(state and state / 2**20),
     }
 
 
@@ -183,7 +187,7 @@ LINES = {"model": model_line, "generate": generate_line} | dict.fromkeys(PRODUCT
 def fastest_first(rows: list[dict]) -> list[dict]:
     natural = lambda text: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", text)]
     case = lambda row: [natural(str(row.get(name))) for name in ("config", "shape", "variant")]
-    times = ("ms", "ms_per_token", "forward_ms")
+    times = ("ms", "us_per_token", "forward_ms")
     time = lambda row: min((row[t] for t in times if t in row), default=float("inf"))
     return sorted(rows, key=lambda row: (case(row), time(row)))
 
@@ -260,7 +264,8 @@ def save_charts(results: dict, folder: Path):
         rows = [row for row in results["rows"] if row["bench"] == name and "error" not in row]
         panels = {}
         for row in fastest_first(rows):
-            panels.setdefault(row["config"], []).append(row)
+            variant = f", {row['variant']}" if "variant" in row else ""
+            panels.setdefault(row["config"] + variant, []).append(row)
         if not panels:
             continue
         columns = min(2, len(panels))

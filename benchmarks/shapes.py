@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from shtx import HierarchicalTransformer
+from shtx.decode import TABLE_IDS
 
 
 class Config(NamedTuple):
@@ -136,10 +137,31 @@ def flops(products: list[Product]) -> int:
     return sum(2 * p.rows * p.inner * p.columns * p.times for p in products)
 
 
-def weight_bytes(config: Config) -> int:
-    """bf16 weights that generating one token has to read, embeddings left out."""
-    used = [p for p in products(config) if p.part not in ("ar", "recon")]
-    return sum(2 * p.inner * p.columns * p.times for p in used)
+def weight_bytes(config: Config, batch: int) -> float:
+    """bf16 weights that generating a token of each of `batch` sequences has to read.
+
+    Matrices once for all of them, a level's in every stride-th token; of tables a row for each.
+    Tables are the levels of single tokens and, as in the decoder, a convolution of few ids.
+    """
+    model = on_meta(config)
+    V, D = model.token_emb.weight.shape
+    matrices = lambda module: sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+    total = matrices(model.to_logits) + (batch * D if V > TABLE_IDS else 0)
+    for i, (level, compressor) in enumerate(zip(model.levels, model.compressors, strict=True)):
+        weights = sum(matrices(layer[i]) for layer in model.layers)
+        if level.compress == 1:
+            weights += batch * level.dim
+        else:
+            conv = compressor.compress_fn[1].conv.weight.numel()
+            weights += conv if V > TABLE_IDS else batch * level.compress * 4 * D
+            weights += matrices(compressor.compress_fn[3])
+        total += weights / level.stride
+    for merge in model.hierarchical_merges:
+        _, w_in, _, w_out = merge.net
+        total += w_in.out_features * sum(level.dim / level.stride for level in model.levels)
+        total += matrices(w_out)
+    return 2 * total
 
 
 class LevelShape(NamedTuple):

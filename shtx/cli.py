@@ -1,20 +1,24 @@
 """The `shtx` command: finds the verb, and imports only what that verb needs."""
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 TRAIN_EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "numpy")
+MODULES = {"train": "shtx.train.run", "generate": "shtx.train.generate"}  # what needs the extra
 
 HELP = """\
-usage: shtx {train,info} [options]
+usage: shtx {train,generate,info} [options]
 
-  train   train a byte-level hierarchical transformer, from nothing or from a checkpoint
-  info    versions, device, which ops run fused; --check compares them with their references
+  train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
+  generate   text from a checkpoint, as it is sampled
+  info       versions, device, which ops run fused; --check compares them with their references
 
 examples:
   shtx train                          this Python's own sources, on whatever device is there
   shtx train --data enwik8.zip --steps 1000
   shtx train --resume runs/enwik8
+  shtx generate --checkpoint runs/enwik8 --prompt "The city of" --length 1000
   shtx info --check
 
 `shtx <verb> --help` lists the options of a verb.
@@ -38,24 +42,23 @@ def main(argv: list[str] | None = None) -> int:
         from shtx.info import main as info
 
         return info(rest)
-    if verb == "train":
+    if verb in MODULES:
         missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
         if missing:
-            return fail("train", f'{", ".join(missing)} not installed: pip install "shtx[train]"')
-        return train(rest)
-    return fail("", f"unknown verb {verb!r}; the verbs are train and info")
+            return fail(verb, f'{", ".join(missing)} not installed: pip install "shtx[train]"')
+        return run(verb, rest)
+    return fail("", f"unknown verb {verb!r}; the verbs are train, generate and info")
 
 
-def train(argv: list[str]) -> int:
+def run(verb: str, argv: list[str]) -> int:
     from shtx.train import TrainError
-    from shtx.train.run import main as train
 
     try:
-        return train(argv)
+        return import_module(MODULES[verb]).main(argv)
     except (TrainError, OSError) as error:
-        return fail("train", str(error))
+        return fail(verb, str(error))
     except KeyboardInterrupt:
-        print("shtx train: interrupted", file=sys.stderr)
+        print(f"shtx {verb}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -1,71 +1,343 @@
-"""Sampling text from a model."""
+"""Sampling tokens from a model.
+
+A decoder takes a token at a time and keeps what later ones need of it. On CUDA the step of a
+decoder with the sampling after it is one CUDA graph: the first step runs eagerly, which compiles
+kernels, the second is captured, which computes nothing, and replayed. Decoders outlive the call,
+with their graph: the next call of the same size copies the weights it finds into them.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, cat
+from torch.nn.utils.rnn import pad_sequence
 
+from shtx import ops
+from shtx.decode import Decoder
 from shtx.levels import integer
+from shtx.ops import product_dtype
+from shtx.sampling import Sampling, make_sampling, sample
+
+MAX_DECODERS = 2  # kept for a model
+SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
+CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
+OVERFLOWS = ("rebuild", "error", "stream")
+
+_decoders = WeakKeyDictionary()  # model: {key: sampler}, oldest first; not on the model: copies
 
 
-def top_k(logits: Tensor, thres: float) -> Tensor:
-    """Logits (B, V): the best (1 - thres) V, at least one, are kept, the rest set to the least."""
-    k = max(1, int((1 - thres) * logits.shape[-1]))
-    values, indices = logits.topk(k)
-    lowest = torch.full_like(logits, -torch.finfo(logits.dtype).max)
-    return lowest.scatter(1, indices, values)
-
-
-def gumbel_sample(logits: Tensor, temperature: float) -> Tensor:
-    """One id a row of logits (B, V), drawn from softmax(logits / temperature)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    log = lambda t: t.clamp(min=1e-20).log()
-    noise = -log(-log(torch.zeros_like(logits).uniform_(0, 1)))
-    return (logits / max(temperature, 1e-10) + noise).argmax(dim=-1)
-
-
-@torch.no_grad()
 def generate(
     model,
-    prompt: Tensor,
+    prompt: Tensor | list[Tensor],
     seq_len: int,
     temperature: float = 1.0,
     filter_thres: float = 0.9,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | torch.Generator | None = None,
+    stop_token: int | None = None,
+    stream: bool = False,
+    use_cache: bool = True,
+    overflow: str = "rebuild",
+    dtype: torch.dtype | None = None,
     **kwargs,
-) -> Tensor:
-    """Sample `seq_len` tokens after the prompt, each from the last model.seq_len tokens before it.
+) -> Tensor | Iterator[Tensor]:
+    """Sample `seq_len` tokens after the prompt, each from the last model.seq_len tokens at most.
 
     Args:
-        prompt: (B, T) integers in [0, num_tokens), T >= 1.
+        prompt: (B, T) integers in [0, num_tokens), T >= 1, or a list of B tensors (T,) whose
+            lengths may differ. Of a prompt longer than model.seq_len the last tokens count.
         seq_len: how many tokens to sample.
         temperature: of the softmax; 0 takes the most likely token.
         filter_thres: share of the vocabulary, the least likely part, that is never taken; in [0,
             1).
-        **kwargs: for model.forward.
+        top_k: how many tokens may be taken, the most likely ones, in place of filter_thres.
+        top_p: of what filter_thres or top_k leaves, only the most likely tokens are taken, the
+            fewest whose probabilities, after temperature, add up to top_p; in (0, 1].
+        seed: the same one gives the same tokens. A generator of any device gives the seed, and
+            moves on. None: PyTorch's global generator, which torch.manual_seed seeds.
+        stop_token: what follows it in a row is filled with it. If all rows stop early, the result
+            ends where the last of them does.
+        stream: return an iterator of (B,) tokens, each there as soon as it is sampled.
+        use_cache: False runs the whole model for every token, and draws as upstream does.
+        overflow: what happens at model.seq_len tokens, prompt included. "rebuild": the last half of
+            them becomes the prompt, for all rows when the longest is full, once in seq_len / 2
+            tokens. "error": none is sampled if there would be more. "stream": goes on, in constant
+            memory, if every level has a window.
+        dtype: of the decoder's weights and state; None: that of the model's weights, or autocast's.
+        **kwargs: for model.forward; they imply use_cache=False, which never rebuilds: each token
+            is sampled from exactly the last model.seq_len.
 
     Returns:
-        (B, seq_len) int64, without the prompt.
+        (B, seq_len) int64, without the prompt; or fewer columns, see stop_token.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
     """
-    seq_len = integer("seq_len", seq_len, at_least=0)
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if not 0 <= filter_thres < 1:
-        raise ValueError(f"filter_thres must be in [0, 1), got {filter_thres}")
-    if not isinstance(prompt, Tensor) or prompt.ndim != 2 or prompt.shape[1] == 0:
-        got = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-        raise ValueError(f"prompt must be (batch, tokens) with at least one token, got {got}")
+    use_cache = use_cache and not kwargs
+    count = integer("seq_len", seq_len, at_least=0)
+    sampling = make_sampling(model.num_tokens, temperature, filter_thres, top_k, top_p)
+    if stop_token is not None and not 0 <= integer("stop_token", stop_token) < model.num_tokens:
+        raise ValueError(
+            f"stop_token must be in [0, num_tokens) = [0, {model.num_tokens}), got {stop_token}"
+        )
+    rows = _rows(model, prompt)
+    longest = max(map(len, rows), default=0)
+    _check_overflow(model, overflow, longest + count, use_cache)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype}")
+    if dtype is not None and not use_cache:
+        raise ValueError(f"dtype takes use_cache=True and no arguments of forward, got {dtype}")
+    if longest > model.seq_len:
+        warnings.warn(
+            f"prompt has {longest} tokens, its last {model.seq_len} (seq_len) count", stacklevel=2
+        )
+        rows = [row[-model.seq_len :] for row in rows]
 
-    was_training = model.training
-    model.eval()
+    if not (rows and count):
+        tokens = iter(())
+    elif use_cache:
+        dtype = dtype or product_dtype(model.token_emb.weight)
+        tokens = _from_decoder(model, rows, count, sampling, _seed(seed), overflow, dtype)
+    else:
+        generator = None if seed is None else torch.Generator(model.device)
+        if generator is not None:
+            generator.manual_seed(_seed(seed))
+        tokens = _from_model(model, rows, count, sampling, generator, kwargs)
+    if stop_token is not None:
+        tokens = _until_stopped(tokens, stop_token, 1 if stream else CHECK_EVERY)
+    if stream:
+        return tokens
+    tokens = list(tokens)
+    if not tokens:
+        return torch.empty(len(rows), 0 if rows else count, dtype=torch.long, device=model.device)
+    out = torch.stack(tokens, dim=1)
+    if stop_token is None:
+        return out
+    return out[:, : 1 + int((out != stop_token).any(0).sum())]
+
+
+# arguments
+
+
+def _rows(model, prompt: Tensor | list[Tensor]) -> list[Tensor]:
+    """The prompts as int64 tensors (T,), or an error that says what is wrong with them."""
+    shape = lambda p: str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__
+    is_list = isinstance(prompt, (list, tuple))
+    rows = list(prompt) if is_list or isinstance(prompt, Tensor) and prompt.ndim == 2 else [None]
+    if not all(isinstance(row, Tensor) and row.ndim == 1 and len(row) for row in rows):
+        raise ValueError(
+            "prompt must be (batch, tokens) with at least one token, or a list of (tokens,),"
+            f" got {', '.join(map(shape, rows)) if is_list else shape(prompt)}"
+        )
+    for row in rows:
+        if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+            raise TypeError(f"prompt must have integers, got {row.dtype}")
+        if row.device != model.device:
+            raise ValueError(f"prompt must be on the model's {model.device}, got {row.device}")
+    if rows:
+        low, high = (int(bound) for bound in cat(rows).aminmax())
+        if low < 0 or high >= model.num_tokens:
+            raise ValueError(
+                f"prompt: ids must be in [0, num_tokens) = [0, {model.num_tokens}),"
+                f" got {low if low < 0 else high}"
+            )
+    return [row.long() for row in rows]
+
+
+def _check_overflow(model, overflow: str, total: int, use_cache: bool):
+    if overflow not in OVERFLOWS:
+        raise ValueError(
+            f"overflow must be one of {', '.join(map(repr, OVERFLOWS))}, got {overflow!r}"
+        )
+    if overflow == "error" and total > model.seq_len:
+        raise ValueError(
+            'prompt and seq_len must be at most model.seq_len tokens for overflow="error",'
+            f" {model.seq_len}, got {total}"
+        )
+    if overflow == "stream":
+        full = [level.compress for level in model.levels if level.window is None]
+        if full:
+            raise ValueError(
+                'overflow="stream" takes a window for every hierarchy, got full attention for'
+                f" {', '.join(map(str, full))}"
+            )
+        if not use_cache:
+            raise ValueError('overflow="stream" takes use_cache=True and no arguments of forward')
+
+
+def _seed(seed: int | torch.Generator | None) -> int:
+    if seed is None or isinstance(seed, torch.Generator):
+        device = "cpu" if seed is None else seed.device
+        return int(torch.randint(2**63 - 1, (), generator=seed, device=device))
+    seed = integer("seed", seed, at_least=0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {seed}")
+    return seed
+
+
+# tokens, one (B,) at a time
+
+
+def _from_decoder(
+    model, rows: list[Tensor], count: int, sampling: Sampling, seed: int, overflow: str, dtype
+) -> Iterator[Tensor]:
+    taken = max(map(len, rows))
+    room = SHORTEST
+    while room < taken + count - 1:  # the last token is not taken in
+        room *= 2
+    room = min(room, model.seq_len)  # enough for any number without full attention
+    window = float("inf") if overflow == "stream" else model.seq_len
+    key = (len(rows), room, dtype, model.impl, model.device)
+    # out of sight of other calls while this one is at work
+    sampler = _decoders.setdefault(model, {}).pop(key, None)
+    if sampler is None:
+        sampler = Sampler(model, len(rows), room, dtype)
+    sampler.start(model, rows, sampling, seed)
     try:
-        out = prompt
-        for _ in range(seq_len):
-            # called, not .forward(): FSDP gathers the weights in a hook
-            logits = model(out[:, -model.seq_len :], **kwargs)[:, -1].float()
-            sample = gumbel_sample(top_k(logits, filter_thres), temperature)
-            out = cat((out, sample[:, None]), dim=-1)
+        recent = deque(maxlen=max(1, model.seq_len // 2))
+        for i in range(count):
+            if i and taken < window:
+                sampler.step()
+                taken += 1
+            elif i:
+                new = torch.stack(tuple(recent), dim=1)
+                pairs = zip(rows, new, strict=True)
+                rows = [cat((row, more))[-recent.maxlen :] for row, more in pairs]
+                recent.clear()
+                sampler.prefill(model, rows)
+                taken = max(map(len, rows))
+            recent.append(sampler.ids.clone())
+            yield recent[-1]
     finally:
-        model.train(was_training)
-    return out[:, prompt.shape[1] :].long()
+        kept = _decoders.setdefault(model, {})
+        kept[key] = sampler
+        while len(kept) > MAX_DECODERS:
+            del kept[next(iter(kept))]
+
+
+class Sampler:
+    """A decoder that samples what it takes next. After `start`, `prefill` and `step`, `ids` (B,)
+    are the sampled tokens, which the next call writes over."""
+
+    def __init__(self, model, batch: int, room: int, dtype: torch.dtype):
+        with _plain(model.device):
+            self.decoder = Decoder(model, batch, room, dtype)
+            self.noise = torch.empty(batch, model.num_tokens, device=model.device)
+        self.ids = self.decoder.ids
+        self.generator = torch.Generator(model.device)
+        self.sampling = self.graph = self.stream = None
+        self.has_stepped = False
+        # the reference is for reading, not for speed
+        if model.device.type == "cuda" and model.ops_for(model.device) is ops.FUSED:
+            self.stream = torch.cuda.Stream(model.device)  # of eager first steps and captures
+
+    def start(self, model, rows: list[Tensor], sampling: Sampling, seed: int):
+        """Take the prompts, of the weights that the model has, and sample their next tokens."""
+        with _plain(model.device):
+            self.decoder.refresh(model)
+        if sampling != self.sampling:
+            self.sampling, self.graph, self.has_stepped = sampling, None, False
+        self.generator.manual_seed(seed)
+        self.prefill(model, rows)
+
+    def prefill(self, model, rows: list[Tensor]):
+        lengths = [len(row) for row in rows]
+        with _plain(self.ids.device):
+            ragged = len(set(lengths)) > 1
+            lengths = torch.tensor(lengths, device=self.ids.device) if ragged else None
+            self.decoder.prefill(model, pad_sequence(rows, batch_first=True), lengths)
+            self._sample()
+
+    def step(self):
+        if self.stream is not None and self.has_stepped:
+            if self.graph is None:
+                self._capture()
+            with torch.cuda.device_of(self.ids):
+                self.graph.replay()
+            return
+        self.has_stepped = True
+        with _plain(self.ids.device):
+            if self.stream is None:
+                self._step()
+                return
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                self._step()
+            current.wait_stream(self.stream)
+
+    def _step(self):
+        self.decoder.step()
+        self._sample()
+
+    def _sample(self):
+        if self.sampling.temperature > 0:
+            self.noise.exponential_(generator=self.generator)
+        self.ids.copy_(sample(self.decoder.logits, self.noise, *self.sampling))
+
+    def _capture(self):
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with (
+            _plain(self.ids.device),
+            # a loader's thread may pin memory meanwhile
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            self._step()
+        self.graph = graph
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Whatever mode the caller is in: tensors of a decoder outlive it."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device if device.type == "cuda" else -1),
+    ):
+        yield
+
+
+@torch.no_grad()
+def _from_model(
+    model,
+    rows: list[Tensor],
+    count: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    kwargs: dict,
+) -> Iterator[Tensor]:
+    for _ in range(count):
+        rows = [row[-model.seq_len :] for row in rows]
+        last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+        was_training = model.training
+        model.eval()
+        try:
+            # called, not .forward(): FSDP gathers the weights in a hook
+            logits = model(pad_sequence(rows, batch_first=True), **kwargs)
+        finally:
+            model.train(was_training)
+        logits = logits[torch.arange(len(rows), device=model.device), last].float()
+        noise = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
+        ids = sample(logits, -noise.clamp(min=1e-20).log(), *sampling)
+        rows = [cat((row, ids[b : b + 1])) for b, row in enumerate(rows)]
+        yield ids
+
+
+def _until_stopped(tokens: Iterator[Tensor], stop_token: int, check_every: int):
+    """The tokens, those after a row's stop_token being stop_token, until all rows have had it."""
+    stopped = None
+    for i, ids in enumerate(tokens, start=1):
+        if stopped is not None:
+            ids = ids.masked_fill(stopped, stop_token)
+        stopped = ids == stop_token
+        yield ids
+        if i % check_every == 0 and bool(stopped.all()):
+            return

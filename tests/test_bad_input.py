@@ -156,31 +156,86 @@ def test_impl_of_a_built_model(model):
     assert model.impl == "auto"
 
 
+PROMPT = "prompt must be (batch, tokens) with at least one token, or a list of (tokens,), got "
+CASES_OF_GENERATE = [
+    (ones(1, 0), {}, ValueError, PROMPT + "(1, 0)"),
+    (ones(3), {}, ValueError, PROMPT + "(3,)"),
+    (ones(1, 3, 1), {}, ValueError, PROMPT + "(1, 3, 1)"),
+    (1, {}, ValueError, PROMPT + "int"),
+    ([[1]], {}, ValueError, PROMPT + "list"),
+    ([ones(2), ones(0)], {}, ValueError, PROMPT + "(2,), (0,)"),
+    ([ones(1, 2)], {}, ValueError, PROMPT + "(1, 2)"),
+    (ones(1, 2).float(), {}, TypeError, "prompt must have integers, got torch.float32"),
+    (ones(1, 2, device="meta"), {}, ValueError, f"prompt must be on the model's {DEVICE}"),
+    (ones(1, 2) * 7, {}, ValueError, "prompt: ids must be in [0, num_tokens) = [0, 7), got 7"),
+    ([ones(3), ones(2) - 2], {}, ValueError, "prompt: ids must be in [0, num_tokens) = [0, 7), go"),
+    (ones(1, 2), {"seq_len": -1}, ValueError, "seq_len must be at least 0, got -1"),
+    (ones(1, 2), {"seq_len": 1.5}, TypeError, "seq_len must be an integer, got 1.5"),
+    (ones(1, 2), {"temperature": -0.5}, ValueError, "temperature must be at least 0, got -0.5"),
+    (ones(1, 2), {"temperature": float("nan")}, ValueError, "temperature must be at least 0, got"),
+    (ones(1, 2), {"filter_thres": 1.0}, ValueError, "filter_thres must be in [0, 1), got 1.0"),
+    (ones(1, 2), {"filter_thres": -0.1}, ValueError, "filter_thres must be in [0, 1), got -0.1"),
+    (ones(1, 2), {"top_p": 0}, ValueError, "top_p must be in (0, 1], got 0"),
+    (ones(1, 2), {"top_p": 1.5}, ValueError, "top_p must be in (0, 1], got 1.5"),
+    (ones(1, 2), {"top_p": float("nan")}, ValueError, "top_p must be in (0, 1], got nan"),
+    (ones(1, 2), {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+    (ones(1, 2), {"top_k": 0.5}, TypeError, "top_k must be an integer, got 0.5"),
+    (ones(1, 2), {"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    (ones(1, 2), {"seed": 2**63}, ValueError, "seed must be below 2^63, got"),
+    (ones(1, 2), {"seed": "x"}, TypeError, "seed must be an integer, got 'x'"),
+    (ones(1, 2), {"stop_token": 7}, ValueError, "stop_token must be in [0, num_tokens) = [0, 7), "),
+    (ones(1, 2), {"stop_token": "e"}, TypeError, "stop_token must be an integer, got 'e'"),
+    (ones(1, 2), {"dtype": torch.int8}, TypeError, "dtype must be a floating torch.dtype, got tor"),
+    (ones(1, 2), {"dtype": "bf16"}, TypeError, "dtype must be a floating torch.dtype, got bf16"),
+    (
+        ones(1, 2),
+        {"dtype": torch.float32, "use_cache": False},
+        ValueError,
+        "dtype takes use_cache=True",
+    ),
+    (
+        ones(1, 2),
+        {"overflow": "wrap"},
+        ValueError,
+        "overflow must be one of 'rebuild', 'error', 'stream', got 'wrap'",
+    ),
+    (
+        ones(1, 2),
+        {"overflow": "error", "seq_len": 5},
+        ValueError,
+        'at most model.seq_len tokens for overflow="error", 6, got 7',
+    ),
+    (
+        ones(1, 2),
+        {"overflow": "stream", "use_cache": False},
+        ValueError,
+        'overflow="stream" takes use_cache=True',
+    ),
+    (ones(1, 2), {"topk": 3}, TypeError, "unexpected keyword argument 'topk'"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     "prompt, options, error, message",
-    [
-        (ones(1, 0), {}, ValueError, "prompt must be (batch, tokens) with at least one token"),
-        (
-            ones(3),
-            {},
-            ValueError,
-            "prompt must be (batch, tokens) with at least one token, got (3,)",
-        ),
-        ([[1]], {}, ValueError, "with at least one token, got list"),
-        (ones(1, 2), {"seq_len": -1}, ValueError, "seq_len must be at least 0, got -1"),
-        (ones(1, 2), {"seq_len": 1.5}, TypeError, "seq_len must be an integer, got 1.5"),
-        (ones(1, 2), {"temperature": -0.5}, ValueError, "temperature must be at least 0, got -0.5"),
-        (ones(1, 2), {"temperature": float("nan")}, ValueError, "temperature must be at least 0"),
-        (ones(1, 2), {"filter_thres": 1.0}, ValueError, "filter_thres must be in [0, 1), got 1.0"),
-        (
-            ones(1, 2),
-            {"filter_thres": -0.1},
-            ValueError,
-            "filter_thres must be in [0, 1), got -0.1",
-        ),
-    ],
+    CASES_OF_GENERATE,
     ids=lambda value: str(value)[:20],
 )
-def test_generate(model, prompt, options, error, message):
-    assert_raises(error, message, lambda: model.generate(prompt, **{"seq_len": 1} | options))
+def test_generate(model, prompt, options, error, message, stream):
+    options = {"seq_len": 1, "stream": stream} | options
+    assert_raises(error, message, lambda: list(model.generate(prompt, **options)))
     assert model.training
+
+
+def test_a_stream_of_a_model_with_full_attention():
+    model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(2, None))).to(DEVICE)
+    message = 'overflow="stream" takes a window for every hierarchy, got full attention for 2'
+    assert_raises(
+        ValueError, message, lambda: model.generate(ones(1, 2), 1, overflow="stream", stream=True)
+    )
+
+
+def test_a_prompt_longer_than_the_model_sees(model):
+    with pytest.warns(UserWarning, match=r"prompt has 9 tokens, its last 6 \(seq_len\) count"):
+        cropped = model.generate(ones(2, 9), 3, temperature=0)
+    assert torch.equal(cropped, model.generate(ones(2, 6), 3, temperature=0))

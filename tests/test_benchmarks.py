@@ -58,16 +58,29 @@ def test_folding_replaces_the_convolutions_alone():
     assert [name for name in shapes.CONFIGS if shapes.foldable(name)] == ["B", "C", "D"]
 
 
-@pytest.mark.parametrize("name", shapes.CONFIGS)
-def test_generation_reads_every_weight_it_multiplies_by(name):
-    config = shapes.CONFIGS[name]
+def test_generation_reads_every_weight_it_multiplies_by():
+    """Without strides and tables, once a token; of embeddings a row a sequence."""
+    config = shapes.CONFIGS["A"]
     unused = ("token_emb", "to_recon", "to_hierarchical_preds")
     weights = [
         p.numel()
         for key, p in shapes.on_meta(config).named_parameters()
         if p.ndim > 1 and not key.startswith(unused) and "to_recon" not in key
     ]
-    assert shapes.weight_bytes(config) == 2 * sum(weights)
+    assert shapes.weight_bytes(config, 1) == 2 * (sum(weights) + 2 * 512)  # and a level's row
+    assert shapes.weight_bytes(config, 64) == 2 * (sum(weights) + 64 * 2 * 512)
+
+
+def test_generation_reads_a_strided_level_every_so_many_tokens_and_rows_of_tables():
+    strided = dict(num_tokens=10, dim=(4, 16), depth=2, dim_head=4, heads=1, ff_mult=1)
+    strided |= dict(hierarchies=(1, 8), hierarchical_stride=(1, 4))
+    block = lambda d: (3 + 1) * 4 * d + 2 * d * d
+    merge = 8 * (4 + 16 / 4) + 8 * 4
+    read = lambda batch: (
+        4 * 10 + batch * 4 + (batch * 8 * 64 + 64 * 16) / 4 + 2 * (block(4) + block(16) / 4 + merge)
+    )
+    for batch in (1, 64):
+        assert shapes.weight_bytes(shapes.Config(1, strided), batch) == 2 * read(batch)
 
 
 def test_op_shapes_are_the_largest_of_each_width():
@@ -144,9 +157,24 @@ def test_fused_is_the_train_step_of_the_library(monkeypatch):
 
 def test_generation_is_counted_in_tokens(monkeypatch):
     in_tiny_configuration(monkeypatch)
-    row = row_of(bench_generate.bench_generate, config="C", provider="reference")
-    assert row["tokens_per_s"] == pytest.approx(1e3 / row["ms_per_token"])
-    assert row["weight_bytes"] == shapes.weight_bytes(shapes.configs(DEVICE)["C"])
+    bench = bench_generate
+    monkeypatch.setattr(bench, "BATCHES", {"batch 3": 3})
+    row = partial(row_of, bench.bench_generate, config="C", variant="batch 3")
+    reference = row(provider="reference")
+    assert reference["new_tokens"] == bench.FEW
+    assert reference["prompt_tokens"] == bench.PROMPT + (bench.NEW - bench.FEW) // 2
+    assert reference["tokens_per_s"] == pytest.approx(3e6 / reference["us_per_token"])
+    assert reference["weight_bytes"] == shapes.weight_bytes(shapes.configs(DEVICE)["C"], 3)
+    assert reference["state_bytes"] > 0 and reference["first_us"] > 0
+    assert row(provider="upstream")["us_per_token"] > 0
+
+
+def test_a_decoder_that_computes_something_else_is_not_timed(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    step = bench_generate.Decoder.step
+    monkeypatch.setattr(bench_generate.Decoder, "step", lambda self: step(self) + 1)
+    with pytest.raises(ValueError, match="off the reference"):
+        row_of(bench_generate.bench_generate, config="C", variant="batch 1", provider="reference")
 
 
 @pytest.mark.parametrize(

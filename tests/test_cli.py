@@ -7,6 +7,10 @@ import torch
 
 from shtx import ops
 from shtx.cli import TRAIN_EXTRA, main
+from shtx.train.checkpoint import load
+from shtx.train.config import Config
+from shtx.train.progress import visible
+from shtx.train.trainer import build
 
 CORE_ALONE = f"""
 import sys
@@ -16,7 +20,7 @@ import shtx
 assert not [name for name in sys.modules if f"{{name}}.".startswith(("shtx.train.", "shtx.cli."))]
 from shtx.cli import main
 assert main(["info", "--check"]) == 0
-assert main(["train"]) == 1
+assert main(["train"]) == main(["generate"]) == 1
 """
 
 
@@ -24,10 +28,11 @@ def test_core_alone_imports_and_informs():
     done = subprocess.run([sys.executable, "-c", CORE_ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Triton is not installed" in done.stdout
-    assert done.stderr.splitlines()[-1] == (
-        "shtx train: error: tyro, rich, safetensors, matplotlib, numpy not installed:"
+    assert done.stderr.splitlines()[-2:] == [
+        f"shtx {verb}: error: tyro, rich, safetensors, matplotlib, numpy not installed:"
         ' pip install "shtx[train]"'
-    )
+        for verb in ("train", "generate")
+    ]
 
 
 def test_module_is_the_command(monkeypatch, capsys):
@@ -35,7 +40,7 @@ def test_module_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("shtx", run_name="__main__")
     assert capsys.readouterr().err == (
-        "shtx: error: unknown verb 'fly'; the verbs are train and info\n"
+        "shtx: error: unknown verb 'fly'; the verbs are train, generate and info\n"
     )
 
 
@@ -44,6 +49,7 @@ def test_help(argv, capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "shtx train --data enwik8.zip" in text and "shtx info --check" in text
+    assert "shtx generate --checkpoint runs/enwik8" in text
 
 
 def test_train_help(capsys):
@@ -128,3 +134,82 @@ def test_check_where_fused_cannot_run(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.count("it is too cold") == len(ops.FUSED_OPS) + 1
     assert text.endswith("nothing to check: it is too cold\n")
+
+
+# generate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that was trained on text of more than one byte a character."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text").write_text("naïve café, déjà vu\n" * 400)
+    arguments = "--preset cpu --dim 32 --depth 1 --heads 2 --dim-head 8 --seq-len 32 --steps 60"
+    arguments += " --window-sizes 8 None --batch-size 8 --eval-sequences 8"
+    files = ["--data", str(folder / "text"), "--out", str(folder / "run")]
+    assert main(["train", *arguments.split(), *files]) == 0
+    return folder / "run"
+
+
+def generated(capsys, run, *arguments):
+    command = ["generate", "--checkpoint", str(run), "--device", "cpu", *arguments]
+    status = main(command)
+    done = capsys.readouterr()
+    return status, done.out, done.err
+
+
+def test_generate_goes_on_with_the_prompt(run, capsys):
+    capsys.readouterr()
+    arguments = ["--prompt", "naïve café", "--length", "60", "--temperature", "0"]
+    status, text, _ = generated(capsys, run, *arguments)
+    assert status == 0 and text.endswith("\n")
+    config = Config.from_json(load(run).config["run"])
+    model = build(config, torch.device("cpu"))
+    model.load_state_dict(load(run).weights)
+    prompt = torch.tensor([list("naïve café".encode())])
+    ids = model.generate(prompt, 60, temperature=0)
+    whole = bytes(prompt[0].tolist() + ids[0].tolist()).decode(errors="replace")
+    assert text == visible(whole) + "\n"
+    assert "é" in text[10:]  # of two bytes, which came one by one
+
+
+def test_generate_repeats_with_a_seed(run, capsys):
+    arguments = ["--prompt", "n", "--length", "40", "--top-k", "200", "--temperature", "3"]
+    first, second, other, third, fourth = (
+        generated(capsys, run, *arguments, *seed)[1]
+        for seed in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"], [], [])
+    )
+    assert first == second and len({first, other, third, fourth}) == 4
+    assert all(c.isprintable() or c in "\t\n" for c in first + other)
+    likely = generated(capsys, run, *arguments[:4], "--top-p", "0.001", "--dtype", "bf16")[1]
+    assert likely == generated(capsys, run, *arguments[:4], "--top-k", "1", "--dtype", "bf16")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", ""], "--prompt must have at least one byte"),
+        (["--prompt", "x", "--length", "-1"], "--length must be at least 0, got -1"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--prompt", "x", "--top-k", "0"], "top_k must be at least 1, got 0"),
+        (["--prompt", "x", "--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--prompt", "x", "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
+        (["--prompt", "x", "--device", "cuda:99"], "GPUs that PyTorch can use; --device cpu needs"),
+        (["--prompt", "x", "--checkpoint", "nowhere"], "nowhere: no checkpoint there"),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_generate_says_what_is_wrong(run, arguments, message, capsys):
+    capsys.readouterr()
+    status, out, err = generated(capsys, run, *arguments)
+    assert status == 1 and out == ""
+    assert err.startswith("shtx generate: error: ") and message in err and err.count("\n") == 1
+
+
+def test_generate_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["generate", "--help"])
+    text = capsys.readouterr().out
+    for flag in "checkpoint prompt length temperature top-k top-p seed device dtype".split():
+        assert f"--{flag} " in text, flag

@@ -281,12 +281,6 @@ def test_generate_is_greedy_at_temperature_0_and_restores_training(vocabulary):
     assert model.generate(prompt, 0).shape == (2, 0)
 
 
-def test_generate_crops_to_the_last_tokens():
-    model = build()
-    prompt = draw(60)
-    assert torch.equal(*(model.generate(p, 2, temperature=0) for p in (prompt, prompt[:, -48:])))
-
-
 def test_checked_mode_finds_ids_out_of_range():
     model = build()
     model.checked = True

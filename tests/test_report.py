@@ -27,7 +27,13 @@ RESULTS = {
         {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
         | {"error": "OutOfMemoryError: much"},
         {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
-        | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
+        | {"variant": "batch 64", "us_per_token": 200.0, "tokens_per_s": 320_000.0}
+        | {"prompt_tokens": 128, "new_tokens": 1024, "first_us": 3000.0}
+        | {"weight_bytes": 400_000_000.0, "state_bytes": 3 * 2**19},
+        {"bench": "generate", "config": "C", "provider": "upstream", "commit": "abc"}
+        | {"variant": "batch 64", "us_per_token": 50_000.0, "tokens_per_s": 1280.0}
+        | {"prompt_tokens": 624, "new_tokens": 32, "first_us": 48_000.0}
+        | {"weight_bytes": 400_000_000.0},
         {"bench": "causal_compress", "provider": "fused", "commit": "abc"}
         | {"shape": "1 x 2 x 3 x 4 x 5 x 6 x 7", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
         {"bench": "feed_forward", "provider": "fused", "commit": "abc"}
@@ -79,9 +85,11 @@ TABLES = [
     B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | 1.50 cold
     """,
     """
-    config | provider | rate (tokens/s) | speed-up over upstream (x) |
-        limit: weights read (tokens/s)
-    C | fused | 500 | - | 1,000
+    config | variant | provider | prompt + new | first token (ms) | per token (us) |
+        rate (tokens/s) | of the floor (%) | speed-up over upstream (x) |
+        state of a sequence (MiB)
+    C | batch 64 | fused | 128 + 1024 | 3.00 | 200 | 320,000 | 50.0 | 250 | 1.50
+    C | batch 64 | upstream | 624 + 32 | 48.0 | 50,000 | 1,280 | 0.200 | 1.00 | -
     """,
     """
     shape B x N x V x D x D_out x C x stride | provider | fwd + bwd (us) | rate (TFLOP/s) |

@@ -100,7 +100,7 @@ def load(path: Path) -> Checkpoint:
     """
     if _step(path) is None:
         if not (steps := _steps(path / "checkpoints")):
-            raise TrainError(f"--resume {path}: no checkpoint there")
+            raise TrainError(f"{path}: no checkpoint there")
         path = steps[-1]
     manifest = _parse(path / MANIFEST, _read(path / MANIFEST))
     contents = {name: _read(path / name) for name in FILES}
@@ -148,7 +148,7 @@ def _parse(file: Path, content: bytes) -> dict:
 def _damaged(file: Path, what: str) -> TrainError:
     step = file.parent
     older = [path for path in _steps(step.parent) if _step(path) < _step(step)]
-    hint = f"an older step: --resume {older[-1]}" if older else "no older step is left"
+    hint = f"an older step is {older[-1]}" if older else "no older step is left"
     return TrainError(f"{file}: {what}; {hint}")
 
 

@@ -47,7 +47,11 @@ class Display:
 
 def printable(data: bytes) -> str:
     """Text as it is; what is not UTF-8, or would move the cursor, as escapes."""
-    text = data.decode("utf-8", errors="backslashreplace")
+    return visible(data.decode("utf-8", errors="backslashreplace"))
+
+
+def visible(text: str) -> str:
+    """Text as it is; what would move the cursor, as escapes."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )

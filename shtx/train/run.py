@@ -71,28 +71,37 @@ def place(config: Config) -> tuple[torch.device, int, int]:
     rank, world = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
     )
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise TrainError(f"--device must be cpu, cuda or cuda:N, got {config.device}") from None
+    device = find_device(config.device, "--preset cpu needs none")
     if config.batch_size % world:
         raise TrainError(
             f"--batch-size must be a multiple of the {world} processes, got {config.batch_size}"
         )
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-        if index >= torch.cuda.device_count():
-            raise TrainError(
-                f"--device {device}: {torch.cuda.device_count()} GPUs that PyTorch can use;"
-                " --preset cpu needs none"
-            )
-        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     return device, rank, world
+
+
+def find_device(name: str, hint: str) -> torch.device:
+    """What --device names, of torchrun's processes each its own; a TrainError with the hint if
+    there is no such GPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise TrainError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if device.type == "cpu":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", device.index or 0))
+    if index >= torch.cuda.device_count():
+        raise TrainError(
+            f"--device {device}: {torch.cuda.device_count()} GPUs that PyTorch can use; {hint}"
+        )
+    return torch.device("cuda", index)
 
 
 def open_run(config: Config, expected: dict | None) -> tuple[Path, Corpus]:
