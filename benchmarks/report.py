@@ -112,6 +112,7 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
         "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
         "throughput (tokens/s)": number(row.get("tokens_per_s")),
         "peak memory (GiB)": number(row.get("peak_gib")),
+        "first step (s)": number(row.get("first_step_s")),
         "first two steps (s)": first.strip(),
     }
 
