@@ -21,7 +21,10 @@ from shtx import TrainStep
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):
-    config = shapes.configs(DEVICE)[config]
+    measure(benchmark, shapes.configs(DEVICE)[config], provider, wait_for_turn)
+
+
+def measure(benchmark, config: shapes.Config, provider: str, wait_for_turn: Callable):
     benchmark.extra_info |= {"batch": config.batch, "seq_len": config.model["seq_len"]}
     if provider in FLOORS:
         time_floor(benchmark, config, folded=provider == "floor-folded")

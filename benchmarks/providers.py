@@ -34,9 +34,11 @@ PROVIDERS = {
         *OURS,
         *("fused-eager", "repaired-compiled", "upstream-compiled", "upstream"),
     ),
+    "scaling": ("fused", "reference"),
     "generate": ("fused", "reference", "upstream"),
 }
-OPS = [bench for bench in PROVIDERS if bench not in ("model", "generate")]
+WHOLE = ("model", "scaling", "generate")
+OPS = [bench for bench in PROVIDERS if bench not in WHOLE]
 PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 GPU_ALONE = (
     *(*PACKAGES, "flex", "flash-window", "sdpa-flash", "sdpa-cudnn"),

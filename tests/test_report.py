@@ -27,6 +27,14 @@ RESULTS = {
         {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
         {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
         | {"error": "OutOfMemoryError: much"},
+        {"bench": "scaling", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "16 x 2048", "ms": 65.536, "tokens_per_s": 5e5, "peak_gib": 4.0}
+        | {"batch": 16, "seq_len": 2048},
+        {"bench": "scaling", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "4 x 2048", "ms": 16.384, "tokens_per_s": 5e5, "peak_gib": 2.0}
+        | {"batch": 4, "seq_len": 2048},
+        {"bench": "scaling", "config": "C", "provider": "reference", "commit": "abc"}
+        | {"shape": "16 x 2048", "error": "Failed: out of memory: much"},
         {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
         | {"ms_per_token": 2.0, "tokens_per_s": 500.0, "weight_bytes": 4_000_000_000},
         {"bench": "causal_compress", "provider": "fused", "commit": "abc"}
@@ -78,6 +86,12 @@ TABLES = [
     B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
     B | floor | 40.0 | 2.00 | 5.00 | - | - | - | -
     B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
+    """,
+    """
+    config | batch x length | provider | step (ms) | time a token (us) | peak memory (GiB)
+    C | 4 x 2048 | fused | 16.4 | 2.00 | 2.00
+    C | 16 x 2048 | fused | 65.5 | 2.00 | 4.00
+    C | 16 x 2048 | reference | - | - | -
     """,
     """
     config | provider | rate (tokens/s) | speed-up over upstream (x) |
@@ -209,6 +223,7 @@ def test_results_are_joined(results_file, tmp_path):
     assert {file.name for file in (tmp_path / "both").iterdir()} == {
         "results.json",
         "model.png",
+        "scaling.png",
         "generate.png",
     }
 
