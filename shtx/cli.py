@@ -6,9 +6,10 @@ from importlib.util import find_spec
 TRAIN_EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "numpy")
 
 HELP = """\
-usage: shtx {train,info} [options]
+usage: shtx {train,warmup,info} [options]
 
   train   train a byte-level hierarchical transformer, from nothing or from a checkpoint
+  warmup  compile ahead what a training with the same options would compile
   info    versions, device, which ops run fused; --check compares them with their references
 
 examples:
@@ -38,24 +39,23 @@ def main(argv: list[str] | None = None) -> int:
         from shtx.info import main as info
 
         return info(rest)
-    if verb == "train":
+    if verb in ("train", "warmup"):
         missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
         if missing:
-            return fail("train", f'{", ".join(missing)} not installed: pip install "shtx[train]"')
-        return train(rest)
-    return fail("", f"unknown verb {verb!r}; the verbs are train and info")
+            return fail(verb, f'{", ".join(missing)} not installed: pip install "shtx[train]"')
+        return train(verb, rest)
+    return fail("", f"unknown verb {verb!r}; the verbs are train, warmup and info")
 
 
-def train(argv: list[str]) -> int:
-    from shtx.train import TrainError
-    from shtx.train.run import main as train
+def train(verb: str, argv: list[str]) -> int:
+    from shtx.train import TrainError, run, warmup
 
     try:
-        return train(argv)
+        return (run if verb == "train" else warmup).main(argv)
     except (TrainError, OSError) as error:
-        return fail("train", str(error))
+        return fail(verb, str(error))
     except KeyboardInterrupt:
-        print("shtx train: interrupted", file=sys.stderr)
+        print(f"shtx {verb}: interrupted", file=sys.stderr)
         return 130
 
 
