@@ -14,16 +14,17 @@ from functools import reduce
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.providers import OPS, PROVIDERS, by_default, why_not
+from benchmarks.providers import OPS, PROVIDERS, WHOLE, by_default, why_not
 from benchmarks.runner import Job, run
-from benchmarks.shapes import CONFIGS, foldable
+from benchmarks.shapes import CONFIGS, SCALED, foldable
 from benchmarks.timing import DEVICE
 
 HERE = Path(__file__).parent
-KINDS = ("ops", "model", "generate")
+KINDS = ("ops", *WHOLE)
 GIB_PER_COMPILATION = 25  # GPU memory: the most that a model's first steps take
 EXAMPLES = """examples:
   python -m benchmarks model --config A C --out results   train steps of two configurations
+  python -m benchmarks scaling --out results                the step against batch and length
   python -m benchmarks ops --op norm_token_shift            one op, against all its peers
   python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
   python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one
@@ -95,12 +96,12 @@ def print_table(argv: list[str]):
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure ops, train step and generation; `table` prints results as Markdown.",
+        description="Measure ops, train steps and generation; `table` prints results as Markdown.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("kinds", nargs="*", metavar="KIND", help="ops, model, generate; default: all of them")
+    add("kinds", nargs="*", metavar="KIND", help=f"of {' '.join(KINDS)}; default: all")
     add("--config", nargs="+", default=list(CONFIGS), metavar="NAME", help="of A B C D")
     add("--op", nargs="+", default=OPS, metavar="NAME", help=f"of {' '.join(OPS)}")
     add("--provider", nargs="+", metavar="NAME", help="default: all that suit the device")
@@ -125,6 +126,8 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
     for bench in benches:
         wanted = [p for p in PROVIDERS[bench] if p in (asked or by_default(bench))]
         for config in [names] if bench in OPS else [[name] for name in names]:
+            if bench == "scaling" and config[0] not in SCALED:
+                continue
             for provider in wanted:
                 if provider == "floor-folded" and not foldable(config[0]):
                     continue
@@ -144,9 +147,8 @@ def summary(rows: list[dict]) -> str:
 def measure(options: argparse.Namespace) -> int:
     jobs, impossible = plan(options)
     if not jobs and not impossible:
-        sys.exit(
-            f"--provider: {' '.join(options.provider)} does not apply to this KIND and --config"
-        )
+        asked = " ".join(options.provider or ["none"])
+        sys.exit(f"--provider: {asked} does not apply to this KIND and --config")
     path = options.out / "results.json"
     older = report.read(path) if path.exists() else None
     make_folder("--out", options.out)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from local_attention import LocalAttention
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 import shtx_kernels
+from benchmarks.repaired import angles, block_mask, rotate
 from benchmarks.timing import DEVICE, DTYPE, autocast, time_op
 from shtx_kernels import reference
 
@@ -62,29 +63,7 @@ CASES = {
 # peers: rotary, attention and layout in one torch.compile
 
 
-@lru_cache
-def rotations(n: int, E: int, xpos: bool, device: torch.device) -> list[torch.Tensor]:
-    """fp32 cos and sin (n, 1, E / 2) for q, then for k, as fp64 has them."""
-    t = torch.arange(n, device=device, dtype=torch.float64)[:, None, None]
-    channel = torch.arange(0, E, 2, device=device, dtype=torch.float64)
-    angle = t * 10000 ** (-channel / E)
-    scale = ((channel + 0.4 * E) / (1.4 * E)) ** ((t - n // 2) / 512 * xpos)
-    return [(f(angle) * s).float() for s in (scale, 1 / scale) for f in (torch.cos, torch.sin)]
-
-
-@lru_cache
-def block_mask(n: int, window: int | None, device: torch.device):
-    reach = n if window is None else window
-    sees = lambda b, h, i, j: (j <= i) & (i - j <= reach)
-    return create_block_mask(sees, None, None, n, n, device=device)
-
-
-def rotate(t, cos, sin):
-    x, y = t.float().chunk(2, dim=-1)
-    return torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1).to(t.dtype)
-
-
-def around(attend, mask=lambda n, window, device: window):
+def around(attend, mask=lambda n, window: window):
     """The op by a peer's `attend(q, k, v, mask, scale)` on tensors (B, M, H, E)."""
 
     @torch.compile
@@ -95,8 +74,8 @@ def around(attend, mask=lambda n, window, device: window):
 
     def op(qkv, heads, *, window=None, dilation=1, xpos=False, scale=None):
         n, E = qkv.shape[1] // dilation, qkv.shape[2] // (3 * heads)
-        tables, seen = rotations(n, E, xpos, qkv.device), mask(n, window, qkv.device)
-        return run(qkv, heads, dilation, scale, tables, seen)
+        tables = [table[:, None].to(qkv.device) for table in angles(n, E, xpos)]
+        return run(qkv, heads, dilation, scale, tables, mask(n, window))
 
     return op
 

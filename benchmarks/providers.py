@@ -32,13 +32,18 @@ PROVIDERS = {
     "model": (
         *FLOORS,
         *OURS,
-        *("fused-eager", "upstream-compiled", "upstream"),
+        *("fused-eager", "repaired-compiled", "upstream-compiled", "upstream"),
     ),
+    "scaling": ("fused", "reference"),
     "generate": ("fused", "reference", "upstream"),
 }
-OPS = [bench for bench in PROVIDERS if bench not in ("model", "generate")]
+WHOLE = ("model", "scaling", "generate")
+OPS = [bench for bench in PROVIDERS if bench not in WHOLE]
 PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
-GPU_ALONE = (*PACKAGES, "flex", "flash-window", "sdpa-flash", "sdpa-cudnn")
+GPU_ALONE = (
+    *(*PACKAGES, "flex", "flash-window", "sdpa-flash", "sdpa-cudnn"),
+    "repaired-compiled",  # FlexAttention has no backward on a CPU
+)
 
 
 def why_not(provider: str) -> str | None:
@@ -75,11 +80,14 @@ def load(provider: str, reference: Module, config: Config) -> Module:
     model = reference
     if provider in FUSED:
         model.impl = "fused"
-    if provider.startswith("upstream"):
-        from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
+    if provider.startswith(("upstream", "repaired")):
+        if provider.startswith("upstream"):
+            from simple_hierarchical_transformer import HierarchicalTransformer as Peer
+        else:
+            from benchmarks.repaired import Repaired as Peer
 
         with torch.device(DEVICE):
-            model = Upstream(**config.model)
+            model = Peer(**config.model)
         model.load_state_dict(reference.state_dict())
     if not provider.endswith("-compiled"):
         return model

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
+    "scaling": "Train step against the batch, and against the length at as many tokens",
     "generate": "Generation; floor: the weights of a token, read at the speed of a copy",
 }
+FOLDED = ("scaling",)  # where HTML is shown, as are the ops
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
 SHAPES = {
@@ -112,7 +114,19 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
         "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
         "throughput (tokens/s)": number(row.get("tokens_per_s")),
         "peak memory (GiB)": number(row.get("peak_gib")),
+        "first step (s)": number(row.get("first_step_s")),
         "first two steps (s)": first.strip(),
+    }
+
+
+def scaling_line(row: dict, rows: list[dict], results: dict) -> dict:
+    return {
+        "config": row["config"],
+        "batch x length": row.get("shape", "-"),
+        "provider": row["provider"],
+        "step (ms)": number(row.get("ms")),
+        "time a token (us)": number(ratio(1e6, row.get("tokens_per_s"))),
+        "peak memory (GiB)": number(row.get("peak_gib")),
     }
 
 
@@ -181,7 +195,8 @@ PRODUCTS = {  # what cuBLAS is measured on
     "reconstruction_loss": "with all logits in memory",
     "token_embedding": "of every token",
 }
-LINES = {"model": model_line, "generate": generate_line} | dict.fromkeys(PRODUCTS, products_line)
+LINES = {"model": model_line, "scaling": scaling_line, "generate": generate_line}
+LINES |= dict.fromkeys(PRODUCTS, products_line)
 
 
 def fastest_first(rows: list[dict]) -> list[dict]:
@@ -231,7 +246,7 @@ def tables(results: dict, fold_ops: bool = False) -> str:
             continue
         line = LINES.get(bench, op_line)
         section = [f"**{heading}**", aligned([line(row, rows, results) for row in rows])]
-        if fold_ops and bench in ops:
+        if fold_ops and bench in (*ops, *FOLDED):
             section = [f"<details><summary>{heading}</summary>", section[1], "</details>"]
         text += section
         reasons = [
@@ -256,16 +271,62 @@ def splice(readme: str, text: str) -> str:
 
 
 def save_charts(results: dict, folder: Path):
+    save_bars(results, folder)
+    save_scaling(results, folder)
+
+
+def panels_of(results: dict, bench: str) -> dict[str, list[dict]]:
+    """What was measured, by configuration."""
+    rows = [row for row in results["rows"] if row["bench"] == bench and "error" not in row]
+    panels = {}
+    for row in fastest_first(rows):
+        variant = f", {row['variant']}" if "variant" in row else ""
+        panels.setdefault(row["config"] + variant, []).append(row)
+    return panels
+
+
+def save_scaling(results: dict, folder: Path):
+    """The train step over the batch, or over the length where that varies."""
+    panels = panels_of(results, "scaling")
+    if not panels:
+        return
+    figure = Figure((5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False).flat
+    for axis, (config, rows) in zip(axes, panels.items(), strict=True):
+        by_length = len({row["seq_len"] for row in rows}) > 1
+        x = "seq_len" if by_length else "batch"
+        for provider in sorted({row["provider"] for row in rows}):
+            line = [
+                (row[x], 1e6 / row["tokens_per_s"] if by_length else row["ms"])
+                for row in sorted(rows, key=lambda row: row[x])
+                if row["provider"] == provider
+            ]
+            color = COLORS.get(provider, "tab:blue")
+            axis.plot(*zip(*line, strict=True), marker="o", color=color, label=provider)
+        ticks = sorted({row[x] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set(
+            title=f"configuration {config}",
+            xlabel=f"length, {rows[0]['batch'] * rows[0]['seq_len']:,} tokens a step"
+            if by_length
+            else f"batch of {rows[0]['seq_len']:,} tokens",
+            ylabel="time a token (us)" if by_length else "step (ms)",
+            ylim=(0, None),
+        )
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{TITLES['scaling']}\n{title(results)}", fontsize="medium", wrap=True)
+    figure.savefig(folder / "scaling.png", dpi=120)
+
+
+def save_bars(results: dict, folder: Path):
     """Train step and generation as bars, a panel for each configuration."""
     for name, field, label in (
         ("model", "ms", "step (ms), lower is better"),
         ("generate", "tokens_per_s", "rate (tokens/s), higher is better"),
     ):
-        rows = [row for row in results["rows"] if row["bench"] == name and "error" not in row]
-        panels = {}
-        for row in fastest_first(rows):
-            variant = f", {row['variant']}" if "variant" in row else ""
-            panels.setdefault(row["config"] + variant, []).append(row)
+        panels = panels_of(results, name)
         if not panels:
             continue
         columns = min(2, len(panels))

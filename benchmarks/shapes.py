@@ -64,6 +64,8 @@ CONFIGS = {
     ),
 }
 
+SCALED = ("B", "C")  # measured at several batches and lengths
+
 # for a CPU: the same levels, narrow and short
 SMALL = {
     "A": Config(2, CONFIGS["A"].model | dict(num_tokens=2000, dim=32, depth=2, seq_len=128)),

@@ -5,12 +5,17 @@ from importlib import import_module
 from importlib.util import find_spec
 
 TRAIN_EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "numpy")
-MODULES = {"train": "shtx.train.run", "generate": "shtx.train.generate"}  # what needs the extra
+MODULES = {  # of the verbs that need the extra
+    "train": "shtx.train.run",
+    "warmup": "shtx.train.warmup",
+    "generate": "shtx.train.generate",
+}
 
 HELP = """\
-usage: shtx {train,generate,info} [options]
+usage: shtx {train,warmup,generate,info} [options]
 
   train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
+  warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
   info       versions, device, which ops run fused; --check compares them with their references
 
@@ -47,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             return fail(verb, f'{", ".join(missing)} not installed: pip install "shtx[train]"')
         return run(verb, rest)
-    return fail("", f"unknown verb {verb!r}; the verbs are train, generate and info")
+    return fail("", f"unknown verb {verb!r}; the verbs are train, warmup, generate and info")
 
 
 def run(verb: str, argv: list[str]) -> int:

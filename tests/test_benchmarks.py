@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from benchmarks import (
     bench_norm_token_shift,
     bench_reconstruction_loss,
     bench_rotary_attention,
+    bench_scaling,
     providers,
     report,
     runner,
@@ -153,6 +155,34 @@ def test_fused_is_the_train_step_of_the_library(monkeypatch):
     fused = train("fused")
     assert calls and fused["cuda_graph"] == (DEVICE == "cuda")
     assert fused["loss"] == eager["loss"]
+
+
+def test_scaling_has_a_row_for_each_batch_and_length(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    lengths = [case for case in bench_scaling.CASES if case.depth]
+    assert len({case.batch * case.seq_len for case in lengths}) == 1 < len(lengths)
+    case = bench_scaling.Case("C", 2, 64, depth=2)
+    assert case.labels() == {"config": "C, depth 2", "shape": "2 x 64"}
+    assert bench_scaling.Case("C", 3).labels() == {"config": "C", "shape": "3 x 128"}
+    row = row_of(bench_scaling.bench_scaling, case=case, provider="reference")
+    assert (row["batch"], row["seq_len"]) == (2, 64)
+    assert row["tokens_per_s"] == pytest.approx(128 / row["ms"] * 1e3)
+    assert {job.configs for job in cli.plan(cli.parse(["scaling"]))[0]} == {("B",), ("C",)}
+
+
+def test_scaling_past_the_memory_is_a_failure_that_keeps_none(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    kept = []
+
+    def measure(*args, **keywords):
+        large = torch.nn.Linear(1, 1)
+        kept.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(bench_scaling, "measure", measure)
+    with pytest.raises(pytest.fail.Exception, match="out of memory: tried to allocate") as error:
+        row_of(bench_scaling.bench_scaling, case=bench_scaling.Case("C", 1), provider="reference")
+    assert kept[0]() is None and error.value.__context__ is None
 
 
 def test_generation_is_counted_in_tokens(monkeypatch):
@@ -375,7 +405,7 @@ def test_the_command_on_a_cpu(tmp_path):
     row = rows["reference"]
     assert row.items() >= {"bench": "model", "config": "C", "commit": "cafe", "batch": 2}.items()
     assert row["ms"] > 0 and row["tokens_per_s"] == pytest.approx(2 * 128 / row["ms"] * 1e3)
-    assert row["caches"] == "cold" and row["first_steps_s"] > 0
+    assert row["caches"] == "cold" and row["first_steps_s"] > row["first_step_s"] > 0
     assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
 
     assert "SMALL SHAPES ON A CPU" in done.stdout and report.tables(results) in done.stdout
@@ -397,12 +427,13 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "KIND: 'trian' is unknown, choose from ops model generate"),
+        (["trian"], "KIND: 'trian' is unknown, choose from ops model scaling generate"),
         (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress feed_forward"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),
         (["model", "--config", "A", "--provider", "floor-folded"], "--provider: floor-folded does"),
+        (["scaling", "--config", "A"], "--provider: none does not apply to this KIND and --config"),
         (["model", "--config", "C", "--out", __file__], f"--out: {__file__}: "),
     ],
 )

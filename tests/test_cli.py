@@ -1,6 +1,7 @@
 import runpy
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_module_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("shtx", run_name="__main__")
     assert capsys.readouterr().err == (
-        "shtx: error: unknown verb 'fly'; the verbs are train, generate and info\n"
+        "shtx: error: unknown verb 'fly'; the verbs are train, warmup, generate and info
+"
     )
 
 
@@ -49,7 +51,7 @@ def test_help(argv, capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "shtx train --data enwik8.zip" in text and "shtx info --check" in text
-    assert "shtx generate --checkpoint runs/enwik8" in text
+    assert "shtx generate --checkpoint runs/enwik8" in text and "compile ahead" in text
 
 
 def test_train_help(capsys):
@@ -65,6 +67,62 @@ def test_train_help(capsys):
         " --predict-use-all-hierarchy --recon-loss-weight --hierarchical-ar-loss-weight"
     ).split():
         assert f"{flag} " in text or f"{flag}," in text, flag
+
+
+def test_warmup_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["warmup", "--help"])
+    text = capsys.readouterr().out
+    assert (
+        "usage: shtx warmup" in text and "--precision " in text and "shtx warmup --resume" in text
+    )
+
+
+def test_warmup_where_nothing_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["warmup", "--preset", "cpu", "--depth", "1"]) == 0
+    assert capsys.readouterr().out.startswith("nothing to compile: PyTorch on a CPU")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--preset cpu --device cuda:99", "--device cuda:99: "),
+        ("--preset cpu --steps 0", "--steps must be at least 1, got 0"),
+        ("--preset cpu --hierarchies 1 3", "hierarchies must be a power of two, got 3"),
+        ("--resume nowhere", "--resume "),
+    ],
+)
+def test_warmup_that_cannot_run(arguments, message, capsys):
+    assert main(["warmup", *arguments.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"shtx warmup: error: {message}") and error.count("\n") == 1
+
+
+def test_warmup_takes_each_part_of_a_run_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    from shtx.train import warmup
+    from shtx.train.trainer import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(warmup, "nothing_to_compile", lambda model: None)
+    monkeypatch.setattr("shtx.train.trainer.SAMPLE", 2)
+    calls = []
+    for name in ("step", "evaluate", "sample"):
+        original = getattr(Trainer, name)
+        wrapped = lambda *args, name=name, original=original: calls.append(name) or original(*args)
+        monkeypatch.setattr(Trainer, name, wrapped)
+    sizes = "--dim 8 --depth 1 --heads 1 --dim-head 8 --seq-len 16 --window-sizes 4 None"
+    sizes += " --batch-size 2 --eval-sequences 2 --impl fused"
+    assert main(["warmup", "--preset", "cpu", *sizes.split()]) == 0
+    assert calls == ["step", "step", "evaluate", "sample"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        *("first step", "second step", "validation", "sample"),
+    ]
+    assert all(float(line.split()[-2]) >= 0 and line.endswith(" s") for line in lines)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

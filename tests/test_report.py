@@ -21,11 +21,20 @@ RESULTS = {
         {"bench": "model", "config": "B", "provider": "upstream", "commit": "abc", "ms": 200.0}
         | {"tokens_per_s": 163840.0, "peak_gib": 22.16, "first_steps_s": 1.5, "caches": "cold"},
         {"bench": "model", "config": "B", "provider": "fused", "commit": "def", "ms": 25.0}
-        | {"tokens_per_s": 1310720.0, "peak_gib": 9.5, "first_steps_s": 31.0, "caches": "warm"},
+        | {"tokens_per_s": 1310720.0, "peak_gib": 9.5, "caches": "warm"}
+        | {"first_step_s": 29.0, "first_steps_s": 31.0},
         {"bench": "model", "config": "B", "provider": "floor", "commit": "abc", "ms": 40.0},
         {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
         {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
         | {"error": "OutOfMemoryError: much"},
+        {"bench": "scaling", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "16 x 2048", "ms": 65.536, "tokens_per_s": 5e5, "peak_gib": 4.0}
+        | {"batch": 16, "seq_len": 2048},
+        {"bench": "scaling", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "4 x 2048", "ms": 16.384, "tokens_per_s": 5e5, "peak_gib": 2.0}
+        | {"batch": 4, "seq_len": 2048},
+        {"bench": "scaling", "config": "C", "provider": "reference", "commit": "abc"}
+        | {"shape": "16 x 2048", "error": "Failed: out of memory: much"},
         {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
         | {"variant": "batch 64", "us_per_token": 200.0, "tokens_per_s": 320_000.0}
         | {"prompt_tokens": 128, "new_tokens": 1024, "first_us": 3000.0}
@@ -77,12 +86,18 @@ TITLE = "GPU X, driver 1.2, torch 9, triton 8; copy 4,000 GB/s, matrix product 7
 TABLES = [
     """
     config | provider | step (ms) | over floor (x) | speed-up over upstream (x) |
-        throughput (tokens/s) | peak memory (GiB) | first two steps (s)
-    A | fused | - | - | - | - | - | -
-    B | floor-folded | 20.0 | 1.00 | 10.0 | - | - | -
-    B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 31.0 warm
-    B | floor | 40.0 | 2.00 | 5.00 | - | - | -
-    B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | 1.50 cold
+        throughput (tokens/s) | peak memory (GiB) | first step (s) | first two steps (s)
+    A | fused | - | - | - | - | - | - | -
+    B | floor-folded | 20.0 | 1.00 | 10.0 | - | - | - | -
+    B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
+    B | floor | 40.0 | 2.00 | 5.00 | - | - | - | -
+    B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
+    """,
+    """
+    config | batch x length | provider | step (ms) | time a token (us) | peak memory (GiB)
+    C | 4 x 2048 | fused | 16.4 | 2.00 | 2.00
+    C | 16 x 2048 | fused | 65.5 | 2.00 | 4.00
+    C | 16 x 2048 | reference | - | - | -
     """,
     """
     config | variant | provider | prompt + new | first token (ms) | per token (us) |
@@ -216,6 +231,7 @@ def test_results_are_joined(results_file, tmp_path):
     assert {file.name for file in (tmp_path / "both").iterdir()} == {
         "results.json",
         "model.png",
+        "scaling.png",
         "generate.png",
     }
 

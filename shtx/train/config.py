@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -172,8 +173,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(argv: list[str]) -> tuple[Config, Checkpoint | None]:
+def parse(
+    argv: list[str], prog: str = "shtx train", description: str = DESCRIPTION
+) -> tuple[Config, Checkpoint | None]:
     """The settings the arguments ask for, and the checkpoint to start from if they name one.
+
+    Args:
+        argv: the arguments.
+        prog, description: for the help.
 
     Raises:
         TrainError: no such checkpoint, or a setting that a resumed run cannot change.
@@ -183,16 +190,15 @@ def parse(argv: list[str]) -> tuple[Config, Checkpoint | None]:
     first.add_argument("--preset", nargs="?")
     first.add_argument("--resume", nargs="?", type=Path)
     chosen, _ = first.parse_known_args(argv)
+    cli = partial(tyro.cli, Config, args=argv, prog=prog, description=description)
 
     if chosen.resume is None:
         base = PRESETS.get(chosen.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
-        return tyro.cli(
-            Config, default=base, args=argv, prog="shtx train", description=DESCRIPTION
-        ), None
+        return cli(default=base), None
 
     checkpoint = load(chosen.resume.resolve())
     run = replace(Config.from_json(checkpoint.config["run"]), out=checkpoint.path.parents[1])
-    config = tyro.cli(Config, default=run, args=argv, prog="shtx train", description=DESCRIPTION)
+    config = cli(default=run)
     _refuse_changes(run, config)
     return config, checkpoint
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from shtx import __version__, ops
-from shtx.train import TrainError
+from shtx.train import OUT_OF_MEMORY, TrainError
 from shtx.train.config import Config, parse
 from shtx.train.data import Corpus, prepare
 from shtx.train.loop import fit
@@ -49,9 +49,7 @@ def main(argv: list[str]) -> int:
         with display:
             signum = fit(trainer, done, display, out)
     except torch.OutOfMemoryError as error:
-        raise TrainError(
-            "out of GPU memory: lower --batch-size or --seq-len, or take --precision bf16-mixed"
-        ) from error
+        raise TrainError(OUT_OF_MEMORY) from error
     if signum:
         display.say(f"stopped and saved; to go on: shtx train --resume {out}")
     elif rank == 0:
