@@ -1,5 +1,5 @@
-"""Compiles, for a GPU that need not be here, every kernel that a training step of the fused model
-launches there.
+"""Compiles, for a GPU that need not be here, every kernel that a training step of the fused model,
+or a token that it generates, launches there.
 
     python offline.py cuda 90 bfloat16
 
@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from shtx import HierarchicalTransformer, ops
+from shtx.decode import Decoder
 from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024
@@ -75,6 +76,8 @@ def main(backend: str, arch: str, dtype: str):
         with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
             loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
         loss.backward()
+        for batch in (1, 4):
+            Decoder(model, batch, TOKENS, getattr(torch, dtype)).step()
 
     # the passes around PyTorch's attention, which a CPU is not sent to
     qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))

@@ -2,6 +2,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_warmup_where_nothing_is_compiled(tmp_path, monkeypatch, capsys):
         ("--preset cpu --device cuda:99", "--device cuda:99: "),
         ("--preset cpu --steps 0", "--steps must be at least 1, got 0"),
         ("--preset cpu --hierarchies 1 3", "hierarchies must be a power of two, got 3"),
-        ("--resume nowhere", "--resume "),
+        ("--resume nowhere", f"{Path('nowhere').absolute()}: no checkpoint there"),
     ],
 )
 def test_warmup_that_cannot_run(arguments, message, capsys):

@@ -24,24 +24,24 @@ def wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
-def row_of(ptr, b, token, RING: tl.constexpr):
-    """Where a ring has the row of a token, of at least minus its slots."""
-    return ptr + b * RING[1] + (token + RING[0]) % RING[0] * RING[2]
+def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
+    """Where ring I has the row of a token, of at least minus its slots."""
+    slots: tl.constexpr = RINGS[I][0]
+    return ptr + b * RINGS[I][1] + (token + slots) % slots * RINGS[I][2]
 
 
 @triton.jit
 def normalize(x, gamma_ptr, beta_ptr, offs, D: tl.constexpr, NORM: tl.constexpr):
     """A row x of D channels, zero elsewhere."""
-    mask = offs < D
-    if NORM is None:
-        return x
-    gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(x.dtype)
-    if NORM == "rms":
-        norm = tl.sqrt(tl.sum(x * x, axis=0))
-        return x * (D**0.5 / tl.maximum(norm, 1e-12)) * gamma
-    x = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)
-    beta = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(x.dtype)
-    return x / tl.sqrt(tl.sum(x * x, axis=0) / D + 1e-5) * gamma + beta
+    if NORM is not None:
+        gamma = tl.load(gamma_ptr + offs, mask=offs < D, other=0.0).to(x.dtype)
+        if NORM == "layer":
+            x = tl.where(offs < D, x - tl.sum(x, axis=0) / D, 0.0)
+            beta = tl.load(beta_ptr + offs, mask=offs < D, other=0.0).to(x.dtype)
+            x = x / tl.sqrt(tl.sum(x * x, axis=0) / D + 1e-5) * gamma + beta
+        else:
+            x = x * (D**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
+    return x
 
 
 @triton.jit

@@ -18,7 +18,7 @@ ELEMENTS = 2048  # of tables, a program
 def _embed_kernel(
     position_ptr, ids_ptr, history_ptr, table_ptrs, bias_ptrs, out_ptrs,
     HISTORY: tl.constexpr, START: tl.constexpr, C: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RING: tl.constexpr,
+    STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RINGS: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -26,13 +26,13 @@ def _embed_kernel(
     position = tl.load(position_ptr + b)
     token_id = tl.load(ids_ptr + b)
     if pid == 0:
-        tl.store(row_of(history_ptr, b, position, HISTORY), token_id)
+        tl.store(row_of(history_ptr, b, position, HISTORY, 0), token_id)
     for i in tl.static_range(len(table_ptrs)):
         if (pid >= START[i]) & (pid < START[i + 1]):
             if position % STRIDE[i] == 0:
                 tap = tl.arange(0, C[i])
                 at = position - (C[i] - 1) + tap
-                past = row_of(history_ptr, b, at, HISTORY)
+                past = row_of(history_ptr, b, at, HISTORY, 0)
                 ids = tl.load(past, mask=(at >= 0) & (at < position), other=0)
                 ids = tl.where(at == position, token_id, ids)
                 offs = (pid - START[i]) * BLOCK_D[i] + tl.arange(0, BLOCK_D[i])
@@ -41,8 +41,8 @@ def _embed_kernel(
                 y = tl.sum(tl.load(rows + offs[None, :], mask=mask, other=0.0).to(ACC), axis=0)
                 if bias_ptrs[i] is not None:
                     y += tl.load(bias_ptrs[i] + offs, mask=offs < D[i], other=0.0).to(ACC)
-                out = row_of(out_ptrs[i], b, position // STRIDE[i], RING[i]) + offs
-                tl.store(out, activate(y, ACTIVATION[i]), mask=offs < D[i])
+                out = row_of(out_ptrs[i], b, position // STRIDE[i], RINGS, i) + offs
+                tl.store(out, activate(y, tl.constexpr(ACTIVATION[i])), mask=offs < D[i])
 
 
 def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:
@@ -67,8 +67,8 @@ def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup])
     with torch.cuda.device_of(position):
         _embed_kernel[(START[-1], len(position))](
             position, ids, history, each(lambda x: x.table), each(lambda x: x.bias),
-            each(lambda x: x.out), HISTORY=(history.shape[1], history.stride(0), 1), START=START,
+            each(lambda x: x.out), HISTORY=((history.shape[1], history.stride(0), 1),), START=START,
             C=C, V=V, D=D, STRIDE=each(lambda x: x.stride),
-            ACTIVATION=each(lambda x: x.activation), RING=each(lambda x: ring_of(x.out)),
+            ACTIVATION=each(lambda x: x.activation), RINGS=each(lambda x: ring_of(x.out)),
             BLOCK_D=BLOCK_D, ACC=accumulator(lookups[0].table.dtype),
         )  # fmt: skip

@@ -23,7 +23,7 @@ MAX_ROWS = 64
 def _merge_row_kernel(
     position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr,
     J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
-    RING: tl.constexpr, STRIDE_OB: tl.constexpr,
+    RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait(AHEAD)
@@ -38,7 +38,7 @@ def _merge_row_kernel(
             offs = tl.arange(0, BLOCK_D[i])
             w_ptrs = weight_ptrs[i] + offs_j[:, None] * WIDTH + offs[None, :]
             w = tl.load(w_ptrs, mask=mask_j[:, None] & (offs < D[i])[None, :], other=0.0).to(ACC)
-            x_row = row_of(x_ptrs[i], b, position // STRIDE[i], RING[i])
+            x_row = row_of(x_ptrs[i], b, position // STRIDE[i], RINGS, i)
             x = tl.load(x_row + offs, mask=offs < D[i], other=0.0).to(ACC)
             product, square = tl.sum(w * x[None, :], axis=1), tl.sum(x * x, axis=0)
             total += product
@@ -57,7 +57,7 @@ def _merge_row_kernel(
 @triton.jit
 def part_of_rows(
     x_ptr, weight_ptr, b, token, due, offs_j,
-    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RING: tl.constexpr,
+    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RINGS: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Product and squares of a level, of the rows that are due."""
@@ -68,7 +68,7 @@ def part_of_rows(
             offs = k + tl.arange(0, BLOCK_K)
             w_ptrs = weight_ptr + offs_j[:, None] * WIDTH + offs[None, :]
             w = tl.load(w_ptrs, mask=(offs_j < J)[:, None] & (offs < D)[None, :], other=0.0)
-            x_ptrs = row_of(x_ptr, b, token, RING) + offs[None, :]
+            x_ptrs = row_of(x_ptr, b, token, RINGS, I) + offs[None, :]
             x = tl.load(x_ptrs, mask=due & (offs < D)[None, :], other=0.0)
             product = tl.dot(x, w.T, product, input_precision="ieee")
             squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)[:, None]
@@ -79,7 +79,7 @@ def part_of_rows(
 def _merge_rows_kernel(
     position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr, B,
     J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
-    RING: tl.constexpr, STRIDE_OB: tl.constexpr,
+    RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait(AHEAD)
@@ -94,7 +94,7 @@ def _merge_rows_kernel(
         due = (b < B) & (position % STRIDE[i] == 0)
         product, square = part_of_rows(
             x_ptrs[i], weight_ptrs[i], b, position // STRIDE[i], due, offs_j,
-            J, D[i], WIDTH, RING[i], BLOCK_B, BLOCK_J, BLOCK_K,
+            J, D[i], WIDTH, RINGS, i, BLOCK_B, BLOCK_J, BLOCK_K,
         )  # fmt: skip
         if kept_ptrs[i] is not None:
             kept = kept_ptrs[i] + b * (J + 1)
@@ -131,7 +131,7 @@ def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> Non
         D=D,
         WIDTH=sum(D),
         STRIDE=each(lambda p: p.stride),
-        RING=each(lambda p: ring_of(p.x)),
+        RINGS=each(lambda p: ring_of(p.x)),
         STRIDE_OB=out.stride(0),
     )
     with torch.cuda.device_of(position):

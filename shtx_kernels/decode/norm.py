@@ -12,7 +12,7 @@ from ._device import accumulator, ahead, normalize, ring_of, row_of, wait
 @triton.jit
 def _norm_kernel(
     position_ptr, x_ptrs, gamma_ptrs, beta_ptrs, out_ptrs,
-    D: tl.constexpr, STRIDE: tl.constexpr, RING_X: tl.constexpr, RING_O: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, RINGS_X: tl.constexpr, RINGS_O: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait(AHEAD)
@@ -22,10 +22,10 @@ def _norm_kernel(
     for i in tl.static_range(len(x_ptrs)):
         if (pid == i) & (position % STRIDE[i] == 0):
             token, offs = position // STRIDE[i], tl.arange(0, BLOCK_D[i])
-            x_row = row_of(x_ptrs[i], b, token, RING_X[i])
+            x_row = row_of(x_ptrs[i], b, token, RINGS_X, i)
             x = tl.load(x_row + offs, mask=offs < D[i], other=0.0).to(ACC)
             y = normalize(x, gamma_ptrs[i], beta_ptrs[i], offs, D[i], "layer")
-            tl.store(row_of(out_ptrs[i], b, token, RING_O[i]) + offs, y, mask=offs < D[i])
+            tl.store(row_of(out_ptrs[i], b, token, RINGS_O, i) + offs, y, mask=offs < D[i])
 
 
 def norm(position: Tensor, norms: list[Norm]) -> None:
@@ -44,7 +44,7 @@ def norm(position: Tensor, norms: list[Norm]) -> None:
     with torch.cuda.device_of(position):
         _norm_kernel[(len(norms), len(position))](
             position, *(each(lambda n, k=k: n[k]) for k in range(4)),
-            D=D, STRIDE=each(lambda n: n.stride), RING_X=each(lambda n: ring_of(n.x)),
-            RING_O=each(lambda n: ring_of(n.out)), BLOCK_D=tuple(map(triton.next_power_of_2, D)),
+            D=D, STRIDE=each(lambda n: n.stride), RINGS_X=each(lambda n: ring_of(n.x)),
+            RINGS_O=each(lambda n: ring_of(n.out)), BLOCK_D=tuple(map(triton.next_power_of_2, D)),
             ACC=accumulator(norms[0].x.dtype), **ahead(),
         )  # fmt: skip

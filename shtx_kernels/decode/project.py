@@ -23,30 +23,32 @@ MAX_ROWS = 64
 @triton.jit
 def source(
     x_ptr, b, position, offs_k,
-    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr, RING,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
+    RINGS: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     """Where channels offs_k of what is multiplied lie."""
     if TAPS > 0:
         tap = offs_k // (K // TAPS)
-        return row_of(x_ptr, b, position - (TAPS - 1) + tap, RING) + offs_k % (K // TAPS)
+        return row_of(x_ptr, b, position - (TAPS - 1) + tap, RINGS, I) + offs_k % (K // TAPS)
     token = position // STRIDE
     if DILATION > 0:
         token = tl.where(offs_k < (K + 1) // 2, token, token - DILATION)
-    return row_of(x_ptr, b, token, RING) + offs_k
+    return row_of(x_ptr, b, token, RINGS, I) + offs_k
 
 
 @triton.jit
 def finish(
     y, out_ptr, bias_ptr, residual_ptr, b, token, offs_o, mask,
-    O: tl.constexpr, ACTIVATION: tl.constexpr, RING_O: tl.constexpr, RING_R: tl.constexpr,
+    O: tl.constexpr, ACTIVATION: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr,
+    I: tl.constexpr,
 ):  # fmt: skip
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_o, mask=offs_o < O, other=0.0).to(y.dtype)
     y = activate(y, ACTIVATION)
     if residual_ptr is not None:
-        residual = row_of(residual_ptr, b, token, RING_R) + offs_o
+        residual = row_of(residual_ptr, b, token, RINGS_R, I) + offs_o
         y += tl.load(residual, mask=mask, other=0.0).to(y.dtype)
-    tl.store(row_of(out_ptr, b, token, RING_O) + offs_o, y, mask=mask)
+    tl.store(row_of(out_ptr, b, token, RINGS_O, I) + offs_o, y, mask=mask)
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def _project_row_kernel(
     position_ptr, x_ptrs, weight_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, bias_ptrs, residual_ptrs,
     START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    RING_X: tl.constexpr, RING_O: tl.constexpr, RING_R: tl.constexpr,
+    RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -70,15 +72,24 @@ def _project_row_kernel(
                 w = tl.load(w_ptrs, mask=mask, other=0.0)
                 wait(AHEAD)
                 x_ptrs_i = source(
-                    x_ptrs[i], b, position, offs_k, K[i], STRIDE[i], DILATION[i], TAPS[i], RING_X[i]
+                    x_ptrs[i],
+                    b,
+                    position,
+                    offs_k,
+                    K[i],
+                    STRIDE[i],
+                    DILATION[i],
+                    TAPS[i],
+                    RINGS_X,
+                    i,
                 )
                 x = tl.load(x_ptrs_i, mask=offs_k < K[i], other=0.0).to(ACC)
-                x = normalize(x, gamma_ptrs[i], beta_ptrs[i], offs_k, K[i], NORM[i])
+                x = normalize(x, gamma_ptrs[i], beta_ptrs[i], offs_k, K[i], tl.constexpr(NORM[i]))
                 y = tl.sum(w.to(ACC) * x[None, :], axis=1)
                 token = position // STRIDE[i]
                 finish(
                     y, out_ptrs[i], bias_ptrs[i], residual_ptrs[i], b, token, offs_o,
-                    offs_o < O[i], O[i], ACTIVATION[i], RING_O[i], RING_R[i],
+                    offs_o < O[i], O[i], tl.constexpr(ACTIVATION[i]), RINGS_O, RINGS_R, i,
                 )  # fmt: skip
             else:
                 wait(AHEAD)
@@ -87,7 +98,8 @@ def _project_row_kernel(
 @triton.jit
 def statistics(
     x_ptr, gamma_ptr, b, position, mask_b,
-    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr, RING,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
+    RINGS: tl.constexpr, I: tl.constexpr,
     NORM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean and scale [BLOCK_B, 1] of rows to be normalized."""
@@ -96,7 +108,7 @@ def statistics(
     if NORM == "layer":
         for k in range(0, K, BLOCK_K):
             offs_k = (k + tl.arange(0, BLOCK_K))[None, :]
-            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RING)
+            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS, I)
             x = tl.load(x_ptrs, mask=mask_b & (offs_k < K), other=0.0).to(tl.float32)
             mean += tl.sum(x, axis=1)[:, None]
         mean = mean / K
@@ -104,7 +116,7 @@ def statistics(
         squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             offs_k = (k + tl.arange(0, BLOCK_K))[None, :]
-            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RING)
+            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS, I)
             x = tl.load(x_ptrs, mask=mask_b & (offs_k < K), other=0.0).to(tl.float32)
             x = tl.where(offs_k < K, x - mean, 0.0)
             squares += tl.sum(x * x, axis=1)[:, None]
@@ -119,8 +131,8 @@ def statistics(
 def project_rows(
     position_ptr, x_ptr, weight_ptr, out_ptr, gamma_ptr, beta_ptr, bias_ptr, residual_ptr, tile, B,
     K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RING_X: tl.constexpr,
-    RING_O: tl.constexpr, RING_R: tl.constexpr,
+    TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RINGS_X: tl.constexpr,
+    RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
@@ -129,7 +141,7 @@ def project_rows(
     if tl.max(due.to(tl.int32)) > 0:
         mean, scale = statistics(
             x_ptr, gamma_ptr, b, position, due,
-            K, STRIDE, DILATION, TAPS, RING_X, NORM, BLOCK_B, BLOCK_K,
+            K, STRIDE, DILATION, TAPS, RINGS_X, I, NORM, BLOCK_B, BLOCK_K,
         )  # fmt: skip
         offs_o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
         y = tl.zeros([BLOCK_B, BLOCK_O], dtype=tl.float32)
@@ -138,7 +150,7 @@ def project_rows(
             w_ptrs = weight_ptr + offs_o[:, None] * K + offs_k[None, :]
             w = tl.load(w_ptrs, mask=(offs_o < O)[:, None] & (offs_k < K)[None, :], other=0.0)
             offs_k = offs_k[None, :]
-            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RING_X)
+            x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS_X, I)
             x = tl.load(x_ptrs, mask=due & (offs_k < K), other=0.0)
             if NORM is not None:
                 x = (x.to(tl.float32) - mean) * scale
@@ -149,7 +161,7 @@ def project_rows(
         offs_o = offs_o[None, :]
         finish(
             y, out_ptr, bias_ptr, residual_ptr, b, position // STRIDE, offs_o, due & (offs_o < O),
-            O, ACTIVATION, RING_O, RING_R,
+            O, ACTIVATION, RINGS_O, RINGS_R, I,
         )  # fmt: skip
 
 
@@ -158,7 +170,7 @@ def _project_rows_kernel(
     position_ptr, x_ptrs, weight_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, bias_ptrs, residual_ptrs, B,
     START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    RING_X: tl.constexpr, RING_O: tl.constexpr, RING_R: tl.constexpr,
+    RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     wait(AHEAD)
@@ -168,8 +180,8 @@ def _project_rows_kernel(
             project_rows(
                 position_ptr, x_ptrs[i], weight_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i],
                 bias_ptrs[i], residual_ptrs[i], pid - START[i], B,
-                K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], NORM[i], ACTIVATION[i], RING_X[i],
-                RING_O[i], RING_R[i], BLOCK_B, BLOCK_O, BLOCK_K,
+                K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], tl.constexpr(NORM[i]), tl.constexpr(ACTIVATION[i]), RINGS_X,
+                RINGS_O, RINGS_R, i, BLOCK_B, BLOCK_O, BLOCK_K,
             )  # fmt: skip
 
 
@@ -199,9 +211,9 @@ def project(position: Tensor, projections: list[Projection]) -> None:
         TAPS=each(lambda p: p.taps),
         NORM=each(lambda p: p.norm),
         ACTIVATION=each(lambda p: p.activation),
-        RING_X=each(lambda p: ring_of(p.x)),
-        RING_O=each(lambda p: ring_of(p.out)),
-        RING_R=each(lambda p: None if p.residual is None else ring_of(p.residual)),
+        RINGS_X=each(lambda p: ring_of(p.x)),
+        RINGS_O=each(lambda p: ring_of(p.out)),
+        RINGS_R=each(lambda p: None if p.residual is None else ring_of(p.residual)),
     )
     B, dtype = len(position), projections[0].weight.dtype
     with torch.cuda.device_of(position):
