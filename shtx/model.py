@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Linear, Module, ModuleList
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from shtx import ops
 from shtx.generate import generate
@@ -72,6 +73,8 @@ class HierarchicalTransformer(Module):
     Attributes:
         checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a
             synchronisation.
+        checkpointing: in training, keep no more of a block than what enters it, and run it again in
+            the backward: less memory, one more forward, the same gradients to the bit.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -102,6 +105,7 @@ class HierarchicalTransformer(Module):
         super().__init__()
         self.impl = impl
         self.checked = False
+        self.checkpointing = False
         self.num_tokens = integer("num_tokens", num_tokens, at_least=1)
         self.seq_len = integer("seq_len", seq_len, at_least=1)
         self.ignore_index = integer("ignore_index", ignore_index)
@@ -206,6 +210,13 @@ class HierarchicalTransformer(Module):
             return checked_ids(ids, self.num_tokens)
         return ids.long()
 
+    def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, ops):
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return block(x, branch, ops)
+        # no state of random numbers, which a block has no use for and a CUDA graph cannot read
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(lambda x, branch: block(x, branch, ops), x, branch, **options)
+
     def branches_of(self, merged: Tensor) -> list[Tensor | None]:
         """What was merged, (B, N, D), as what the predicting level or every one has to add."""
         if self.hierarchy_merge_all:
@@ -263,7 +274,8 @@ class HierarchicalTransformer(Module):
         branches = [None] * len(tokens)  # what the next norm is to add
         for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
             parts = zip(layer, tokens, branches, strict=True)
-            tokens, branches = zip(*(block(t, b, ops) for block, t, b in parts), strict=True)
+            results = (self.run_block(block, t, b, ops) for block, t, b in parts)
+            tokens, branches = zip(*results, strict=True)
             if exists(merge) and not ablate_hierarchical_merge:
                 tokens, merged = merge(tokens, branches, ops)
                 branches = self.branches_of(merged)

@@ -283,7 +283,7 @@ class TrainStep:
         constants = (
             [{k: v for k, v in g.items() if k not in varying} for g in self.optimizer.param_groups],
             [(p.data_ptr(), p.requires_grad) for p in self._parameters],
-            (core.impl, core.ignore_index, core.loss_weights),
+            (core.impl, core.ignore_index, core.loss_weights, core.checkpointing),
         )
         # load_state_dict puts another state in the place of the one whose memory graphs update
         if constants != self._constants or self.optimizer.state is not self._state:

@@ -25,6 +25,9 @@ OPTIONS = dict(
 )
 
 
+ONE_LEVEL = dict(dim=32, hierarchies=1, hierarchical_stride=1, window_sizes=8)
+
+
 def build(options=OPTIONS, **more):
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -91,6 +94,50 @@ def test_compiles_whole(row, impl):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+@pytest.mark.parametrize("dtype", [None, *([torch.bfloat16] * (DEVICE == "cuda"))])
+def test_checkpointing_runs_blocks_again_for_the_same_gradients(impl, dtype, compiled):
+    model = build(depth=1, impl=impl)
+    runs, results = [], []
+    if not compiled:
+        for block in model.layers[0]:
+            block.register_forward_pre_hook(lambda *_: runs.append(1))
+    for model.checkpointing in (False, True):
+        torch._dynamo.reset()
+        backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+        run = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        model.zero_grad()
+        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            loss, _ = run(draw(), return_loss=True)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    if compiled:  # Inductor may fuse what runs again in another way
+        torch.testing.assert_close(*results, rtol=1e-2 if dtype else 1e-4, atol=1e-5)
+    else:
+        assert all(map(torch.equal, *results))
+        assert len(runs) == 2 + 2 * 2  # two levels
+        with torch.no_grad():
+            model(draw())
+        model.eval()(draw())
+        assert len(runs) == 6 + 2 * 2
+
+
+def test_checkpointing_keeps_no_more_of_a_block_than_what_enters_it():
+    kept = {}
+    for checkpointing in (False, True):
+        for depth in (1, 2):
+            model = build(OPTIONS | ONE_LEVEL, depth=depth, impl="reference")
+            model.checkpointing = checkpointing
+            sizes = {}
+            pack = lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.numel()}) or t
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                model(draw(), return_loss=True)
+            kept[checkpointing, depth] = sum(sizes.values())
+    entering = 2 * 2 * 32 * 32  # the stream and its branch, (B, N, D) each
+    assert kept[True, 2] - kept[True, 1] <= entering < (kept[False, 2] - kept[False, 1]) / 5
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="ids are checked on a CPU, or in checked mode")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import DEVICE
 
-from benchmarks import providers, repaired, shapes
+from benchmarks import providers, repaired, runner, shapes
 from benchmarks.timing import DTYPE, check_agreement
 from shtx_kernels import reference
 
@@ -21,7 +21,7 @@ def test_attention_is_that_of_the_reference(window, dilation, M):
     repaired.rotary_attention(qkv, 2, **keywords)  # makes its tables
     run = repaired.rotary_attention
     if DEVICE == "cuda":
-        run = torch.compile(run)
+        run = torch.compile(run, dynamic=False)  # a length is a key of the tables
     results = []
     for op in (run, reference.rotary_attention):
         leaf = qkv.clone().requires_grad_(has_gradient)
@@ -44,10 +44,17 @@ def test_the_model_has_the_loss_of_the_reference_and_its_tables_ahead(config, mo
 
 
 def test_the_model_is_one_graph():
-    """A break would leave the rest of the step to eager PyTorch."""
-    config = shapes.SMALL["C"]
-    peer = providers.load("repaired", providers.build_reference(config), config)
-    ids = torch.ones(1, config.model["seq_len"] + 1, dtype=torch.long, device=DEVICE)
+    """A break would leave the rest to eager PyTorch, and a window must not get another's mask."""
+    config = shapes.SMALL["B"]  # windows of 16, of 32, and full attention
+    peer = providers.load("repaired", model := providers.build_reference(config), config)
+    ids = torch.randint(1, 256, (1, config.model["seq_len"] + 1), device=DEVICE)
     with torch.no_grad():
-        loss, _ = torch.compile(peer, backend="eager", fullgraph=True)(ids, return_loss=True)
-        assert loss.isfinite()
+        compiled = torch.compile(peer, backend="eager", fullgraph=True)
+        ours, expected = (float(m(ids, return_loss=True)[0]) for m in (compiled, model))
+    assert ours == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_is_measured_where_its_attention_has_a_gradient():
+    assert "repaired-compiled" in providers.PROVIDERS["model"]
+    assert (providers.why_not("repaired-compiled") is None) == (DEVICE == "cuda")
+    assert runner.Job("model", ("A",), "repaired-compiled").compiles

@@ -114,6 +114,18 @@ def test_steps_are_those_of_the_plain_loop(precision, grad_clip, cuda_graph):
     assert_same((ours, optimizer), (plain, plain_optimizer))
 
 
+@pytest.mark.parametrize("impl, accumulate", [("reference", 2), ("fused", 1)])
+def test_checkpointing_changes_no_bit(impl, accumulate):
+    ours, plain = build(impl=impl), build(impl=impl)
+    ours.checkpointing = True
+    options = dict(precision="bf16-mixed", grad_clip=0.5, accumulate=accumulate)
+    step, optimizer = pair(ours, **options)
+    plain_step, plain_optimizer = pair(plain, **options)
+    for n in range(3):
+        assert torch.equal(step(draw(n))[0], plain_step(draw(n))[0])
+    assert_same((ours, optimizer), (plain, plain_optimizer))
+
+
 def test_narrow_copies_of_weights_are_of_this_step():
     ours, plain = (build(impl="fused") for _ in range(2))
     options = dict(precision="bf16-mixed", accumulate=2)
@@ -434,7 +446,12 @@ def load_from_a_file(model, optimizer):
     optimizer.load_state_dict(state)
 
 
+def checkpoint_blocks(model, optimizer):
+    model.checkpointing = True
+
+
 CHANGES = [
+    checkpoint_blocks,
     change_weight_decay,
     change_weight_of_a_loss,
     freeze,

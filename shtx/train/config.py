@@ -84,6 +84,8 @@ class Config:
     """Of matrix products; weights are fp32."""
     impl: Literal["auto", "fused", "reference"] = "auto"
     """Fused ops, reference ops, or whichever suits the device."""
+    activation_checkpointing: bool = False
+    """Run blocks again in the backward: less memory, longer steps, the same result."""
     seed: int = 0
     """Of the initial weights, the order of the data, and the sample."""
     device: str

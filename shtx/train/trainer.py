@@ -29,6 +29,7 @@ def build(config: Config, device: torch.device) -> HierarchicalTransformer:
         model.ops_for(device)
     except (ValueError, TypeError) as error:
         raise TrainError(" ".join(str(error).split())) from error
+    model.checkpointing = config.activation_checkpointing
     return model.to(device)
 
 
