@@ -180,8 +180,9 @@ def _project_rows_kernel(
             project_rows(
                 position_ptr, x_ptrs[i], weight_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i],
                 bias_ptrs[i], residual_ptrs[i], pid - START[i], B,
-                K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], tl.constexpr(NORM[i]), tl.constexpr(ACTIVATION[i]), RINGS_X,
-                RINGS_O, RINGS_R, i, BLOCK_B, BLOCK_O, BLOCK_K,
+                K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], tl.constexpr(NORM[i]),
+                tl.constexpr(ACTIVATION[i]), RINGS_X, RINGS_O, RINGS_R, i,
+                BLOCK_B, BLOCK_O, BLOCK_K,
             )  # fmt: skip
 
 
