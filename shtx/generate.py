@@ -20,7 +20,7 @@ from shtx import ops
 from shtx.decode import Decoder
 from shtx.levels import integer
 from shtx.ops import product_dtype
-from shtx.sampling import Sampling, make_sampling, sample
+from shtx.sampling import Sampling, make_sampling
 
 MAX_DECODERS = 2  # kept for a model
 SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
@@ -279,7 +279,8 @@ class Sampler:
     def _sample(self):
         if self.sampling.temperature > 0:
             self.noise.exponential_(generator=self.generator)
-        self.ids.copy_(sample(self.decoder.logits, self.noise, *self.sampling))
+        sample = self.decoder.ops.decode.sample
+        sample(self.decoder.logits, self.noise, *self.sampling, self.ids)
 
     def _capture(self):
         graph = torch.cuda.CUDAGraph()
@@ -326,7 +327,9 @@ def _from_model(
             model.train(was_training)
         logits = logits[torch.arange(len(rows), device=model.device), last].float()
         noise = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
-        ids = sample(logits, -noise.clamp(min=1e-20).log(), *sampling)
+        ids = torch.empty_like(last)
+        noise = -noise.clamp(min=1e-20).log()
+        model.ops_for(model.device).decode.sample(logits, noise, *sampling, ids)
         rows = [cat((row, ids[b : b + 1])) for b, row in enumerate(rows)]
         yield ids
 

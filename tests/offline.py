@@ -77,7 +77,9 @@ def main(backend: str, arch: str, dtype: str):
             loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
         loss.backward()
         for batch in (1, 4):
-            Decoder(model, batch, TOKENS, getattr(torch, dtype)).step()
+            decoder = Decoder(model, batch, TOKENS, getattr(torch, dtype))
+            logits = decoder.step()
+            decoder.ops.decode.sample(logits, torch.ones_like(logits), 1.0, 9, 0.9, decoder.ids)
 
     # the passes around PyTorch's attention, which a CPU is not sent to
     qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))

@@ -8,5 +8,6 @@ from .embed import embed
 from .merge import merge
 from .norm import norm
 from .project import project
+from .sample import sample
 
-__all__ = ["attend", "embed", "merge", "norm", "project"]
+__all__ = ["attend", "embed", "merge", "norm", "project", "sample"]

@@ -1,9 +1,9 @@
-"""What the ops of one token share: rings, levels of one launch, normalizing a row, waiting.
+"""What the ops of one token share: rings, levels of one launch, launching ahead.
 
 A launch does a stage for all levels: programs START[i] to START[i + 1] - 1 are level i's, and what
-is said of levels comes in tuples. The kernels of a token are short, and each needs what the one
-before it wrote: on Hopper they are launched ahead, fetch their weights, and wait for it then
-(programmatic dependent launch).
+is said of levels comes in tuples. The kernels of one sequence are short, and each needs what the
+one before it wrote: on Hopper they are launched ahead, fetch weights and all else that is older
+than this token, and wait then (programmatic dependent launch).
 """
 
 import torch
@@ -31,25 +31,11 @@ def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, gamma_ptr, beta_ptr, offs, D: tl.constexpr, NORM: tl.constexpr):
-    """A row x of D channels, zero elsewhere."""
-    if NORM is not None:
-        gamma = tl.load(gamma_ptr + offs, mask=offs < D, other=0.0).to(x.dtype)
-        if NORM == "layer":
-            x = tl.where(offs < D, x - tl.sum(x, axis=0) / D, 0.0)
-            beta = tl.load(beta_ptr + offs, mask=offs < D, other=0.0).to(x.dtype)
-            x = x / tl.sqrt(tl.sum(x * x, axis=0) / D + 1e-5) * gamma + beta
-        else:
-            x = x * (D**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
-    return x
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
+def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
+    if ACTIVATIONS[I] == "gelu":
+        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATIONS[I] == "silu":
+        x = x * tl.sigmoid(x)
     return x
 
 
@@ -68,8 +54,8 @@ def starts(programs: list[int]) -> tuple[int, ...]:
 
 def ahead() -> dict:
     """Launch options."""
-    pdl = False
-    if not triton.knobs.runtime.interpret:
-        target = triton.runtime.driver.active.get_current_target()
-        pdl = target.backend == "cuda" and target.arch >= 90
-    return dict(AHEAD=pdl, launch_pdl=pdl) if pdl else dict(AHEAD=False)
+    if triton.knobs.runtime.interpret:
+        return dict(AHEAD=False)
+    target = triton.runtime.driver.active.get_current_target()
+    hopper = target.backend == "cuda" and target.arch >= 90
+    return dict(AHEAD=True, launch_pdl=True) if hopper else dict(AHEAD=False)

@@ -19,54 +19,79 @@ MAX_KEYS = 64  # a step
 
 
 @triton.jit
+def past(
+    kv_ptr, rotation_ptr, b, head, token, n, keys, offs, mask,
+    H: tl.constexpr, E: tl.constexpr, DILATION: tl.constexpr, RINGS: tl.constexpr, I: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the n-th keys and values before, and of their rotation."""
+    HALF: tl.constexpr = E // 2
+    known = (n < keys)[:, None] & mask[None, :]
+    rows = row_of(kv_ptr, b, token - n * DILATION, RINGS, I)[:, None] + head * E + offs[None, :]
+    turn = rotation_ptr + n[:, None] * E + offs[None, :]
+    k1 = tl.load(rows, mask=known, other=0.0)
+    k2 = tl.load(rows + HALF, mask=known, other=0.0)
+    v1 = tl.load(rows + H * E, mask=known, other=0.0)
+    v2 = tl.load(rows + H * E + HALF, mask=known, other=0.0)
+    cos = tl.load(turn, mask=known, other=0.0)
+    return k1, k2, v1, v2, cos, tl.load(turn + HALF, mask=known, other=0.0)
+
+
+@triton.jit
+def fold(q1, q2, k1, k2, v1, v2, cos, sin, known, top, total, out1, out2):
+    """A step of the softmax over keys."""
+    k1, k2 = k1.to(q1.dtype), k2.to(q1.dtype)
+    scores = (q1[None, :] * k1 + q2[None, :] * k2) * cos
+    scores += (q1[None, :] * k2 - q2[None, :] * k1) * sin
+    scores = tl.where(known, tl.sum(scores, axis=1), float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, axis=0))
+    p, fade = tl.exp(scores - highest), tl.exp(top - highest)
+    out1 = out1 * fade + tl.sum(p[:, None] * v1.to(q1.dtype), axis=0)
+    out2 = out2 * fade + tl.sum(p[:, None] * v2.to(q1.dtype), axis=0)
+    return highest, total * fade + tl.sum(p, axis=0), out1, out2
+
+
+@triton.jit
 def attend_head(
     qkv_ptr, kv_ptr, out_ptr, rotation_ptr, b, head, token,
     H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, DILATION: tl.constexpr,
     RINGS_QKV: tl.constexpr, RINGS_KV: tl.constexpr, RINGS_O: tl.constexpr, I: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = E // 2
-    offs = tl.arange(0, BLOCK_E)  # of either half
+    offs, n = tl.arange(0, BLOCK_E), 1 + tl.arange(0, BLOCK_L)  # of either half; of keys
     mask = offs < HALF
-    q_ptrs = row_of(qkv_ptr, b, token, RINGS_QKV, I) + head * E + offs
-    q1 = tl.load(q_ptrs, mask=mask, other=0.0).to(ACC)
-    q2 = tl.load(q_ptrs + HALF, mask=mask, other=0.0).to(ACC)
-    k1, k2 = tl.load(q_ptrs + H * E, mask=mask), tl.load(q_ptrs + H * E + HALF, mask=mask)
-    v1, v2 = tl.load(q_ptrs + 2 * H * E, mask=mask), tl.load(q_ptrs + 2 * H * E + HALF, mask=mask)
-    kv_ptrs = row_of(kv_ptr, b, token, RINGS_KV, I) + head * E + offs
-    tl.store(kv_ptrs, k1, mask=mask)
-    tl.store(kv_ptrs + HALF, k2, mask=mask)
-    tl.store(kv_ptrs + H * E, v1, mask=mask)
-    tl.store(kv_ptrs + H * E + HALF, v2, mask=mask)
-
-    scale = E**-0.5
-    alike = tl.where(mask, q1 * k1.to(ACC) + q2 * k2.to(ACC), 0.0)
-    top = tl.sum(alike, axis=0) * scale
-    total = tl.full([], 1.0, ACC)
-    out1, out2 = tl.where(mask, v1.to(ACC), 0.0), tl.where(mask, v2.to(ACC), 0.0)
     keys = tl.minimum(token // DILATION + 1, L)
-    for first in range(1, keys, BLOCK_L):
-        n = first + tl.arange(0, BLOCK_L)
-        known = (n < keys)[:, None] & mask[None, :]
-        rows = (
-            row_of(kv_ptr, b, token - n * DILATION, RINGS_KV, I)[:, None] + head * E + offs[None, :]
+    k1, k2, v1, v2, cos, sin = past(
+        kv_ptr, rotation_ptr, b, head, token, n, keys, offs, mask, H, E, DILATION, RINGS_KV, I
+    )
+    q_ptrs = row_of(qkv_ptr, b, token, RINGS_QKV, I) + head * E + offs
+    kv_ptrs = row_of(kv_ptr, b, token, RINGS_KV, I) + head * E + offs
+    wait(AHEAD)
+
+    q1 = tl.load(q_ptrs, mask=mask, other=0.0).to(ACC) * E**-0.5
+    q2 = tl.load(q_ptrs + HALF, mask=mask, other=0.0).to(ACC) * E**-0.5
+    own_k1 = tl.load(q_ptrs + H * E, mask=mask, other=0.0)
+    own_k2 = tl.load(q_ptrs + H * E + HALF, mask=mask, other=0.0)
+    own_v1 = tl.load(q_ptrs + 2 * H * E, mask=mask, other=0.0)
+    own_v2 = tl.load(q_ptrs + 2 * H * E + HALF, mask=mask, other=0.0)
+    tl.store(kv_ptrs, own_k1, mask=mask)
+    tl.store(kv_ptrs + HALF, own_k2, mask=mask)
+    tl.store(kv_ptrs + H * E, own_v1, mask=mask)
+    tl.store(kv_ptrs + H * E + HALF, own_v2, mask=mask)
+    top = tl.sum(q1 * own_k1.to(ACC) + q2 * own_k2.to(ACC), axis=0)
+    total = tl.full([], 1.0, ACC)
+    out1, out2 = own_v1.to(ACC), own_v2.to(ACC)
+    top, total, out1, out2 = fold(
+        q1, q2, k1, k2, v1, v2, cos, sin, n < keys, top, total, out1, out2
+    )
+    for first in range(BLOCK_L, keys - 1, BLOCK_L):
+        k1, k2, v1, v2, cos, sin = past(
+            kv_ptr, rotation_ptr, b, head, token, first + n, keys, offs, mask,
+            H, E, DILATION, RINGS_KV, I,
+        )  # fmt: skip
+        top, total, out1, out2 = fold(
+            q1, q2, k1, k2, v1, v2, cos, sin, first + n < keys, top, total, out1, out2
         )
-        past_k1 = tl.load(rows, mask=known, other=0.0).to(ACC)
-        past_k2 = tl.load(rows + HALF, mask=known, other=0.0).to(ACC)
-        past_v1 = tl.load(rows + H * E, mask=known, other=0.0).to(ACC)
-        past_v2 = tl.load(rows + H * E + HALF, mask=known, other=0.0).to(ACC)
-        turn = rotation_ptr + n[:, None] * E + offs[None, :]
-        cos = tl.load(turn, mask=known, other=0.0)
-        sin = tl.load(turn + HALF, mask=known, other=0.0)
-        scores = (q1[None, :] * past_k1 + q2[None, :] * past_k2) * cos
-        scores += (q1[None, :] * past_k2 - q2[None, :] * past_k1) * sin
-        scores = tl.where(n < keys, tl.sum(scores, axis=1) * scale, float("-inf"))
-        highest = tl.maximum(top, tl.max(scores, axis=0))
-        p, fade = tl.exp(scores - highest), tl.exp(top - highest)
-        total = total * fade + tl.sum(p, axis=0)
-        out1 = out1 * fade + tl.sum(p[:, None] * past_v1, axis=0)
-        out2 = out2 * fade + tl.sum(p[:, None] * past_v2, axis=0)
-        top = highest
     out_ptrs = row_of(out_ptr, b, token, RINGS_O, I) + head * E + offs
     tl.store(out_ptrs, out1 / total, mask=mask)
     tl.store(out_ptrs + HALF, out2 / total, mask=mask)
@@ -79,17 +104,19 @@ def _attend_kernel(
     DILATION: tl.constexpr, RINGS_QKV: tl.constexpr, RINGS_KV: tl.constexpr, RINGS_O: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    wait(AHEAD)
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
     for i in tl.static_range(len(qkv_ptrs)):
-        if (pid >= START[i]) & (pid < START[i + 1]) & (position % STRIDE[i] == 0):
-            attend_head(
-                qkv_ptrs[i], kv_ptrs[i], out_ptrs[i], rotation_ptrs[i], b, pid - START[i],
-                position // STRIDE[i], H[i], E[i], L[i], DILATION[i], RINGS_QKV,
-                RINGS_KV, RINGS_O, i, BLOCK_L[i], BLOCK_E[i], ACC,
-            )  # fmt: skip
+        if (pid >= START[i]) & (pid < START[i + 1]):
+            if position % STRIDE[i] == 0:
+                attend_head(
+                    qkv_ptrs[i], kv_ptrs[i], out_ptrs[i], rotation_ptrs[i], b, pid - START[i],
+                    position // STRIDE[i], H[i], E[i], L[i], DILATION[i], RINGS_QKV, RINGS_KV,
+                    RINGS_O, i, BLOCK_L[i], BLOCK_E[i], ACC, AHEAD,
+                )  # fmt: skip
+            else:
+                wait(AHEAD)
 
 
 def attend(position: Tensor, attentions: list[Attention]) -> None:
@@ -99,7 +126,7 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
     Args:
         position: (B,) int64.
         attentions: of each level; rotation is fp32 (fp64 with fp64): cosine and sine, times the
-            decay of xpos, of every distance.
+            decay of xpos, of every distance; 1 and 0 of none.
 
     Source: simple-hierarchical-transformer, one token at a time; RoPE; xpos.
     """

@@ -42,7 +42,7 @@ def _embed_kernel(
                 if bias_ptrs[i] is not None:
                     y += tl.load(bias_ptrs[i] + offs, mask=offs < D[i], other=0.0).to(ACC)
                 out = row_of(out_ptrs[i], b, position // STRIDE[i], RINGS, i) + offs
-                tl.store(out, activate(y, tl.constexpr(ACTIVATION[i])), mask=offs < D[i])
+                tl.store(out, activate(y, ACTIVATION, i), mask=offs < D[i])
 
 
 def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:

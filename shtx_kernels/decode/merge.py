@@ -12,46 +12,55 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Part
-from ._device import accumulator, activate, ahead, ring_of, row_of, wait
+from ._device import accumulator, ahead, ring_of, row_of, starts, wait
 
 ROW_ELEMENTS = 8192  # of a weight, a program
-TILE = dict(BLOCK_J=32, BLOCK_K=128, num_warps=4)
+TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 
 
 @triton.jit
 def _merge_row_kernel(
-    position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr,
-    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
-    RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
+    position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr,
+    J: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr, RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    wait(AHEAD)
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
-    offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
-    mask_j = offs_j < J
-    total, squares = tl.zeros([BLOCK_J], dtype=ACC), tl.zeros([1], dtype=ACC)
+    offs_j, offs = pid * BLOCK_J + tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
+    mask_j, due = offs_j < J, offs < WIDTH
+    total, squares = tl.zeros([BLOCK_J], dtype=ACC), tl.zeros([], dtype=ACC)
     for i in tl.static_range(len(x_ptrs)):
-        if position % STRIDE[i] == 0:
-            offs = tl.arange(0, BLOCK_D[i])
-            w_ptrs = weight_ptrs[i] + offs_j[:, None] * WIDTH + offs[None, :]
-            w = tl.load(w_ptrs, mask=mask_j[:, None] & (offs < D[i])[None, :], other=0.0).to(ACC)
-            x_row = row_of(x_ptrs[i], b, position // STRIDE[i], RINGS, i)
-            x = tl.load(x_row + offs, mask=offs < D[i], other=0.0).to(ACC)
-            product, square = tl.sum(w * x[None, :], axis=1), tl.sum(x * x, axis=0)
-            total += product
-            squares += square
-            if kept_ptrs[i] is not None:
-                tl.store(kept_ptrs[i] + b * (J + 1) + offs_j, product, mask=mask_j)
-                tl.store(kept_ptrs[i] + b * (J + 1) + J, square, mask=pid == 0)
-        elif kept_ptrs[i] is not None:  # which any level has that is ever not due
-            total += tl.load(kept_ptrs[i] + b * (J + 1) + offs_j, mask=mask_j, other=0.0)
-            squares += tl.load(kept_ptrs[i] + b * (J + 1) + J)
-    y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12))
-    y += tl.load(bias_ptr + offs_j, mask=mask_j, other=0.0).to(ACC)
-    tl.store(out_ptr + b * STRIDE_OB + offs_j, activate(y, "silu"), mask=mask_j)
+        if kept_ptrs[i] is not None:
+            if position % STRIDE[i] != 0:
+                due = due & ((offs < FIRST[i]) | (offs >= FIRST[i] + D[i]))
+                kept = kept_ptrs[i] + b * (J + 1)
+                total += tl.load(kept + offs_j, mask=mask_j, other=0.0)
+                squares += tl.load(kept + J)
+    w_ptrs = weight_ptr + offs_j[:, None] * WIDTH + offs[None, :]
+    w = tl.load(w_ptrs, mask=mask_j[:, None] & due[None, :], other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + offs_j, mask=mask_j, other=0.0).to(ACC)
+    wait(AHEAD)
+
+    x = tl.zeros([BLOCK_D], dtype=ACC)
+    for i in tl.static_range(len(x_ptrs)):
+        x_row = row_of(x_ptrs[i], b, position // STRIDE[i], RINGS, i)
+        mask = due & (offs >= FIRST[i]) & (offs < FIRST[i] + D[i])
+        x += tl.load(x_row + offs - FIRST[i], mask=mask, other=0.0).to(ACC)
+    for i in tl.static_range(len(x_ptrs)):
+        if kept_ptrs[i] is not None:
+            if position % STRIDE[i] == 0:
+                own = tl.where((offs >= FIRST[i]) & (offs < FIRST[i] + D[i]), x, 0.0)
+                kept = kept_ptrs[i] + b * (J + 1)
+                tl.store(kept + offs_j, tl.sum(w * own[None, :], axis=1), mask=mask_j)
+                if pid == 0:
+                    tl.store(kept + J, tl.sum(own * own, axis=0))
+    total += tl.sum(w * x[None, :], axis=1)
+    squares += tl.sum(x * x, axis=0)
+    y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12)) + bias
+    tl.store(out_ptr + b * STRIDE_OB + offs_j, y * tl.sigmoid(y), mask=mask_j)
 
 
 @triton.jit
@@ -80,9 +89,8 @@ def _merge_rows_kernel(
     position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr, B,
     J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
     RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait(AHEAD)
     pid = tl.program_id(0).to(tl.int64)
     b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -107,7 +115,7 @@ def _merge_rows_kernel(
         squares += square
     y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12))
     y += tl.load(bias_ptr + offs_j, mask=offs_j < J, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + b * STRIDE_OB + offs_j[None, :], activate(y, "silu"), mask=mask)
+    tl.store(out_ptr + b * STRIDE_OB + offs_j[None, :], y * tl.sigmoid(y), mask=mask)
 
 
 def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> None:
@@ -125,7 +133,7 @@ def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> Non
         return
     each = lambda fn: tuple(map(fn, parts))
     B, J, D, dtype = len(position), len(bias), each(lambda p: p.x.shape[-1]), bias.dtype
-    pointers = [each(lambda p, k=k: p[k]) for k in range(3)]
+    x, weights, kept = (each(lambda p, k=k: p[k]) for k in range(3))
     constants = dict(
         J=J,
         D=D,
@@ -136,14 +144,14 @@ def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> Non
     )
     with torch.cuda.device_of(position):
         if B == 1 or dtype == torch.float64:
-            BLOCK_D = tuple(map(triton.next_power_of_2, D))
-            BLOCK_J = min(max(1, ROW_ELEMENTS // max(BLOCK_D)), triton.next_power_of_2(J))
+            BLOCK_D = triton.next_power_of_2(sum(D))
+            BLOCK_J = min(max(1, ROW_ELEMENTS // BLOCK_D), triton.next_power_of_2(J))
             _merge_row_kernel[(triton.cdiv(J, BLOCK_J), B)](
-                position, *pointers, bias, out, **constants, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D,
-                ACC=accumulator(dtype), num_warps=4, **ahead(),
+                position, x, weights[0], kept, bias, out, **constants, FIRST=starts(D),
+                BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(dtype), num_warps=4, **ahead(),
             )  # fmt: skip
             return
         BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
         _merge_rows_kernel[(triton.cdiv(J, TILE["BLOCK_J"]), triton.cdiv(B, BLOCK_B))](
-            position, *pointers, bias, out, B, **constants, BLOCK_B=BLOCK_B, **TILE, **ahead()
+            position, x, weights, kept, bias, out, B, **constants, BLOCK_B=BLOCK_B, **TILE
         )

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Norm
-from ._device import accumulator, ahead, normalize, ring_of, row_of, wait
+from ._device import accumulator, ahead, ring_of, row_of, wait
 
 
 @triton.jit
@@ -15,17 +15,21 @@ def _norm_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, RINGS_X: tl.constexpr, RINGS_O: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    wait(AHEAD)
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
+    wait(AHEAD)
     for i in tl.static_range(len(x_ptrs)):
         if (pid == i) & (position % STRIDE[i] == 0):
             token, offs = position // STRIDE[i], tl.arange(0, BLOCK_D[i])
+            mask = offs < D[i]
             x_row = row_of(x_ptrs[i], b, token, RINGS_X, i)
-            x = tl.load(x_row + offs, mask=offs < D[i], other=0.0).to(ACC)
-            y = normalize(x, gamma_ptrs[i], beta_ptrs[i], offs, D[i], "layer")
-            tl.store(row_of(out_ptrs[i], b, token, RINGS_O, i) + offs, y, mask=offs < D[i])
+            x = tl.load(x_row + offs, mask=mask, other=0.0).to(ACC)
+            gamma = tl.load(gamma_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
+            beta = tl.load(beta_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
+            x = tl.where(mask, x - tl.sum(x, axis=0) / D[i], 0.0)
+            y = x / tl.sqrt(tl.sum(x * x, axis=0) / D[i] + 1e-5) * gamma + beta
+            tl.store(row_of(out_ptrs[i], b, token, RINGS_O, i) + offs, y, mask=mask)
 
 
 def norm(position: Tensor, norms: list[Norm]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, arange
 
 from . import _widen, rms_norm
 
-__all__ = ["attend", "embed", "merge", "norm", "project"]
+__all__ = ["attend", "embed", "merge", "norm", "project", "sample"]
 
 
 def read(ring: Tensor, token: Tensor) -> Tensor:
@@ -126,3 +126,26 @@ def merge(position: Tensor, parts: list, bias: Tensor, out: Tensor) -> None:
         width += x.shape[-1]
     scale = width**0.5 / total[:, -1:].sqrt().clamp(min=1e-12)
     write(out, position, 1, F.silu(total[:, :-1] * scale + bias.to(total)))
+
+
+def sample(
+    logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float, out: Tensor
+) -> None:
+    """out = argmax of softmax(logits / temperature) / noise: an id as likely as the softmax says.
+
+    Kept are the top_k best, and of these the fewest whose probabilities add up to top_p; who equals
+    the last kept is kept, too. Greedy at temperature 0.
+    """
+    if temperature == 0:
+        out.copy_(logits.argmax(dim=-1))
+        return
+    scores = _widen(logits) / max(temperature, 1e-10)
+    if top_k < scores.shape[-1]:
+        least = scores.topk(top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    if top_p < 1:
+        best = scores.sort(dim=-1, descending=True).values
+        before = F.pad(best.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
+        least = best.masked_fill(before >= top_p, float("inf")).amin(dim=-1, keepdim=True)
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    out.copy_((scores - noise.clamp(min=1e-20).log()).argmax(dim=-1))
