@@ -25,6 +25,7 @@ from shtx.sampling import Sampling, make_sampling
 MAX_DECODERS = 2  # kept for a model
 SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
 CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
+NOISE = 16  # tokens that noise is drawn for at once
 OVERFLOWS = ("rebuild", "error", "stream")
 
 _decoders = WeakKeyDictionary()  # model: {key: sampler}, oldest first; not on the model: copies
@@ -228,11 +229,11 @@ class Sampler:
     def __init__(self, model, batch: int, room: int, dtype: torch.dtype):
         with _plain(model.device):
             self.decoder = Decoder(model, batch, room, dtype)
-            self.noise = torch.empty(batch, model.num_tokens, device=model.device)
+            self.noise = torch.empty(batch, NOISE, model.num_tokens, device=model.device)
         self.ids = self.decoder.ids
         self.generator = torch.Generator(model.device)
         self.sampling = self.graph = self.stream = None
-        self.has_stepped = False
+        self.has_stepped, self.drawn = False, 0
         # the reference is for reading, not for speed
         if model.device.type == "cuda" and model.ops_for(model.device) is ops.FUSED:
             self.stream = torch.cuda.Stream(model.device)  # of eager first steps and captures
@@ -244,6 +245,7 @@ class Sampler:
         if sampling != self.sampling:
             self.sampling, self.graph, self.has_stepped = sampling, None, False
         self.generator.manual_seed(seed)
+        self.drawn = 0
         self.prefill(model, rows)
 
     def prefill(self, model, rows: list[Tensor]):
@@ -252,9 +254,17 @@ class Sampler:
             ragged = len(set(lengths)) > 1
             lengths = torch.tensor(lengths, device=self.ids.device) if ragged else None
             self.decoder.prefill(model, pad_sequence(rows, batch_first=True), lengths)
+            self._draw()
             self._sample()
 
+    def _draw(self):
+        """Noise of the next tokens: every row takes a slot a token, whichever its position is."""
+        if self.drawn % NOISE == 0 and self.sampling.temperature > 0:
+            self.noise.exponential_(generator=self.generator)
+        self.drawn += 1
+
     def step(self):
+        self._draw()
         if self.stream is not None and self.has_stepped:
             if self.graph is None:
                 self._capture()
@@ -277,14 +287,13 @@ class Sampler:
         self._sample()
 
     def _sample(self):
-        if self.sampling.temperature > 0:
-            self.noise.exponential_(generator=self.generator)
-        sample = self.decoder.ops.decode.sample
-        sample(self.decoder.logits, self.noise, *self.sampling, self.ids)
+        decoder = self.decoder
+        decoder.ops.decode.sample(
+            decoder.position, decoder.logits, self.noise, *self.sampling, self.ids
+        )
 
     def _capture(self):
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         with (
             _plain(self.ids.device),
             # a loader's thread may pin memory meanwhile
@@ -327,9 +336,8 @@ def _from_model(
             model.train(was_training)
         logits = logits[torch.arange(len(rows), device=model.device), last].float()
         noise = torch.zeros_like(logits).uniform_(0, 1, generator=generator)
-        ids = torch.empty_like(last)
-        noise = -noise.clamp(min=1e-20).log()
-        model.ops_for(model.device).decode.sample(logits, noise, *sampling, ids)
+        ids, noise = torch.empty_like(last), -noise.clamp(min=1e-20).log()
+        model.ops_for(model.device).decode.sample(last, logits, noise[:, None], *sampling, ids)
         rows = [cat((row, ids[b : b + 1])) for b, row in enumerate(rows)]
         yield ids
 

@@ -79,7 +79,8 @@ def main(backend: str, arch: str, dtype: str):
         for batch in (1, 4):
             decoder = Decoder(model, batch, TOKENS, getattr(torch, dtype))
             logits = decoder.step()
-            decoder.ops.decode.sample(logits, torch.ones_like(logits), 1.0, 9, 0.9, decoder.ids)
+            noise = torch.ones_like(logits)[:, None]
+            decoder.ops.decode.sample(decoder.position, logits, noise, 1.0, 9, 0.9, decoder.ids)
 
     # the passes around PyTorch's attention, which a CPU is not sent to
     qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))

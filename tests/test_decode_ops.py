@@ -174,16 +174,17 @@ SAMPLINGS = [(0, 5, 1.0), (1.0, 1, 1.0), (0.7, 5, 1.0), (2.0, 10**9, 0.6), (1.3,
 
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("V", [1, 2, 19, 257, 9000])
+@pytest.mark.parametrize("V", [1, 2, 19, 257, 9000, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sample(V, options, dtype):
     temperature, top_k, top_p = options
     torch.manual_seed(V)
     logits = (3 * torch.randn(8, V, device=DEVICE)).to(dtype)
-    noise = torch.empty(8, V, device=DEVICE).exponential_()
+    noise = torch.empty(8, 4, V, device=DEVICE).exponential_()
+    position = torch.arange(8, device=DEVICE)
     ours, theirs = torch.empty(2, 8, dtype=torch.long, device=DEVICE)
     for impl, out in ((FUSED, ours), (REFERENCE, theirs)):
-        impl.decode.sample(logits, noise, temperature, min(top_k, V), top_p, out)
+        impl.decode.sample(position, logits, noise, temperature, min(top_k, V), top_p, out)
     assert torch.equal(ours, theirs)
 
 
@@ -194,7 +195,8 @@ def test_sample_of_equal_logits_keeps_all():
     )
     noise = torch.empty_like(logits).exponential_()
     for top_k, top_p in ((1, 1.0), (5, 0.1)):
-        FUSED.decode.sample(logits, noise, 1.0, top_k, top_p, ids)
+        position = torch.zeros_like(ids)
+        FUSED.decode.sample(position, logits, noise[:, None], 1.0, top_k, top_p, ids)
         assert torch.equal(ids, noise.argmin(-1))
 
 

@@ -62,10 +62,10 @@ def continued(model, rows, count, crop):
 # sampling
 
 
-def sample(logits, *options):
+def sample(logits, noise, *options):
     """On a CPU the reference: test_decode_ops holds the fused op to it."""
-    out = torch.empty(len(logits), dtype=torch.long, device=DEVICE)
-    ops.resolve("auto", out.device).decode.sample(logits, *options, out)
+    out = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
+    ops.resolve("auto", out.device).decode.sample(out, logits, noise[:, None], *options, out)
     return out
 
 

@@ -4,7 +4,7 @@
 
 What is kept is all from a threshold on: floats are ordered as the integers of their bits are, so
 bisection finds the k-th best, or where the probabilities reach top_p, without sorting. A program
-has one row, which it reads again for each step: from L1.
+has a row, of which the first BLOCK logits stay in registers.
 """
 
 import torch
@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_V = 8192
+from ._device import ring_of, row_of
+
+BLOCK_V = 32768
 
 
 @triton.jit
@@ -36,29 +38,30 @@ def threshold(
     logits_ptr, top, bottom, temperature, least, wanted,
     V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The greatest key from which on what counts reaches `wanted`."""
+    """A key from which on what counts reaches `wanted`: the greatest, or one that meets it."""
     low, high = tl.maximum(ordered(bottom), least).to(tl.int64), ordered(top).to(tl.int64) + 1
+    key, weight = weigh(logits_ptr, tl.arange(0, BLOCK), V, top, temperature, least, MASS)
     while high - low > 1:
         middle = (low + high) // 2
-        reached = tl.zeros([], tl.float32)
-        for v in range(0, V, BLOCK):
+        reached = tl.sum(tl.where(key >= middle, weight, 0.0), axis=0)
+        for v in range(BLOCK, V, BLOCK):
             offs = v + tl.arange(0, BLOCK)
-            key, weight = weigh(logits_ptr, offs, V, top, temperature, least, MASS)
-            reached += tl.sum(tl.where(key >= middle, weight, 0.0), axis=0)
-        enough = reached >= wanted
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+            more, counts = weigh(logits_ptr, offs, V, top, temperature, least, MASS)
+            reached += tl.sum(tl.where(more >= middle, counts, 0.0), axis=0)
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached > wanted, high, middle)  # the end, where they are equal
     return low.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def _sample_kernel(
-    logits_ptr, noise_ptr, out_ptr, stride_l, temperature, top_k, top_p,
-    V: tl.constexpr, BEST: tl.constexpr, NUCLEUS: tl.constexpr, GREEDY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    position_ptr, logits_ptr, noise_ptr, out_ptr, stride_l, temperature, top_k, top_p,
+    RING: tl.constexpr, V: tl.constexpr, BEST: tl.constexpr, NUCLEUS: tl.constexpr,
+    GREEDY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    logits_ptr, noise_ptr = logits_ptr + b * stride_l, noise_ptr + b * V
+    logits_ptr += b * stride_l
+    noise_ptr = row_of(noise_ptr, b, tl.load(position_ptr + b), RING, 0)
     top, bottom = tl.full([], float("-inf"), tl.float32), tl.full([], float("inf"), tl.float32)
     for v in range(0, V, BLOCK):
         offs = v + tl.arange(0, BLOCK)
@@ -92,7 +95,13 @@ def _sample_kernel(
 
 
 def sample(
-    logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float, out: Tensor
+    position: Tensor,
+    logits: Tensor,
+    noise: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    out: Tensor,
 ) -> None:
     """out = argmax of softmax(logits / temperature) / noise: an id as likely as the softmax says.
 
@@ -100,8 +109,9 @@ def sample(
     the last kept is kept, too. Greedy at temperature 0.
 
     Args:
+        position: (B,) int64.
         logits: (B, V).
-        noise: (B, V) fp32, exponential; not read at temperature 0.
+        noise: ring (B, S, V) fp32, exponential; not read at temperature 0.
         temperature: of the softmax.
         top_k: in [1, V].
         top_p: in (0, 1].
@@ -115,8 +125,9 @@ def sample(
     greedy = temperature == 0
     with torch.cuda.device_of(logits):
         _sample_kernel[(B,)](
-            logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
-            float(top_p), V=V, BEST=top_k < V and not greedy, NUCLEUS=top_p < 1 and not greedy,
+            position, logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
+            float(top_p), RING=(ring_of(noise),), V=V, BEST=top_k < V and not greedy,
+            NUCLEUS=top_p < 1 and not greedy,
             GREEDY=greedy, BLOCK=min(BLOCK_V, triton.next_power_of_2(V)),
             num_warps=4 if V <= 1024 else 16,
         )  # fmt: skip

@@ -129,12 +129,19 @@ def merge(position: Tensor, parts: list, bias: Tensor, out: Tensor) -> None:
 
 
 def sample(
-    logits: Tensor, noise: Tensor, temperature: float, top_k: int, top_p: float, out: Tensor
+    position: Tensor,
+    logits: Tensor,
+    noise: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    out: Tensor,
 ) -> None:
     """out = argmax of softmax(logits / temperature) / noise: an id as likely as the softmax says.
 
-    Kept are the top_k best, and of these the fewest whose probabilities add up to top_p; who equals
-    the last kept is kept, too. Greedy at temperature 0.
+    logits (B, V), out (B,); noise is a ring of positions (B, S, V), exponential. Kept are the top_k
+    best, and of these the fewest whose probabilities add up to top_p; who equals the last kept is
+    kept, too. Greedy at temperature 0.
     """
     if temperature == 0:
         out.copy_(logits.argmax(dim=-1))
@@ -148,4 +155,5 @@ def sample(
         before = F.pad(best.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
         least = best.masked_fill(before >= top_p, float("inf")).amin(dim=-1, keepdim=True)
         scores = scores.masked_fill(scores < least, float("-inf"))
-    out.copy_((scores - noise.clamp(min=1e-20).log()).argmax(dim=-1))
+    noise = read(noise, position).clamp(min=1e-20)
+    out.copy_((scores - noise.log()).argmax(dim=-1))
