@@ -14,7 +14,7 @@ from benchmarks.providers import FUSED, OURS, build_reference, load
 from benchmarks.timing import DEVICE, DTYPE, autocast, check_agreement, median_ms
 from shtx.decode import Decoder
 
-PROMPT, NEW, FEW = (128, 1024, 32) if DEVICE == "cuda" else (16, 8, 4)
+PROMPT, NEW, FEW = (128, 1024, {1: 32, 64: 4}) if DEVICE == "cuda" else (16, 8, {1: 4, 64: 4})
 STEPS = 8  # whose last logits are compared
 BATCHES = {"batch 1": 1, "batch 64": 64}
 
@@ -24,7 +24,7 @@ BATCHES = {"batch 1": 1, "batch 64": 64}
 def bench_generate(benchmark, config, variant, provider):
     config, batch = shapes.configs(DEVICE)[config], BATCHES[variant]
     reference = build_reference(config)
-    new = NEW if provider in FUSED else FEW
+    new = NEW if provider in FUSED else FEW[batch]
     prompt_tokens = PROMPT + (NEW - new) // 2
     prompt = torch.randint(1, config.model["num_tokens"], (batch, prompt_tokens), device=DEVICE)
     with autocast():

@@ -3,9 +3,9 @@
     x_s = x[m], or its second half from x[m - dilation], or the last `taps` rows side by side
     out[m] = activation(weight norm(x_s) + bias) + residual[m]
 
-One sequence is a matter of reading the weights once: a program reads whole rows of a weight at one
-go, ahead of x, and has the weights of a norm in them before x comes. Several sequences are a small
-matrix product, before which x is normalized.
+One sequence is a matter of reading the weights once: a program reads whole rows of a weight, the
+first of them ahead of x. Several sequences are a small matrix product, before which x is
+normalized.
 """
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from .._groups import Projection
 from ._device import accumulator, activate, ahead, ring_of, row_of, starts, wait
 
-ROW_ELEMENTS = 4096  # of a weight, a program; 8192 and 16384 are slower on an H200
+ROW_ELEMENTS = 8192  # of a weight, a tile
+PROGRAMS = 264  # about, so that the next launch finds room beside them, and can fetch ahead
 TILE = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)  # on an H200 the best of 4
 MAX_ROWS = 64
 
@@ -42,11 +43,71 @@ def source(
 
 
 @triton.jit
+def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr, I: tl.constexpr):
+    """A row of K channels, zero elsewhere."""
+    if NORM[I] == "layer":
+        x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
+        x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5) * gamma + beta
+    elif NORM[I] == "rms":
+        x = x * (K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
+    return x
+
+
+@triton.jit
+def weights_of(gamma_ptr, beta_ptr, offs, mask, NORM: tl.constexpr, I: tl.constexpr, ACC):
+    """Of a norm, as far as it has some."""
+    gamma, beta = tl.zeros(offs.shape, dtype=ACC), tl.zeros(offs.shape, dtype=ACC)
+    if NORM[I] is not None:
+        gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if NORM[I] == "layer":
+        beta = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(ACC)
+    return gamma, beta
+
+
+@triton.jit
+def project_row(
+    x_ptr, weight_ptr, out_ptr, gamma_ptr, beta_ptr, bias_ptr, residual_ptr, pid, b, position,
+    K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RINGS_X: tl.constexpr,
+    RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles of rows of the weight, each loaded while the one before is multiplied."""
+    offs_k, offs_o = tl.arange(0, BLOCK_K), pid * (TILES * BLOCK_O) + tl.arange(0, BLOCK_O)
+    mask_k, token = offs_k < K, position // STRIDE
+    w_ptrs = weight_ptr + offs_k[None, :]
+    mask_w = (offs_o < O)[:, None] & mask_k[None, :]
+    w = tl.load(w_ptrs + offs_o[:, None] * K, mask=mask_w, other=0.0)
+    gamma, beta = weights_of(gamma_ptr, beta_ptr, offs_k, mask_k, NORM, I, ACC)
+    x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS_X, I)
+    wait(AHEAD)
+
+    x = tl.load(x_ptrs, mask=mask_k, other=0.0).to(ACC)
+    x = normalize(x, gamma, beta, mask_k, K, NORM, I)
+    for tile in range(TILES):
+        rows = offs_o + tile * BLOCK_O
+        after = rows + BLOCK_O
+        mask_w = ((after < O) & (tile + 1 < TILES))[:, None] & mask_k[None, :]
+        following = tl.load(w_ptrs + after[:, None] * K, mask=mask_w, other=0.0)
+        if residual_ptr is not None:
+            residual_ptrs = row_of(residual_ptr, b, token, RINGS_R, I) + rows
+            residual = tl.load(residual_ptrs, mask=rows < O, other=0.0).to(ACC)
+        y = tl.sum(w.to(ACC) * x[None, :], axis=1)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + rows, mask=rows < O, other=0.0).to(ACC)
+        y = activate(y, ACTIVATION, I)
+        if residual_ptr is not None:
+            y += residual
+        tl.store(row_of(out_ptr, b, token, RINGS_O, I) + rows, y, mask=rows < O)
+        w = following
+
+
+@triton.jit
 def _project_row_kernel(
     position_ptr, x_ptrs, weight_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, bias_ptrs, residual_ptrs,
     START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr,
+    RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, TILES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -59,51 +120,10 @@ def _project_row_kernel(
                     x_ptrs[i], weight_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i],
                     bias_ptrs[i], residual_ptrs[i], pid - START[i], b, position,
                     K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], NORM, ACTIVATION, RINGS_X,
-                    RINGS_O, RINGS_R, i, BLOCK_O[i], BLOCK_K[i], ACC, AHEAD,
+                    RINGS_O, RINGS_R, i, TILES[i], BLOCK_O[i], BLOCK_K[i], ACC, AHEAD,
                 )  # fmt: skip
             else:
                 wait(AHEAD)
-
-
-@triton.jit
-def project_row(
-    x_ptr, weight_ptr, out_ptr, gamma_ptr, beta_ptr, bias_ptr, residual_ptr, tile, b, position,
-    K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RINGS_X: tl.constexpr,
-    RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    offs_k, offs_o = tl.arange(0, BLOCK_K), tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    mask_k, mask_o = offs_k < K, offs_o < O
-    w_ptrs = weight_ptr + offs_o[:, None] * K + offs_k[None, :]
-    w = tl.load(w_ptrs, mask=mask_o[:, None] & mask_k[None, :], other=0.0).to(ACC)
-    offset = tl.zeros([BLOCK_O], dtype=ACC)
-    if bias_ptr is not None:
-        offset += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0).to(ACC)
-    if NORM[I] == "layer":
-        beta = tl.load(beta_ptr + offs_k, mask=mask_k, other=0.0).to(ACC)
-        offset += tl.sum(w * beta[None, :], axis=1)
-    if NORM[I] is not None:
-        w *= tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0).to(ACC)[None, :]
-    token = position // STRIDE
-    x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS_X, I)
-    wait(AHEAD)
-
-    x = tl.load(x_ptrs, mask=mask_k, other=0.0).to(ACC)
-    if residual_ptr is not None:
-        residual_ptrs = row_of(residual_ptr, b, token, RINGS_R, I) + offs_o
-        residual = tl.load(residual_ptrs, mask=mask_o, other=0.0).to(ACC)
-    if NORM[I] == "layer":
-        x = tl.where(mask_k, x - tl.sum(x, axis=0) / K, 0.0)
-    y = tl.sum(w * x[None, :], axis=1)
-    if NORM[I] == "layer":
-        y = y / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5)
-    elif NORM[I] == "rms":
-        y *= K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)
-    y = activate(y + offset, ACTIVATION, I)
-    if residual_ptr is not None:
-        y += residual
-    tl.store(row_of(out_ptr, b, token, RINGS_O, I) + offs_o, y, mask=mask_o)
 
 
 @triton.jit
@@ -124,14 +144,8 @@ def _normed_kernel(
                 x_ptrs[i], b, position, offs, K[i], STRIDE[i], DILATION[i], TAPS[i], RINGS_X, i
             )
             x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            if NORM[i] == "layer":
-                x = tl.where(mask, x - tl.sum(x, axis=0) / K[i], 0.0)
-                x = x / tl.sqrt(tl.sum(x * x, axis=0) / K[i] + 1e-5)
-                x *= tl.load(gamma_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-                x += tl.load(beta_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
-            elif NORM[i] == "rms":
-                x *= K[i] ** 0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)
-                x *= tl.load(gamma_ptrs[i] + offs, mask=mask, other=0.0).to(tl.float32)
+            gamma, beta = weights_of(gamma_ptrs[i], beta_ptrs[i], offs, mask, NORM, i, tl.float32)
+            x = normalize(x, gamma, beta, mask, K[i], NORM, i)
             tl.store(out_ptrs[i] + b * K[i] + offs, x, mask=mask)
 
 
@@ -188,7 +202,9 @@ def _project_row(position: Tensor, projections: list[Projection]) -> None:
     columns = tuple(map(triton.next_power_of_2, K))
     rows = [max(1, ROW_ELEMENTS // k) for k in columns]
     rows = tuple(min(n, triton.next_power_of_2(o)) for n, o in zip(rows, O, strict=True))
-    START = starts([triton.cdiv(o, n) for o, n in zip(O, rows, strict=True)])
+    tiles = [triton.cdiv(o, n) for o, n in zip(O, rows, strict=True)]
+    TILES = tuple(triton.cdiv(n * len(projections), PROGRAMS) for n in tiles)
+    START = starts([triton.cdiv(n, t) for n, t in zip(tiles, TILES, strict=True)])
     _project_row_kernel[(START[-1], len(position))](
         position, each(lambda p: p.x), each(lambda p: p.weight), each(lambda p: p.out),
         each(lambda p: p.gamma), each(lambda p: p.beta), each(lambda p: p.bias),
@@ -197,7 +213,7 @@ def _project_row(position: Tensor, projections: list[Projection]) -> None:
         DILATION=each(lambda p: p.dilation), TAPS=each(lambda p: p.taps),
         NORM=each(lambda p: p.norm), ACTIVATION=each(lambda p: p.activation),
         RINGS_X=each(lambda p: ring_of(p.x)), RINGS_O=each(lambda p: ring_of(p.out)),
-        RINGS_R=each(_residual_ring), BLOCK_O=rows, BLOCK_K=columns,
+        RINGS_R=each(_residual_ring), TILES=TILES, BLOCK_O=rows, BLOCK_K=columns,
         ACC=accumulator(projections[0].weight.dtype), num_warps=4, **ahead(),
     )  # fmt: skip
 
