@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import DEVICE
 
 from shtx import ops
 from shtx.cli import TRAIN_EXTRA, main
@@ -114,7 +115,7 @@ def test_warmup_takes_each_part_of_a_run_and_leaves_no_file(tmp_path, monkeypatc
         wrapped = lambda *args, name=name, original=original: calls.append(name) or original(*args)
         monkeypatch.setattr(Trainer, name, wrapped)
     sizes = "--dim 8 --depth 1 --heads 1 --dim-head 8 --seq-len 16 --window-sizes 4 None"
-    sizes += " --batch-size 2 --eval-sequences 2 --impl fused"
+    sizes += " --batch-size 2 --eval-sequences 2 --impl fused --device " + DEVICE
     assert main(["warmup", "--preset", "cpu", *sizes.split()]) == 0
     assert calls == ["step", "step", "evaluate", "sample"]
     lines = capsys.readouterr().out.splitlines()

@@ -64,7 +64,7 @@ def test_a_model_that_computes_something_else_fails(run, monkeypatch):
 
 
 def test_a_step_that_differs_fails(run, monkeypatch):
-    factors = iter([1.0] * 4 + [1.001] * 100)  # two levels, two steps
+    factors = iter([1.0] * 4 + [1.1] * 100)  # two levels, two steps
     right = ops.FUSED.feed_forward
     monkeypatch.setattr(ops.FUSED, "feed_forward", lambda *args: right(*args) * next(factors))
     monkeypatch.setattr(script, "TrainStep", partial(script.TrainStep, cuda_graph=False))

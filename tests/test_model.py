@@ -115,7 +115,8 @@ def test_checkpointing_runs_blocks_again_for_the_same_gradients(impl, dtype, com
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     if compiled:  # Inductor may fuse what runs again in another way
-        torch.testing.assert_close(*results, rtol=1e-2 if dtype else 1e-4, atol=1e-5)
+        for a, b in zip(*results, strict=True):
+            assert (a - b).abs().max() <= (1e-2 if dtype else 1e-4) * b.abs().max()
     else:
         assert all(map(torch.equal, *results))
         assert len(runs) == 2 + 2 * 2  # two levels
