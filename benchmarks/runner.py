@@ -23,7 +23,8 @@ class Job(NamedTuple):
 
     @property
     def compiles(self) -> bool:
-        return self.bench == "model" and self.provider.endswith("-compiled")
+        own = self.provider in ("fused", "fused-eager")  # Triton kernels, on a single core
+        return self.bench == "model" and (own or self.provider.endswith("-compiled"))
 
     @property
     def marker(self) -> str:
