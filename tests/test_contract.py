@@ -13,7 +13,8 @@ from helpers import DEVICE, ROOT, child_environment
 
 import shtx_kernels
 from shtx import HierarchicalTransformer, __version__, ops
-from shtx_kernels import reference
+from shtx_kernels import decode, reference
+from shtx_kernels.reference import decode as reference_decode
 
 KERNELS = ROOT / "shtx_kernels"
 KERNEL_FILES = sorted(KERNELS.rglob("*.py"))
@@ -25,7 +26,7 @@ def files(op: str) -> list[Path]:
 
 
 SHARED_FILES = sorted(KERNELS.glob("_[a-z]*.py"))
-OP_FILES = [path for op in shtx_kernels.__all__ for path in files(op)] + SHARED_FILES
+OP_FILES = [path for op in (*shtx_kernels.__all__, "decode") for path in files(op)] + SHARED_FILES
 
 
 def name(path: Path) -> str:
@@ -66,6 +67,16 @@ def test_op_is_file_twin_test_benchmark_and_registered_name(op):
     assert torch.ops.shtx.__getattr__(registered).default
 
 
+@pytest.mark.parametrize("op", decode.__all__)
+def test_op_of_a_token_is_file_and_twin(op):
+    """They write into a state, in a graph: nothing is registered; bench_generate measures all."""
+    fused, twin = getattr(decode, op), getattr(reference_decode, op)
+    assert inspect.signature(fused) == inspect.signature(twin)
+    assert Path(inspect.getfile(fused)) == KERNELS / f"decode/{op}.py"
+    assert twin.__doc__ and "Args:" in fused.__doc__ and "Source:" in fused.__doc__
+    assert op in (ROOT / "tests/test_decode_ops.py").read_text()
+
+
 @pytest.mark.parametrize("path", OP_FILES, ids=name)
 def test_an_op_imports_no_other_op_and_not_the_reference(path):
     package = path.parent != KERNELS
@@ -77,7 +88,7 @@ def test_an_op_imports_no_other_op_and_not_the_reference(path):
 
 def test_the_reference_imports_no_triton():
     for path in (KERNELS / "reference").glob("*.py"):
-        assert imports(path) <= {"torch", "einops", "._widen", ".rms_norm"}
+        assert imports(path) <= {"torch", "einops", ".._groups", "._widen", ".rms_norm"}
 
 
 def test_the_kernels_know_no_model_and_the_model_no_kernel():

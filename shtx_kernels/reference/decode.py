@@ -3,14 +3,14 @@
 What the past leaves behind lies in rings: (B, S, ...) of which slot m % S holds the row of level
 token m; zeros before the start. The token at position p (B,) makes level token p // stride where p
 is a multiple of the stride; elsewhere the level has nothing to do, and its rows stay. Every op
-writes to its `out`. It takes what it has to do for all levels at once, a NamedTuple for each: those
-of `shtx_kernels._groups`.
+writes to its `out`. It takes what it has to do for all levels at once.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, arange
 
+from .._groups import Attention, Lookup, Norm, Part, Projection
 from . import _widen, rms_norm
 
 __all__ = ["attend", "embed", "merge", "norm", "project", "sample"]
@@ -38,7 +38,7 @@ def normalize(x: Tensor, norm: str | None, gamma: Tensor, beta: Tensor | None) -
     return rms_norm(x, gamma.to(x)) if norm == "rms" else x
 
 
-def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list) -> None:
+def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:
     """out = activation(bias + sum over taps t of table[t, id]), of the ids up to `position`.
 
     ids (B,) at `position` go into the ring history (B, C); what lies left of the start adds
@@ -56,14 +56,14 @@ def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list) -> None
         write(out, position, stride, activate(total, activation))
 
 
-def norm(position: Tensor, norms: list) -> None:
+def norm(position: Tensor, norms: list[Norm]) -> None:
     """out = layer_norm(x)."""
     for x, gamma, beta, out, stride in norms:
         rows = normalize(_widen(read(x, position // stride)), "layer", gamma, beta)
         write(out, position, stride, rows)
 
 
-def project(position: Tensor, projections: list) -> None:
+def project(position: Tensor, projections: list[Projection]) -> None:
     """out = activation(weight norm(token_shift(x)) + bias) + residual.
 
     With taps, x is a ring of positions, whose last `taps` rows stand side by side.
@@ -86,7 +86,7 @@ def project(position: Tensor, projections: list) -> None:
         write(p.out, position, p.stride, y)
 
 
-def attend(position: Tensor, attentions: list) -> None:
+def attend(position: Tensor, attentions: list[Attention]) -> None:
     """Causal attention of the token in each row of qkv (B, 1, 3 H E) to the keys of its residue
     class in the ring kv (B, S, 2, H, E), which it joins.
 
@@ -108,7 +108,7 @@ def attend(position: Tensor, attentions: list) -> None:
         write(out, position, stride, rows.flatten(1))
 
 
-def merge(position: Tensor, parts: list, bias: Tensor, out: Tensor) -> None:
+def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> None:
     """out = silu(rms_norm(levels side by side) weights + bias), gamma being in the weights.
 
     Of a level that is not due, what its last token gave: `kept`, (B, J + 1), has its product, and
