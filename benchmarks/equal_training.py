@@ -250,14 +250,17 @@ def draw(results: dict, path: Path):
     for line, kind in zip(axes, kinds, strict=True):
         for axis, config in zip(line, configs, strict=True):
             found = [c for c in curves if (c["check"], c["config"]) == (kind, config)]
+            if not found:
+                axis.set_axis_off()
+                continue
             axis.set(title=f"configuration {config}, {kind}", xlabel="step")
             axis.grid(alpha=0.3)
-            if kind == "fp32" and found:
+            if kind == "fp32":
                 axis.plot(range(1, len(found[0]["loss"]) + 1), apart(*found))
                 axis.axhline(FIRST_BOUND, color="gray", linestyle="--")
                 axis.set(ylabel="relative difference of losses", ylim=(0, 10 * FIRST_BOUND))
                 axis.set_yscale("symlog", linthresh=1e-8)  # 0: equal to the bit
-            elif found:
+            else:
                 for curve in found:
                     bits = curve["bits_per_byte"]
                     dashed = "-" if curve["impl"] == "fused" else "--"
