@@ -296,12 +296,13 @@ class Decoder:
         w_out, b_out = weight("3.weight"), weight("3.bias")
         hidden = self._ring(1, len(w_in))
         parts = []
-        for x, w, level in zip(streams, w_in.split(model.dims, dim=1), self.levels, strict=True):
+        for x, level in zip(streams, self.levels, strict=True):
             kept = self._ring(1, len(w_in) + 1, dtype=self.wide)[:, 0] if level.stride > 1 else None
-            parts.append(Part(x, w, kept, level.stride))
+            parts.append(Part(x, kept, level.stride))
 
         def fill_kept(args, outputs, last):
-            for rows, (_, w, kept, stride) in zip(outputs[0], parts, strict=True):
+            columns = w_in.split([level.dim for level in self.levels], dim=1)
+            for rows, w, (_, kept, stride) in zip(outputs[0], columns, parts, strict=True):
                 if exists(kept):
                     x = rows[arange(self.batch, device=self.device), last // stride]
                     square = x.to(self.wide).square().sum(dim=-1, keepdim=True)
@@ -316,7 +317,7 @@ class Decoder:
             for i, w, b in rows
         ]
         decode = self.ops.decode
-        return [(decode.merge, parts, weight("1.bias"), hidden), (decode.project, outs)]
+        return [(decode.merge, parts, w_in, weight("1.bias"), hidden), (decode.project, outs)]
 
     def _predict(self, model: Module, streams: list[Tensor]) -> list[tuple]:
         """Logits of the predicting level, or of all side by side."""

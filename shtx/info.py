@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx import HierarchicalTransformer, __version__, ops
+from shtx.decode import Decoder
 
 # relative to the reference's norm; fp32 differs in the order of sums alone
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         print(f"{name:<8}{value}")
 
     print(f"\n{'op':<24}{'impl=auto':<12}why not fused")
-    for name in sorted(ops.REFERENCE_OPS):
+    for name in (*sorted(ops.REFERENCE_OPS), *map("decode.{}".format, ops.TOKEN_OPS)):
         reason = why_reference(name, device)
         print(f"{name:<24}{'reference' if reason else 'fused':<12}{reason or ''}".rstrip())
     return check(device) if check_too else 0
@@ -73,7 +74,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def why_reference(name: str, device: torch.device) -> str | None:
     """What keeps impl="auto" from running the fused op on `device`; None if nothing does."""
-    if ops.FUSED_OPS and name not in ops.FUSED_OPS:
+    if ops.FUSED_OPS and name in ops.REFERENCE_OPS and name not in ops.FUSED_OPS:
         return "has no fused form"
     if reason := ops.why_not_fused(device):
         return reason
@@ -89,7 +90,7 @@ def check(device: torch.device) -> int:
     failed = False
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         errors = compare(device, dtype)
-        for name in ops.FUSED_OPS:
+        for name in errors:
             error = max(errors[name], key=lambda e: (math.isnan(e), e))
             agrees = error <= ALLOWED[dtype]
             failed |= not agrees
@@ -101,21 +102,41 @@ def check(device: torch.device) -> int:
 
 
 def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
-    """The relative errors of each fused op, of all values and gradients in small models' losses."""
-    errors = {name: [] for name in ops.FUSED_OPS}
+    """The relative errors of each fused op, of all values and gradients in small models' losses,
+    and of what each op of a token writes while they generate.
+    """
+    errors = {name: [] for name in (*ops.FUSED_OPS, *map("decode.{}".format, ops.TOKEN_OPS))}
+
+    def note(name: str, ours: list[Tensor], theirs: list[Tensor]):
+        for a, b in zip(ours, theirs, strict=True):
+            a, b = a.double(), b.double()
+            errors[name].append(((a - b).norm() / b.norm().clamp(min=1e-30)).item())
 
     def both(name: str):
         fused, reference = getattr(ops.FUSED, name), getattr(ops.REFERENCE, name)
 
         def op(*args, **kwargs):
-            ours, theirs = (outputs_and_gradients(f, args, kwargs) for f in (fused, reference))
-            for a, b in zip(ours, theirs, strict=True):
-                errors[name].append(((a - b).norm() / b.norm().clamp(min=1e-30)).item())
+            note(name, *(outputs_and_gradients(f, args, kwargs) for f in (fused, reference)))
             return reference(*args, **kwargs)
 
         return op
 
+    def both_of_a_token(name: str):
+        fused, reference = getattr(ops.FUSED.decode, name), getattr(ops.REFERENCE.decode, name)
+        tensors = lambda args: [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+
+        def op(*args):
+            clones = {}  # a tensor may be read and written in one call
+            clone = lambda t: clones.setdefault(id(t), t.clone())
+            copies = tree_map_only(Tensor, clone, args)
+            fused(*copies)
+            reference(*args)
+            note(f"decode.{name}", tensors(copies), tensors(args))
+
+        return op
+
     compared = {name: both(name) for name in ops.FUSED_OPS}
+    compared["decode"] = SimpleNamespace(**{n: both_of_a_token(n) for n in ops.TOKEN_OPS})
     namespace = SimpleNamespace(**vars(ops.REFERENCE) | compared)
     torch.manual_seed(0)
     for arguments in MODELS:
@@ -123,6 +144,12 @@ def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
         model.to(device).ops_for = lambda device: namespace
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             model(torch.randint(0, 256, (2, 64), device=device), return_loss=True)
+        for batch in (1, 2):  # for which there are different kernels
+            decoder = Decoder(model, batch, 64, dtype)
+            noise = torch.rand(batch, 4, 256, device=device)
+            for _ in range(9):
+                logits = decoder.step()
+                namespace.decode.sample(decoder.position, logits, noise, 1.0, 9, 0.9, decoder.ids)
     return errors
 
 

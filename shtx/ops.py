@@ -23,6 +23,7 @@ from shtx_kernels.reference import decode as reference_decode
 IMPLS = ("auto", "fused", "reference")
 REFERENCE_OPS = tuple(reference.__all__)
 FUSED_OPS = tuple(shtx_kernels.__all__)
+TOKEN_OPS = tuple(reference_decode.__all__)  # of generating, all of them fused
 MIN_CAPABILITY = (8, 0)
 
 REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in REFERENCE_OPS})

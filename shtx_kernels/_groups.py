@@ -59,6 +59,5 @@ class Part(NamedTuple):
     """Of `merge`."""
 
     x: Tensor  # ring (B, S, D)
-    weight: Tensor  # (J, D), gamma in it
     kept: Tensor | None  # (B, J + 1), of a level with a stride
     stride: int

@@ -15,6 +15,7 @@ from shtx.train.config import Config
 from shtx.train.progress import visible
 from shtx.train.trainer import build
 
+TOKEN_OPS = [f"decode.{name}" for name in ops.TOKEN_OPS]
 CORE_ALONE = f"""
 import sys
 for name in {(*TRAIN_EXTRA, "triton")}:
@@ -157,16 +158,29 @@ def test_info(capsys):
     assert [line.split()[0] for line in lines[:6]] == "shtx Python torch Triton CUDA device".split()
     assert lines[2].split()[1] == torch.__version__
     table = {line.split()[0]: line for line in lines[8:]}
-    assert table.keys() == set(ops.REFERENCE_OPS)
+    assert table.keys() == {*ops.REFERENCE_OPS, *TOKEN_OPS}
     for name, line in table.items():
-        assert ("has no fused form" in line) == (name not in ops.FUSED_OPS)
+        assert ("has no fused form" in line) == (name not in (*ops.FUSED_OPS, *TOKEN_OPS))
 
 
 def test_check_agrees(capsys):
     assert main(["info", "--check"]) == 0
     table = capsys.readouterr().out.split("relative error", 1)[1].splitlines()[1:]
-    assert {line.split()[0] for line in table} == set(ops.FUSED_OPS)
+    assert {line.split()[0] for line in table} == {*ops.FUSED_OPS, *TOKEN_OPS}
     assert all(line.endswith("ok") for line in table)
+
+
+def test_check_finds_a_wrong_op_of_a_token(monkeypatch, capsys):
+    right = ops.FUSED.decode.norm
+
+    def wrong(position, norms):
+        right(position, norms)
+        norms[0].out.mul_(1.001)
+
+    monkeypatch.setattr(ops.FUSED.decode, "norm", wrong)
+    assert main(["info", "--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if "DISAGREES" in line} == {"decode.norm"}
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
@@ -191,7 +205,7 @@ def test_check_where_fused_cannot_run(monkeypatch, capsys):
     monkeypatch.setattr(ops, "why_not_fused", lambda device: "it is too cold")
     assert main(["info", "--check"]) == 0
     text = capsys.readouterr().out
-    assert text.count("it is too cold") == len(ops.FUSED_OPS) + 1
+    assert text.count("it is too cold") == len(ops.FUSED_OPS) + len(TOKEN_OPS) + 1
     assert text.endswith("nothing to check: it is too cold\n")
 
 

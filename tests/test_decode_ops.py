@@ -72,11 +72,9 @@ def attentions(B):
 
 
 def merges(B):
-    w = torch.randn(10, 24 + 7 + 16) / 7
     widths, strides = (24, 7, 16), (1, 4, 2)
     kept = [None, torch.randn(B, 11).square(), torch.randn(B, 11).square()]
-    parts = zip(widths, w.split(widths, dim=1), kept, strides, strict=True)
-    return [Part(ring(B, 4, d), columns, k, s) for d, columns, k, s in parts]
+    return [Part(ring(B, 4, d), k, s) for d, k, s in zip(widths, kept, strides, strict=True)]
 
 
 def cases(B):
@@ -85,7 +83,7 @@ def cases(B):
         yield "project", [stage]
     for stage in attentions(B):
         yield "attend", [stage]
-    yield "merge", [merges(B), torch.randn(10), ring(B, 1, 10)]
+    yield "merge", [merges(B), torch.randn(10, 47) / 7, torch.randn(10), ring(B, 1, 10)]
     norms = [
         Norm(ring(B, 4, d), torch.randn(d), torch.randn(d), ring(B, 2, d + 3)[..., 3:], s)
         for d, s in ((24, 2), (7, 1))

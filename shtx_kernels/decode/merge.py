@@ -86,9 +86,9 @@ def part_of_rows(
 
 @triton.jit(do_not_specialize=["B"])
 def _merge_rows_kernel(
-    position_ptr, x_ptrs, weight_ptrs, kept_ptrs, bias_ptr, out_ptr, B,
-    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
-    RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
+    position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr, B,
+    J: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr, RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -101,7 +101,7 @@ def _merge_rows_kernel(
     for i in tl.static_range(len(x_ptrs)):
         due = (b < B) & (position % STRIDE[i] == 0)
         product, square = part_of_rows(
-            x_ptrs[i], weight_ptrs[i], b, position // STRIDE[i], due, offs_j,
+            x_ptrs[i], weight_ptr + FIRST[i], b, position // STRIDE[i], due, offs_j,
             J, D[i], WIDTH, RINGS, i, BLOCK_B, BLOCK_J, BLOCK_K,
         )  # fmt: skip
         if kept_ptrs[i] is not None:
@@ -118,12 +118,13 @@ def _merge_rows_kernel(
     tl.store(out_ptr + b * STRIDE_OB + offs_j[None, :], y * tl.sigmoid(y), mask=mask)
 
 
-def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> None:
-    """out = silu(rms_norm(levels side by side) weights + bias), gamma being in the weights.
+def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = silu(weight rms_norm(levels side by side) + bias), gamma being in the weight.
 
     Args:
         position: (B,) int64.
-        parts: of each level, the weights being columns of one (J, D).
+        parts: of each level.
+        weight: (J, D), D being that of all levels together.
         bias: (J,).
         out: (B, 1, J).
 
@@ -133,7 +134,7 @@ def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> Non
         return
     each = lambda fn: tuple(map(fn, parts))
     B, J, D, dtype = len(position), len(bias), each(lambda p: p.x.shape[-1]), bias.dtype
-    x, weights, kept = (each(lambda p, k=k: p[k]) for k in range(3))
+    x, kept = each(lambda p: p.x), each(lambda p: p.kept)
     constants = dict(
         J=J,
         D=D,
@@ -147,11 +148,21 @@ def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> Non
             BLOCK_D = triton.next_power_of_2(sum(D))
             BLOCK_J = min(max(1, ROW_ELEMENTS // BLOCK_D), triton.next_power_of_2(J))
             _merge_row_kernel[(triton.cdiv(J, BLOCK_J), B)](
-                position, x, weights[0], kept, bias, out, **constants, FIRST=starts(D),
+                position, x, weight, kept, bias, out, **constants, FIRST=starts(D),
                 BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(dtype), num_warps=4, **ahead(),
             )  # fmt: skip
             return
         BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
         _merge_rows_kernel[(triton.cdiv(J, TILE["BLOCK_J"]), triton.cdiv(B, BLOCK_B))](
-            position, x, weights, kept, bias, out, B, **constants, BLOCK_B=BLOCK_B, **TILE
+            position,
+            x,
+            weight,
+            kept,
+            bias,
+            out,
+            B,
+            FIRST=starts(D),
+            **constants,
+            BLOCK_B=BLOCK_B,
+            **TILE,
         )

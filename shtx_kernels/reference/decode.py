@@ -108,16 +108,17 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
         write(out, position, stride, rows.flatten(1))
 
 
-def merge(position: Tensor, parts: list[Part], bias: Tensor, out: Tensor) -> None:
-    """out = silu(rms_norm(levels side by side) weights + bias), gamma being in the weights.
+def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = silu(weight rms_norm(levels side by side) + bias), gamma being in the weight.
 
     Of a level that is not due, what its last token gave: `kept`, (B, J + 1), has its product, and
     the square of its norm.
     """
     total, width = 0, 0
-    for x, weight, kept, stride in parts:
+    for x, kept, stride in parts:
         x = read(x, position // stride)
-        product, square = _widen(F.linear(x, weight)), _widen(x).square().sum(dim=-1, keepdim=True)
+        columns = weight[:, width : width + x.shape[-1]]
+        product, square = _widen(F.linear(x, columns)), _widen(x).square().sum(dim=-1, keepdim=True)
         share = torch.cat((product, square), dim=1)
         if kept is not None:
             write(kept[:, None], position, stride, share)
