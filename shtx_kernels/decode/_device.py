@@ -31,6 +31,17 @@ def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
+def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr, I: tl.constexpr):
+    """A row of K channels, zero elsewhere."""
+    if NORM[I] == "layer":
+        x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
+        x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5) * gamma + beta
+    elif NORM[I] == "rms":
+        x = x * (K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
+    return x
+
+
+@triton.jit
 def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
     if ACTIVATIONS[I] == "gelu":
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))

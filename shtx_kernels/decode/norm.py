@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Norm
-from ._device import accumulator, ahead, ring_of, row_of, wait
+from ._device import accumulator, ahead, normalize, ring_of, row_of, wait
 
 
 @triton.jit
 def _norm_kernel(
     position_ptr, x_ptrs, gamma_ptrs, beta_ptrs, out_ptrs,
     D: tl.constexpr, STRIDE: tl.constexpr, RINGS_X: tl.constexpr, RINGS_O: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
@@ -27,8 +27,7 @@ def _norm_kernel(
             x = tl.load(x_row + offs, mask=mask, other=0.0).to(ACC)
             gamma = tl.load(gamma_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
             beta = tl.load(beta_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
-            x = tl.where(mask, x - tl.sum(x, axis=0) / D[i], 0.0)
-            y = x / tl.sqrt(tl.sum(x * x, axis=0) / D[i] + 1e-5) * gamma + beta
+            y = normalize(x, gamma, beta, mask, D[i], NORM, i)
             tl.store(row_of(out_ptrs[i], b, token, RINGS_O, i) + offs, y, mask=mask)
 
 
@@ -49,6 +48,7 @@ def norm(position: Tensor, norms: list[Norm]) -> None:
         _norm_kernel[(len(norms), len(position))](
             position, *(each(lambda n, k=k: n[k]) for k in range(4)),
             D=D, STRIDE=each(lambda n: n.stride), RINGS_X=each(lambda n: ring_of(n.x)),
-            RINGS_O=each(lambda n: ring_of(n.out)), BLOCK_D=tuple(map(triton.next_power_of_2, D)),
+            RINGS_O=each(lambda n: ring_of(n.out)), NORM=("layer",) * len(norms),
+            BLOCK_D=tuple(map(triton.next_power_of_2, D)),
             ACC=accumulator(norms[0].x.dtype), **ahead(),
         )  # fmt: skip

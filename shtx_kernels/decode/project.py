@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Projection
-from ._device import accumulator, activate, ahead, ring_of, row_of, starts, wait
+from ._device import accumulator, activate, ahead, normalize, ring_of, row_of, starts, wait
 
 # of a weight, a tile; and programs, about: so few that the next launch finds room beside them, and
 # can fetch ahead. On an H200 the best of (4096, 528), (8192, 264), (16384, 132).
@@ -41,17 +41,6 @@ def source(
             earlier = row_of(x_ptr, b, token - DILATION, RINGS, I) + offs_k
             pointers = tl.where(offs_k < (K + 1) // 2, pointers, earlier)
     return pointers
-
-
-@triton.jit
-def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr, I: tl.constexpr):
-    """A row of K channels, zero elsewhere."""
-    if NORM[I] == "layer":
-        x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
-        x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5) * gamma + beta
-    elif NORM[I] == "rms":
-        x = x * (K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
-    return x
 
 
 @triton.jit
