@@ -12,6 +12,7 @@ SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block m
 # Bytes of stack a thread may have, none if not here: as measured with Triton 3.6 and 3.9. Smaller
 # tiles spill less and take longer.
 STACK_LIMIT = {
+    "_attend_kernel": 8,  # of fp32, on sm_90
     "_causal_compress_bwd_kernel": 8,  # on sm_100
     "_hierarchical_ar_loss_kernel": 8,
     "_norm_token_shift_fwd_kernel": 16,  # of layer norms that add a branch, on sm_80

@@ -36,10 +36,9 @@ def source(
         pointers = row_of(x_ptr, b, token, RINGS, I) + offs_k % width
     else:
         token = position // STRIDE
-        pointers = row_of(x_ptr, b, token, RINGS, I) + offs_k
         if DILATION > 0:
-            earlier = row_of(x_ptr, b, token - DILATION, RINGS, I) + offs_k
-            pointers = tl.where(offs_k < (K + 1) // 2, pointers, earlier)
+            token = tl.where(offs_k < (K + 1) // 2, token, token - DILATION)
+        pointers = row_of(x_ptr, b, token, RINGS, I) + offs_k
     return pointers
 
 
@@ -63,10 +62,12 @@ def project_row(
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of rows of the weight, each loaded while the one before is multiplied."""
-    offs_k, offs_o = tl.arange(0, BLOCK_K), pid * (TILES * BLOCK_O) + tl.arange(0, BLOCK_O)
+    first = pid * (TILES * BLOCK_O)
+    end = tl.minimum(first + TILES * BLOCK_O, O)
+    offs_k, offs_o = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_O)
     mask_k, token = offs_k < K, position // STRIDE
     w_ptrs = weight_ptr + offs_k[None, :]
-    mask_w = (offs_o < O)[:, None] & mask_k[None, :]
+    mask_w = (offs_o < end)[:, None] & mask_k[None, :]
     w = tl.load(w_ptrs + offs_o[:, None] * K, mask=mask_w, other=0.0)
     gamma, beta = weights_of(gamma_ptr, beta_ptr, offs_k, mask_k, NORM, I, ACC)
     x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS_X, I)
@@ -77,7 +78,7 @@ def project_row(
     for tile in range(TILES):
         rows = offs_o + tile * BLOCK_O
         after = rows + BLOCK_O
-        mask_w = ((after < O) & (tile + 1 < TILES))[:, None] & mask_k[None, :]
+        mask_w = (after < end)[:, None] & mask_k[None, :]
         following = tl.load(w_ptrs + after[:, None] * K, mask=mask_w, other=0.0)
         if residual_ptr is not None:
             residual_ptrs = row_of(residual_ptr, b, token, RINGS_R, I) + rows
