@@ -1,5 +1,6 @@
 """The `shtx` command: finds the verb, and imports only what that verb needs."""
 
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,9 +38,20 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; None means those of this process.
 
     Returns:
-        the exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by SIGINT or SIGTERM.
+        the exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by SIGINT or SIGTERM,
+        141 where nobody reads the output any longer, as behind `| head`.
     """
-    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        status = dispatch(*((sys.argv[1:] if argv is None else argv) or ["--help"]))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        return 141
+
+
+def dispatch(verb: str, *rest: str) -> int:
+    rest = list(rest)
     if verb in ("-h", "--help"):
         print(HELP, end="")
         return 0
@@ -60,6 +72,8 @@ def run(verb: str, argv: list[str]) -> int:
 
     try:
         return import_module(MODULES[verb]).main(argv)
+    except BrokenPipeError:
+        raise
     except (TrainError, OSError) as error:
         return fail(verb, str(error))
     except KeyboardInterrupt:

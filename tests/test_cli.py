@@ -1,3 +1,4 @@
+import os
 import runpy
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, ROOT, child_environment
 
 from shtx import ops
 from shtx.cli import TRAIN_EXTRA, main
@@ -46,6 +47,16 @@ def test_module_is_the_command(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "shtx: error: unknown verb 'fly'; the verbs are train, warmup, generate and info\n"
     )
+
+
+def test_output_that_nobody_reads():
+    command = [sys.executable, "-m", "shtx", "info"]
+    read, write = os.pipe()
+    os.close(read)
+    environment = child_environment(ROOT)
+    process = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
