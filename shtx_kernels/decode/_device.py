@@ -6,6 +6,8 @@ one before it wrote: on Hopper they are launched ahead, fetch weights and all el
 than this token, and wait then (programmatic dependent launch).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -50,9 +52,9 @@ def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
     return x
 
 
-def ring_of(ring: Tensor) -> tuple[int, int, int]:
-    """Slots, and the distances of sequences and of slots."""
-    return ring.shape[1], ring.stride(0), ring.stride(1)
+def rings_of(rings: Sequence[Tensor | None]) -> tuple:
+    """Of each, as far as there is one: slots, and the distances of sequences and of slots."""
+    return tuple(r if r is None else (r.shape[1], r.stride(0), r.stride(1)) for r in rings)
 
 
 def accumulator(dtype: torch.dtype):

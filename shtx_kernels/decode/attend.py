@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Attention
-from ._device import accumulator, ahead, ring_of, row_of, starts, wait
+from ._device import accumulator, ahead, rings_of, row_of, starts, wait
 
-MAX_KEYS = 64  # a step
+MAX_KEYS = 64  # a step; not searched
 
 
 @triton.jit
@@ -132,16 +132,15 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
     """
     if not attentions or not len(position):
         return
-    each = lambda fn: tuple(map(fn, attentions))
-    H, E = each(lambda a: a.kv.shape[3]), each(lambda a: a.kv.shape[4])
-    L, START = each(lambda a: len(a.rotation)), starts(H)
+    qkv, kv, out, rotation, stride, dilation = zip(*attentions, strict=True)
+    _, _, _, H, E = zip(*(ring.shape for ring in kv), strict=True)
+    L, START = tuple(map(len, rotation)), starts(H)
     with torch.cuda.device_of(position):
         _attend_kernel[(START[-1], len(position))](
-            position, *(each(lambda a, k=k: a[k]) for k in range(4)),
-            START=START, H=H, E=E, L=L, STRIDE=each(lambda a: a.stride),
-            DILATION=each(lambda a: a.dilation), RINGS_QKV=each(lambda a: ring_of(a.qkv)),
-            RINGS_KV=each(lambda a: ring_of(a.kv)), RINGS_O=each(lambda a: ring_of(a.out)),
+            position, qkv, kv, out, rotation,
+            START=START, H=H, E=E, L=L, STRIDE=stride, DILATION=dilation,
+            RINGS_QKV=rings_of(qkv), RINGS_KV=rings_of(kv), RINGS_O=rings_of(out),
             BLOCK_L=tuple(min(MAX_KEYS, max(2, triton.next_power_of_2(n - 1))) for n in L),
             BLOCK_E=tuple(triton.next_power_of_2(e // 2) for e in E),
-            ACC=accumulator(attentions[0].qkv.dtype), **ahead(),
+            ACC=accumulator(qkv[0].dtype), **ahead(),
         )  # fmt: skip

@@ -1,6 +1,9 @@
 """Rows of tables, by the last ids.
 
-out[m] = activation(bias + sum over taps t of table[t, ids[position - (C - 1) + t]])
+    out[m] = activation(bias + sum over taps t of table[t, ids[position - (C - 1) + t]])
+
+The first op of a token, and the one that is not launched ahead: so all others find the position as
+it is before they wait.
 """
 
 import torch
@@ -9,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Lookup
-from ._device import accumulator, activate, ring_of, row_of, starts
+from ._device import accumulator, activate, rings_of, row_of, starts
 
 ELEMENTS = 2048  # of tables, a program
 
@@ -59,16 +62,15 @@ def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup])
     """
     if not len(position):
         return
-    each = lambda fn: tuple(map(fn, lookups))
-    C, V, D = zip(*(x.table.shape for x in lookups), strict=True)
+    table, bias, activation, out, stride = zip(*lookups, strict=True)
+    C, V, D = zip(*(t.shape for t in table), strict=True)
     wide = [triton.next_power_of_2(d) for d in D]
     BLOCK_D = tuple(min(d, ELEMENTS // c) for d, c in zip(wide, C, strict=True))
     START = starts([triton.cdiv(d, n) for d, n in zip(D, BLOCK_D, strict=True)])
     with torch.cuda.device_of(position):
         _embed_kernel[(START[-1], len(position))](
-            position, ids, history, each(lambda x: x.table), each(lambda x: x.bias),
-            each(lambda x: x.out), HISTORY=((history.shape[1], history.stride(0), 1),), START=START,
-            C=C, V=V, D=D, STRIDE=each(lambda x: x.stride),
-            ACTIVATION=each(lambda x: x.activation), RINGS=each(lambda x: ring_of(x.out)),
-            BLOCK_D=BLOCK_D, ACC=accumulator(lookups[0].table.dtype),
+            position, ids, history, table, bias, out,
+            HISTORY=rings_of([history]), START=START, C=C, V=V, D=D, STRIDE=stride,
+            ACTIVATION=activation, RINGS=rings_of(out), BLOCK_D=BLOCK_D,
+            ACC=accumulator(table[0].dtype),
         )  # fmt: skip

@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Part
-from ._device import accumulator, ahead, ring_of, row_of, starts, wait
+from ._device import accumulator, ahead, rings_of, row_of, starts, wait
 
 ROW_ELEMENTS = 8192  # of a weight, a program
+# of several sequences; not searched
 TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 
@@ -132,37 +133,23 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
     """
     if not len(position):
         return
-    each = lambda fn: tuple(map(fn, parts))
-    B, J, D, dtype = len(position), len(bias), each(lambda p: p.x.shape[-1]), bias.dtype
-    x, kept = each(lambda p: p.x), each(lambda p: p.kept)
+    x, kept, stride = zip(*parts, strict=True)
+    B, J, D = len(position), len(bias), tuple(t.shape[-1] for t in x)
     constants = dict(
-        J=J,
-        D=D,
-        WIDTH=sum(D),
-        STRIDE=each(lambda p: p.stride),
-        RINGS=each(lambda p: ring_of(p.x)),
+        J=J, D=D, FIRST=starts(D), WIDTH=sum(D), STRIDE=stride, RINGS=rings_of(x),
         STRIDE_OB=out.stride(0),
-    )
+    )  # fmt: skip
     with torch.cuda.device_of(position):
-        if B == 1 or dtype == torch.float64:
+        if B == 1 or bias.dtype == torch.float64:
             BLOCK_D = triton.next_power_of_2(sum(D))
             BLOCK_J = min(max(1, ROW_ELEMENTS // BLOCK_D), triton.next_power_of_2(J))
             _merge_row_kernel[(triton.cdiv(J, BLOCK_J), B)](
-                position, x, weight, kept, bias, out, **constants, FIRST=starts(D),
-                BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(dtype), num_warps=4, **ahead(),
+                position, x, weight, kept, bias, out, **constants,
+                BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(bias.dtype), num_warps=4,
+                **ahead(),
             )  # fmt: skip
             return
         BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
         _merge_rows_kernel[(triton.cdiv(J, TILE["BLOCK_J"]), triton.cdiv(B, BLOCK_B))](
-            position,
-            x,
-            weight,
-            kept,
-            bias,
-            out,
-            B,
-            FIRST=starts(D),
-            **constants,
-            BLOCK_B=BLOCK_B,
-            **TILE,
+            position, x, weight, kept, bias, out, B, **constants, BLOCK_B=BLOCK_B, **TILE
         )

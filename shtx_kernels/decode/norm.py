@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Norm
-from ._device import accumulator, ahead, normalize, ring_of, row_of, wait
+from ._device import accumulator, ahead, normalize, rings_of, row_of, wait
 
 
 @triton.jit
@@ -42,13 +42,13 @@ def norm(position: Tensor, norms: list[Norm]) -> None:
     """
     if not norms or not len(position):
         return
-    each = lambda fn: tuple(map(fn, norms))
-    D = each(lambda n: n.x.shape[-1])
+    x, gamma, beta, out, stride = zip(*norms, strict=True)
+    D = tuple(t.shape[-1] for t in x)
     with torch.cuda.device_of(position):
         _norm_kernel[(len(norms), len(position))](
-            position, *(each(lambda n, k=k: n[k]) for k in range(4)),
-            D=D, STRIDE=each(lambda n: n.stride), RINGS_X=each(lambda n: ring_of(n.x)),
-            RINGS_O=each(lambda n: ring_of(n.out)), NORM=("layer",) * len(norms),
+            position, x, gamma, beta, out,
+            D=D, STRIDE=stride, RINGS_X=rings_of(x), RINGS_O=rings_of(out),
+            NORM=("layer",) * len(norms),
             BLOCK_D=tuple(map(triton.next_power_of_2, D)),
-            ACC=accumulator(norms[0].x.dtype), **ahead(),
+            ACC=accumulator(x[0].dtype), **ahead(),
         )  # fmt: skip

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Projection
-from ._device import accumulator, activate, ahead, normalize, ring_of, row_of, starts, wait
+from ._device import accumulator, activate, ahead, normalize, rings_of, row_of, starts, wait
 
 # of a weight, a tile; and programs, about: so few that the next launch finds room beside them, and
 # can fetch ahead. On an H200 the best of (4096, 528), (8192, 264), (16384, 132).
 ROW_ELEMENTS, PROGRAMS = 4096, 528
-TILE = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)  # on an H200 the best of 4
+# of several sequences; as good as 32 wide, better than 64 or 256 deep, with norms still in it
+TILE = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 
 
@@ -188,8 +189,8 @@ def _project_rows_kernel(
 
 
 def _project_row(position: Tensor, projections: list[Projection]) -> None:
-    each = lambda fn: tuple(map(fn, projections))
-    O, K = each(lambda p: p.weight.shape[0]), each(lambda p: p.weight.shape[1])
+    each = Projection(*zip(*projections, strict=True))
+    O, K = zip(*(w.shape for w in each.weight), strict=True)
     columns = tuple(map(triton.next_power_of_2, K))
     rows = [max(1, ROW_ELEMENTS // k) for k in columns]
     rows = tuple(min(n, triton.next_power_of_2(o)) for n, o in zip(rows, O, strict=True))
@@ -197,44 +198,32 @@ def _project_row(position: Tensor, projections: list[Projection]) -> None:
     TILES = tuple(triton.cdiv(n * len(projections), PROGRAMS) for n in tiles)
     START = starts([triton.cdiv(n, t) for n, t in zip(tiles, TILES, strict=True)])
     _project_row_kernel[(START[-1], len(position))](
-        position, each(lambda p: p.x), each(lambda p: p.weight), each(lambda p: p.out),
-        each(lambda p: p.gamma), each(lambda p: p.beta), each(lambda p: p.bias),
-        each(lambda p: p.residual),
-        START=START, K=K, O=O, STRIDE=each(lambda p: p.stride),
-        DILATION=each(lambda p: p.dilation), TAPS=each(lambda p: p.taps),
-        NORM=each(lambda p: p.norm), ACTIVATION=each(lambda p: p.activation),
-        RINGS_X=each(lambda p: ring_of(p.x)), RINGS_O=each(lambda p: ring_of(p.out)),
-        RINGS_R=each(_residual_ring), TILES=TILES, BLOCK_O=rows, BLOCK_K=columns,
-        ACC=accumulator(projections[0].weight.dtype), num_warps=4, **ahead(),
+        position, each.x, each.weight, each.out, each.gamma, each.beta, each.bias, each.residual,
+        START=START, K=K, O=O, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps,
+        NORM=each.norm, ACTIVATION=each.activation, RINGS_X=rings_of(each.x),
+        RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), TILES=TILES, BLOCK_O=rows,
+        BLOCK_K=columns, ACC=accumulator(each.weight[0].dtype), num_warps=4, **ahead(),
     )  # fmt: skip
 
 
 def _project_rows(position: Tensor, projections: list[Projection]) -> None:
-    each = lambda fn: tuple(map(fn, projections))
-    O, K = each(lambda p: p.weight.shape[0]), each(lambda p: p.weight.shape[1])
-    B, strides = len(position), each(lambda p: p.stride)
-    x = each(lambda p: p.x)
-    if any(p.norm or p.taps or p.x.shape[1] > 1 for p in projections):
-        x = tuple(p.x.new_empty(B, k) for p, k in zip(projections, K, strict=True))
+    each = Projection(*zip(*projections, strict=True))
+    O, K = zip(*(w.shape for w in each.weight), strict=True)
+    B, x = len(position), each.x
+    if any(p.norm or p.taps or p.x.shape[1] > 1 or not p.x.is_contiguous() for p in projections):
+        x = tuple(t.new_empty(B, k) for t, k in zip(each.x, K, strict=True))
         _normed_kernel[(len(x), B)](
-            position, each(lambda p: p.x), x, each(lambda p: p.gamma), each(lambda p: p.beta),
-            K=K, STRIDE=strides, DILATION=each(lambda p: p.dilation), TAPS=each(lambda p: p.taps),
-            NORM=each(lambda p: p.norm), RINGS_X=each(lambda p: ring_of(p.x)),
-            BLOCK_K=tuple(map(triton.next_power_of_2, K)), num_warps=4,
+            position, each.x, x, each.gamma, each.beta,
+            K=K, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps, NORM=each.norm,
+            RINGS_X=rings_of(each.x), BLOCK_K=tuple(map(triton.next_power_of_2, K)), num_warps=4,
         )  # fmt: skip
     BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
     START = starts([triton.cdiv(o, TILE["BLOCK_O"]) for o in O])
     _project_rows_kernel[(START[-1], triton.cdiv(B, BLOCK_B))](
-        position, x, each(lambda p: p.weight), each(lambda p: p.out), each(lambda p: p.bias),
-        each(lambda p: p.residual), B,
-        START=START, K=K, O=O, STRIDE=strides, ACTIVATION=each(lambda p: p.activation),
-        RINGS_O=each(lambda p: ring_of(p.out)), RINGS_R=each(_residual_ring), BLOCK_B=BLOCK_B,
-        **TILE,
+        position, x, each.weight, each.out, each.bias, each.residual, B,
+        START=START, K=K, O=O, STRIDE=each.stride, ACTIVATION=each.activation,
+        RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), BLOCK_B=BLOCK_B, **TILE,
     )  # fmt: skip
-
-
-def _residual_ring(p: Projection) -> tuple[int, int, int] | None:
-    return None if p.residual is None else ring_of(p.residual)
 
 
 def project(position: Tensor, projections: list[Projection]) -> None:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import ring_of, row_of
+from ._device import rings_of, row_of
 
-BLOCK_V = 32768
+BLOCK_V = 32768  # 8192, of which 20000 are three, takes 90 us on an H200
 
 
 @triton.jit
@@ -126,8 +126,7 @@ def sample(
     with torch.cuda.device_of(logits):
         _sample_kernel[(B,)](
             position, logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
-            float(top_p), RING=(ring_of(noise),), V=V, BEST=top_k < V and not greedy,
-            NUCLEUS=top_p < 1 and not greedy,
-            GREEDY=greedy, BLOCK=min(BLOCK_V, triton.next_power_of_2(V)),
-            num_warps=4 if V <= 1024 else 16,
+            float(top_p), RING=rings_of([noise]), V=V, BEST=top_k < V and not greedy,
+            NUCLEUS=top_p < 1 and not greedy, GREEDY=greedy,
+            BLOCK=min(BLOCK_V, triton.next_power_of_2(V)), num_warps=4 if V <= 1024 else 16,
         )  # fmt: skip
