@@ -230,11 +230,10 @@ def title(results: dict) -> str:
 
 def tables(results: dict, fold_ops: bool = False) -> str:
     """All results, in Markdown; folded, an op's open on a click where HTML is shown."""
-    commits = sorted({row["commit"] for row in results["rows"]})
+    commits = lambda rows: f"commit {', '.join(sorted({row['commit'] for row in rows}))}"
     text = [
         f"{title(results)}; copy {number(results['copy_gb_per_s'])} GB/s,"
-        f" matrix product {number(results['matmul_tflop_per_s'])} TFLOP/s"
-        f" (commit {', '.join(commits)}; {results['date']})"
+        f" matrix product {number(results['matmul_tflop_per_s'])} TFLOP/s ({results['date']})"
     ]
     ops = sorted({row["bench"] for row in results["rows"]} - TITLES.keys())
     title_of = lambda op: (PRODUCTS_TITLE if op in PRODUCTS else OP_TITLE).format(
@@ -244,7 +243,7 @@ def tables(results: dict, fold_ops: bool = False) -> str:
         rows = fastest_first([row for row in results["rows"] if row["bench"] == bench])
         if not rows:
             continue
-        line = LINES.get(bench, op_line)
+        line, heading = LINES.get(bench, op_line), f"{heading} ({commits(rows)})"
         section = [f"**{heading}**", aligned([line(row, rows, results) for row in rows])]
         if fold_ops and bench in (*ops, *FOLDED):
             section = [f"<details><summary>{heading}</summary>", section[1], "</details>"]

@@ -183,10 +183,19 @@ def results_file(tmp_path) -> Path:
     return path
 
 
+BENCHES = {row["bench"] for row in RESULTS["rows"]}
+
+
 def test_tables(results_file, capsys):
     cli.main(["table", str(results_file)])
     text = capsys.readouterr().out
-    assert text.startswith(f"{TITLE} (commit abc, def; 2030-01-02)\n\n**Train step; ")
+    assert text.startswith(f"{TITLE} (2030-01-02)\n\n**Train step; ")
+    headings = [line for line in text.splitlines() if line.startswith("**")]
+    benches = [*(b for b in report.TITLES if b in BENCHES), *sorted(BENCHES - report.TITLES.keys())]
+    for bench, heading in zip(benches, headings, strict=True):
+        commits = sorted({row["commit"] for row in RESULTS["rows"] if row["bench"] == bench})
+        assert heading.endswith(f" (commit {', '.join(commits)})**")
+    assert any("commit abc, def" in heading for heading in headings)
     assert cells(text) == [cells(table)[0] for table in TABLES]
     assert "\n\n- A fused: OutOfMemoryError: much\n\n" in text
     assert "\n\n- 1 x 16384 x 8 x 64 w 64 flex: ValueError: off\n" in text
