@@ -1,7 +1,7 @@
 """hierarchical_merge, forward and backward: its products' FLOPs against those of cuBLAS alone.
 
-As a layer of the configuration calls it under autocast: fp32 levels, each with a narrow branch, and
-fp32 weights. FLOPs are those of products at each level's own rate.
+As a layer of the configuration calls it under autocast: narrow levels, each with a branch, and fp32
+weights. FLOPs are those of products at each level's own rate.
 """
 
 import torch
@@ -28,10 +28,9 @@ def draw(sizes: list[tuple], J: int, D_out: int):
     """Levels (B, M, D) of these sizes, branches and weights; gradients of the outputs."""
     D, (B, N, _) = sum(d for _, _, d in sizes), sizes[0]
     weights = randn(D), randn(J, D) * D**-0.5, randn(J), randn(D_out, J) * J**-0.5, randn(D_out)
-    levels = [randn(*size) for size in sizes]
-    branches = [randn(*size, dtype=DTYPE) for size in sizes]
-    douts = [*map(torch.randn_like, levels), randn(B, N, D_out, dtype=DTYPE)]
-    return [t.requires_grad_() for t in (*weights, *levels, *branches)], douts
+    rows = [randn(*size, dtype=DTYPE) for size in 2 * sizes]  # levels, then branches
+    douts = [*map(torch.randn_like, rows[: len(sizes)]), randn(B, N, D_out, dtype=DTYPE)]
+    return [t.requires_grad_() for t in (*weights, *rows)], douts
 
 
 def bench_hierarchical_merge(benchmark, config, provider):
@@ -56,7 +55,7 @@ def bench_hierarchical_merge(benchmark, config, provider):
         return [*rs, merged, *torch.autograd.grad([*rs, merged], tensors, douts)]
 
     row = {"flops": flops(products)}
-    stream = sum(6 * B * M * D for B, M, D in sizes)
+    stream = sum(4 * B * M * D for B, M, D in sizes)
     count = min(4, copies(stream))
     if provider == "cublas":
         runs = [floor(products) for _ in range(count)]
