@@ -9,6 +9,8 @@ CASES = [  # B, M, D, F, D_out
     (2, 9, 16, 64, 16),
     (3, 7, 37, 75, 11),  # odd widths, more than a program's tile
     (2, 100, 24, 96, 24),
+    (3, 50, 72, 392, 40),  # several tiles of a product each way, the last ones cut off
+    (1, 1100, 8, 136, 8),  # more rows of tiles than a group has
 ]
 
 
@@ -91,6 +93,21 @@ def test_strided_inputs():
     for same in (wide[:, 1::2, 8:24], x.mT.contiguous().mT):
         assert torch.equal(feed_forward(same, w_in, w_out), y)
     assert torch.equal(feed_forward(x, w_in.T.contiguous().T, w_out), y)
+
+
+@pytest.mark.gpu  # a program goes from tile to tile
+def test_more_tiles_than_programs():
+    inputs = draw(4, 4100, 64, 520, 64)
+    assert_as_accurate(feed_forward, reference.feed_forward, inputs, torch.bfloat16)
+
+
+def test_rows_that_the_copy_engine_does_not_take():
+    x, w_in, w_out = (t.half() for t in draw(2, 9, 16, 64, 16))
+    flat = x.new_zeros(x.numel() + 1)
+    off = flat[1:].view_as(x).copy_(x)
+    assert off.data_ptr() % 16
+    y = feed_forward(x, w_in, w_out)
+    torch.testing.assert_close(feed_forward(off, w_in, w_out), y, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -176,8 +193,9 @@ def test_repeats_to_the_bit():
 
 
 @pytest.mark.gpu  # a graph is the GPU's
-def test_runs_in_a_cuda_graph():
-    inputs = [t.requires_grad_() for t in draw(2, 300, 32, 128, 32)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_in_a_cuda_graph(dtype):
+    inputs = [t.to(dtype).requires_grad_() for t in draw(2, 300, 32, 128, 32)]
 
     def run():
         return torch.autograd.grad(feed_forward(*inputs).square().sum(), inputs)

@@ -2,74 +2,25 @@
 
     u = x W_in^T,  y = gelu(u) W_out^T        gelu(u) = u Phi(u), Phi the normal distribution's
 
-The one idea: u alone is kept. Backward, one pass over u makes gelu(u), which the gradient of W_out
-asks for, together with the gradient of u, which is written over that of gelu(u). The products are
-cuBLAS's. Reference: reference.feed_forward
+The one idea: u alone is kept. Backward, u is read once for gelu(u), which the gradient of W_out
+asks for, together with the gradient of u. On Hopper, GELU of 16-bit numbers belongs to the product
+that makes its argument, or the gradient of its result; elsewhere it is a pass over memory between
+products of cuBLAS. All other products are cuBLAS's. Reference: reference.feed_forward
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._products import add_product, narrow, product_dtype
-
-TILE = 2048  # elements of a program
-WARPS = 4
-
-
-@triton.jit
-def normal(u, ACC: tl.constexpr, NARROW: tl.constexpr):
-    """The normal distribution's Phi(u), and exp(-u^2 / 2).
-
-    Of 16-bit numbers by Abramowitz and Stegun 7.1.26, within 8e-8, which needs that exponential,
-    too: in backward, erf would cost more than the bytes do.
-    """
-    half = tl.full([1], 0.5, ACC)  # bare constants are fp32 in Triton 3.6
-    bell = tl.exp(-half * u * u)
-    if not NARROW:
-        return half + half * tl.erf(u * tl.full([1], 0.7071067811865476, ACC)), bell
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(u))
-    tail = 0.71070687 + t * (-0.72657602 + t * 0.53070271)
-    tail = t * (0.127414796 + t * (-0.142248368 + t * tail)) * bell
-    return tl.where(u < 0, tail, 1.0 - tail), bell
-
-
-@triton.jit
-def _gelu_kernel(
-    u_ptr, a_ptr, da_ptr, size,
-    ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """a = gelu(u); backward also the gradient of u, in place of that of a."""
-    offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = offs < size
-    u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(ACC)
-    phi, bell = normal(u, ACC, NARROW)
-    tl.store(a_ptr + offs, u * phi, mask=mask)
-    if BACKWARD:
-        da = tl.load(da_ptr + offs, mask=mask, other=0.0).to(ACC)
-        density = bell * tl.full([1], 0.3989422804014327, ACC)
-        tl.store(da_ptr + offs, da * (phi + u * density), mask=mask)
-
-
-def _gelu(u: Tensor, da: Tensor | None = None) -> Tensor:
-    a, size = torch.empty_like(u), u.numel()
-    if size:
-        with torch.cuda.device_of(u):
-            _gelu_kernel[(triton.cdiv(size, TILE),)](
-                u, a, a if da is None else da, size,
-                ACC=tl.float64 if u.dtype == torch.float64 else tl.float32,
-                NARROW=u.itemsize == 2, BACKWARD=da is not None, TILE=TILE, num_warps=WARPS,
-            )  # fmt: skip
-    return a
+from .._products import add_product, narrow, product_dtype
+from .kernels import backward, forward
 
 
 def _feed_forward(x, w_in, w_out):
     y, u = _new_outputs(x, w_in, w_out)
     with torch.autocast(x.device.type, enabled=False):
-        torch.mm(x.flatten(0, 1), w_in.T, out=u)
-        torch.mm(_gelu(u), w_out.T, out=y.flatten(0, 1))
+        a = forward(x.flatten(0, 1), w_in, u)
+        torch.mm(a, w_out.T, out=y.flatten(0, 1))
     return y, u
 
 
@@ -78,8 +29,7 @@ def _feed_forward_bwd(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out
     dx, dw_in, dw_out = gradients
     x, dy = x.flatten(0, 1), dy.flatten(0, 1)
     with torch.autocast(x.device.type, enabled=False):
-        du = torch.mm(dy, w_out)  # the gradient of gelu(u), until it is replaced
-        a = _gelu(u, du)
+        a, du = backward(dy, w_out, u)
         if needs_dw_out:
             add_product(dw_out, dy.T, a, start=True)
         if needs_dw_in:

@@ -1,0 +1,185 @@
+"""GELU in a pass over memory, or within the product before it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .._target import capability
+
+PASS = dict(TILE=2048, num_warps=4)  # elements of a program
+# Two programs share a multiprocessor: one multiplies while the other is busy with its GELU.
+PRODUCT = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, maxnreg=128)
+RESIDENT = 2
+GROUP = 8  # rows of tiles that are taken column by column, so that they find both factors in L2
+
+
+@triton.jit
+def tail(u, ACC: tl.constexpr, NARROW: tl.constexpr):
+    """w = |u|, as far as it matters, and the normal distribution's Q(w), of a value above w.
+
+    For 16-bit numbers log2 Q is a polynomial (minimax, of degree 8), which leaves Q within 1e-5 of
+    itself up to w = 6: erf would cost more than the bytes do.
+    """
+    w = tl.minimum(tl.abs(u), tl.full([1], 13.0, ACC), propagate_nan=tl.PropagateNan.ALL)
+    if NARROW:
+        p = w * 6.630474302937728e-08 - 3.4069560115312925e-06
+        p = p * w + 7.647260645171627e-05
+        p = p * w - 0.001001944998279214
+        p = p * w + 0.008690348826348782
+        p = p * w - 0.05419512838125229
+        p = p * w - 0.4583406150341034
+        p = p * w - 1.1512579917907715
+        return w, tl.exp2(p * w - 1.0)
+    half = tl.full([1], 0.5, ACC)  # bare constants are fp32 in Triton 3.6
+    return w, half - half * tl.erf(w * tl.full([1], 0.7071067811865476, ACC))
+
+
+@triton.jit
+def gelu(u, w, q):
+    """u Phi(u)."""
+    return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) - w * q
+
+
+@triton.jit
+def slope(u, w, q, ACC: tl.constexpr):
+    """Of gelu at u: Phi(u) + u phi(u), phi being the normal distribution's density."""
+    density = tl.full([1], 0.3989422804014327, ACC) * tl.exp(tl.full([1], -0.5, ACC) * w * w)
+    below = q - w * density
+    return tl.where(u < 0, below, 1.0 - below)
+
+
+@triton.jit
+def _gelu_kernel(
+    u_ptr, a_ptr, da_ptr, size,
+    ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """a = gelu(u); backward also the gradient of u, in place of that of a."""
+    offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = offs < size
+    u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(ACC)
+    w, q = tail(u, ACC, NARROW)
+    tl.store(a_ptr + offs, gelu(u, w, q), mask=mask)
+    if BACKWARD:
+        da = tl.load(da_ptr + offs, mask=mask, other=0.0).to(ACC)
+        tl.store(da_ptr + offs, da * slope(u, w, q, ACC), mask=mask)
+
+
+@triton.jit
+def quarters(t):
+    """Of the columns of a matrix, in order."""
+    ROWS: tl.constexpr = t.shape[0]
+    COLUMNS: tl.constexpr = t.shape[1] // 4
+    pairs = tl.permute(tl.reshape(t, (ROWS, 2, 2, COLUMNS)), (0, 3, 1, 2))
+    even, odd = tl.split(pairs)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product_gelu_kernel(
+    x_desc, w_desc, u_ptr, a_ptr, da_ptr, M, N, K,
+    BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """u = x w^T, a = gelu(u); backward a = gelu(u), da = x w gelu'(u).
+
+    The rest of a tile goes by quarters, which leaves registers for two programs.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    start = tl.program_id(0).to(tl.int64).to(tl.int32)
+    for tile in tl.range(start, tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        group = tile // (GROUP * tiles_n)
+        rows = tl.minimum(tiles_m - group * GROUP, GROUP)
+        within = tile % (GROUP * tiles_n)
+        m, n = (group * GROUP + within % rows) * BLOCK_M, within // rows * BLOCK_N
+
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if BACKWARD:
+                acc = tl.dot(x_desc.load([m, k]), w_desc.load([k, n]), acc)
+            else:
+                acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+
+        offs_m = m + tl.arange(0, BLOCK_M)[:, None]
+        offs_n = n + tl.arange(0, BLOCK_N // 4)[None, :]
+        offs = offs_m.to(tl.int64) * N + offs_n
+        if BACKWARD:
+            following = tl.load(u_ptr + offs, mask=(offs_m < M) & (offs_n < N), other=0.0)
+        parts = quarters(acc)
+        for i in tl.static_range(4):
+            part = parts[i]
+            mask = (offs_m < M) & (offs_n < N - i * (BLOCK_N // 4))
+            here = offs + i * (BLOCK_N // 4)
+            if BACKWARD:
+                u = following.to(tl.float32)
+                if i < 3:
+                    after = (offs_m < M) & (offs_n < N - (i + 1) * (BLOCK_N // 4))
+                    following = tl.load(u_ptr + here + BLOCK_N // 4, mask=after, other=0.0)
+                w, q = tail(u, tl.float32, True)
+                tl.store(da_ptr + here, part * slope(u, w, q, tl.float32), mask=mask)
+            else:
+                u = part
+                w, q = tail(u, tl.float32, True)
+                tl.store(u_ptr + here, u, mask=mask)
+            tl.store(a_ptr + here, gelu(u, w, q), mask=mask)
+
+
+def _gelu(u: Tensor, da: Tensor | None = None) -> Tensor:
+    a, size = torch.empty_like(u), u.numel()
+    if size:
+        with torch.cuda.device_of(u):
+            _gelu_kernel[(triton.cdiv(size, PASS["TILE"]),)](
+                u, a, a if da is None else da, size,
+                ACC=tl.float64 if u.dtype == torch.float64 else tl.float32,
+                NARROW=u.itemsize == 2, BACKWARD=da is not None, **PASS,
+            )  # fmt: skip
+    return a
+
+
+def _product_gelu(x: Tensor, w: Tensor, u: Tensor, da: Tensor | None = None) -> Tensor:
+    (M, K), N, a = x.shape, u.shape[1], torch.empty_like(u)
+    block_m, block_n, block_k = (PRODUCT[f"BLOCK_{name}"] for name in "MNK")
+    programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    if u.is_cuda:
+        count = torch.cuda.get_device_properties(u.device).multi_processor_count
+        programs = min(programs, RESIDENT * count)
+    w_tile = [block_n, block_k] if da is None else [block_k, block_n]
+    with torch.cuda.device_of(u):
+        _product_gelu_kernel[(programs,)](
+            TensorDescriptor.from_tensor(x, [block_m, block_k]),
+            TensorDescriptor.from_tensor(w, w_tile),
+            u, a, a if da is None else da, M, N, K, BACKWARD=da is not None, GROUP=GROUP, **PRODUCT,
+        )  # fmt: skip
+    return a
+
+
+def _within_product(x: Tensor, w: Tensor) -> bool:
+    """Where it was measured to be faster, and the copy engine takes the factors."""
+    if knobs.runtime.interpret and x.dtype == torch.bfloat16:
+        return False  # it would multiply the bits as integers
+    return (
+        (x.itemsize == 2 and capability() == 90)
+        and (len(x) > 0 and min(w.shape) > 0 and all(size % 8 == 0 for size in w.shape))
+        and (x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0)
+    )
+
+
+def forward(x: Tensor, w_in: Tensor, u: Tensor) -> Tensor:
+    """u = x w_in^T; returns gelu(u)."""
+    if _within_product(x, w_in):
+        return _product_gelu(x, w_in, u)
+    torch.mm(x, w_in.T, out=u)
+    return _gelu(u)
+
+
+def backward(dy: Tensor, w_out: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(u), and the gradient of u, that of gelu(u) being dy w_out."""
+    if _within_product(dy, w_out):
+        du = torch.empty_like(u)
+        return _product_gelu(dy, w_out, u, du), du
+    du = torch.mm(dy, w_out)
+    return _gelu(u, du), du
