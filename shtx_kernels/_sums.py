@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ALONE = 512  # rows that one program adds up, at most
+# The fastest of 72 choices on an H200:
+ALONE = 1100  # rows that one program adds up, at most
 PROGRAMS = 64  # of a column of more rows, whose sums are added up in turn
-TILE = dict(BLOCK_R=32, BLOCK_C=32, num_warps=4)
+FEW = dict(BLOCK_R=64, BLOCK_C=16, num_warps=8)  # rows
+MANY = dict(BLOCK_R=32, BLOCK_C=32, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])
@@ -32,14 +34,18 @@ def column_sums(x: Tensor) -> Tensor:
     acc = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
         return x.new_zeros(D, dtype=acc)
-    block, columns = TILE["BLOCK_R"], triton.cdiv(D, TILE["BLOCK_C"])
-    constants = dict(ACC=tl.float64 if acc == torch.float64 else tl.float32, **TILE)
-    share = rows if rows <= ALONE else triton.cdiv(rows, PROGRAMS * block) * block
+    if rows > ALONE:
+        block = MANY["BLOCK_R"]
+        x = _sums(x, acc, triton.cdiv(rows, PROGRAMS * block) * block, MANY)
+    return _sums(x, acc, len(x), FEW)[0]
+
+
+def _sums(x: Tensor, acc: torch.dtype, share: int, tile: dict) -> Tensor:
+    """Of `share` rows each."""
+    rows, D = x.shape
+    out = x.new_empty(triton.cdiv(rows, share), D, dtype=acc)
     with torch.cuda.device_of(x):
-        while True:
-            programs = triton.cdiv(rows, share)
-            out = x.new_empty(programs, D, dtype=acc)
-            _column_sums_kernel[(programs, columns)](x, out, rows, share, D, **constants)
-            if programs == 1:
-                return out[0]
-            x, rows, share = out, programs, programs
+        _column_sums_kernel[(len(out), triton.cdiv(D, tile["BLOCK_C"]))](
+            x, out, rows, share, D, ACC=tl.float64 if acc == torch.float64 else tl.float32, **tile
+        )
+    return out
