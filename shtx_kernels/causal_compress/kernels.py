@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._silu import sigmoid
 from .._sums import column_sums
 
 TILE = dict(BLOCK_R=16, num_warps=4)
@@ -50,7 +51,8 @@ def _causal_compress_fwd_kernel(
         STRIDE, C, J, ROWS, ACC,
     )  # fmt: skip
     mask = (row < R)[:, None] & (offs_j < J)[None, :]
-    tl.store(a_ptr + row[:, None] * J + offs_j[None, :], u * tl.sigmoid(u), mask=mask)
+    a = u * sigmoid(u, a_ptr.dtype.element_ty)
+    tl.store(a_ptr + row[:, None] * J + offs_j[None, :], a, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "M", "R"])
@@ -67,7 +69,7 @@ def _causal_compress_bwd_kernel(
     u = pre_activation(
         source_ptr, ids_ptr, bias_ptr, b, m, row < R, offs_j, N, STRIDE, C, J, ROWS, ACC
     )
-    gate = tl.sigmoid(u)
+    gate = sigmoid(u, da_ptr.dtype.element_ty)
     mask = (row < R)[:, None] & (offs_j < J)[None, :]
     ptrs = da_ptr + row[:, None] * J + offs_j[None, :]
     du = tl.load(ptrs, mask=mask, other=0.0).to(ACC) * gate * (1 + u * (1 - gate))

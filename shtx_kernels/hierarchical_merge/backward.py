@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._products import add_product
 from .._rows import columns, row_sum, tile
+from .._silu import sigmoid
 from .._sums import column_sums
 from .forward import (
     LEVEL_TILE,
@@ -51,7 +52,7 @@ def _hierarchical_merge_bwd_kernel(
         scale, live = scale_of(tl.load(norm_ptr + row, mask=inside, other=1.0), WIDTH)
         z = at_tokens(z_ptr, pid_b, offs_t, offs_j, B, N, J, STRIDES, ACC)
         u = scale * z + bias
-        gate = tl.sigmoid(u)
+        gate = sigmoid(u, da_ptr.dtype.element_ty)
         offs, mask = row * J + offs_j, inside & mask_j
         da = tl.load(da_ptr + offs, mask=mask, other=0.0).to(ACC)
         du = da * gate * (1 + u * (1 - gate))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._silu import sigmoid
+
 # of columns and elements at most; on an H200 the best of 14, all but one narrow shape's (J 256)
 LEVEL_TILE = dict(columns=256, elements=2048, num_warps=4)
 TOKEN_TILE = dict(columns=1024, elements=2048, num_warps=4)
@@ -94,7 +96,7 @@ def _hierarchical_merge_fwd_kernel(
         offs_j = (j + tl.arange(0, BLOCK_C))[None, :]
         z = at_tokens(z_ptr, pid_b, offs_t, offs_j, B, N, J, STRIDES, ACC)
         u = scale * z + tl.load(bias_ptr + offs_j, mask=offs_j < J, other=0.0).to(ACC)
-        a = u * tl.sigmoid(u)
+        a = u * sigmoid(u, a_ptr.dtype.element_ty)
         tl.store(a_ptr + row * J + offs_j, a, mask=(offs_t < N) & (offs_j < J))
 
 
