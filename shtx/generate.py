@@ -54,10 +54,10 @@ def generate(
 ) -> Tensor | Iterator[Tensor]:
     """Sample `seq_len` tokens after the prompt, each from the last model.seq_len tokens at most.
 
-    On a GPU the second call of a size (prompts, room for their tokens) captures CUDA graphs, which
-    later calls replay. They keep the memory of the largest pass over a prompt among them, for each
-    of two sizes, until the model is gone. Models that FSDP has sharded, that are compiled in place
-    or have forward hooks get a graph of the step alone, and so do prompts of unequal length.
+    On a GPU, what takes its second turn in a call or in later ones of the same size is captured in
+    a CUDA graph: the step, the copy of the weights, and the pass over prompts of equal length, for
+    their latest two lengths. Graphs keep the memory of the largest of these passes, in each of two
+    sizes, until the model is gone. With hooks, compiled modules or FSDP the step alone has one.
 
     Args:
         prompt: (B, T) integers in [0, num_tokens), T >= 1, or a list of B tensors (T,) whose
