@@ -11,7 +11,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
     "scaling": "Train step against the batch, and against the length at as many tokens",
-    "generate": "Generation; floor: the weights of a token, read at the speed of a copy",
+    "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
 FOLDED = ("scaling",)  # where HTML is shown, as are the ops
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"

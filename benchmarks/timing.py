@@ -34,11 +34,13 @@ def elapsed_ms(start, end) -> float:
     return (end - start) * 1e3 if DEVICE == "cpu" else start.elapsed_time(end)
 
 
-def median_ms(benchmark, *fns: Callable, calls: int = 5, rounds: int = 4) -> list[float]:
+def median_ms(
+    benchmark, *fns: Callable, calls: int = 5, rounds: int = 4, warmup_rounds: int = 1
+) -> list[float]:
     """Median time of each function in ms, over `calls` x `rounds` runs of all of them in turn.
 
-    The calls of a round queue up behind each other, as the steps of a training loop do; the first
-    round only warms up.
+    The calls of a round queue up behind each other, as the steps of a training loop do; the
+    `warmup_rounds` before them do not count.
     """
     times = [[] for _ in fns]
 
@@ -54,8 +56,8 @@ def median_ms(benchmark, *fns: Callable, calls: int = 5, rounds: int = 4) -> lis
         for i, interval in enumerate(pairwise(marks)):
             times[i % len(fns)][-1].append(elapsed_ms(*interval))
 
-    benchmark.pedantic(burst, rounds=rounds, warmup_rounds=1)
-    return [median(ms for burst in kept[1:] for ms in burst) for kept in times]
+    benchmark.pedantic(burst, rounds=rounds, warmup_rounds=warmup_rounds)
+    return [median(ms for burst in kept[warmup_rounds:] for ms in burst) for kept in times]
 
 
 def graphed(fns: list[Callable]) -> Callable:
