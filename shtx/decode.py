@@ -64,13 +64,27 @@ def rotation(level: Level, distances: int, device: torch.device) -> Tensor:
     return both
 
 
-def fill(ring: Tensor, rows: Tensor, last: Tensor) -> None:
-    """A ring, from rows (B, M, ...) up to row `last` (B,) of each."""
-    slots = ring.shape[1]
-    token = last[:, None] - (last[:, None] - arange(slots, device=ring.device)) % slots
-    kept = rows[arange(len(ring), device=ring.device)[:, None], token.clamp(min=0)]
-    known = (token >= 0).view(*token.shape, *[1] * (ring.ndim - 2))
-    ring.copy_(kept.masked_fill(~known, 0))
+class Recent:
+    """What rings keep of the tokens of a prompt, sequence by sequence."""
+
+    def __init__(self, lengths: Tensor):
+        self.last, self.sequence = lengths - 1, arange(len(lengths), device=lengths.device)
+        self._kept = {}  # by slots of a ring and stride: which level tokens, and which are none
+
+    def last_row(self, rows: Tensor, stride: int) -> Tensor:
+        """(B, ...) of a level's (B, M, ...)."""
+        return rows[self.sequence, self.last // stride]
+
+    def fill(self, ring: Tensor, rows: Tensor, stride: int = 1) -> None:
+        """A ring, from a level's rows (B, M, ...)."""
+        key = slots, _ = ring.shape[1], stride
+        if key not in self._kept:
+            last = self.last[:, None] // stride
+            token = last - (last - arange(slots, device=ring.device)) % slots
+            self._kept[key] = token.clamp(min=0), token < 0
+        token, unknown = self._kept[key]
+        kept = rows[self.sequence[:, None], token]
+        ring.copy_(kept.masked_fill(unknown.view(*unknown.shape, *[1] * (ring.ndim - 2)), 0))
 
 
 class Decoder:
@@ -150,9 +164,9 @@ class Decoder:
             `logits`.
         """
         lengths = prompt.new_full((self.batch,), prompt.shape[1]) if lengths is None else lengths
-        last, ops = lengths - 1, SimpleNamespace(**vars(self.ops))
+        recent, ops = Recent(lengths), SimpleNamespace(**vars(self.ops))
         for name, fills in self._fills.items():
-            setattr(ops, name, filling(getattr(ops, name), iter(fills), last))
+            setattr(ops, name, filling(getattr(ops, name), iter(fills), recent))
         narrow = self.dtype != model.token_emb.weight.dtype
         model.ops_for = lambda device: ops
         try:
@@ -162,9 +176,9 @@ class Decoder:
             del model.ops_for
         for end, rows, level in zip(self._ends, embeds, self.levels, strict=True):
             if exists(end):
-                fill(end, rows, last // level.stride)
-        fill(self.history, prompt, last)
-        fill(self._embeddings, F.embedding(prompt, self._embedding), last)
+                recent.fill(end, rows, level.stride)
+        recent.fill(self.history, prompt)
+        recent.fill(self._embeddings, F.embedding(prompt, self._embedding))
         self.logits.copy_(F.linear(self._end[:, 0], self._to_logits))
         self.position.copy_(lengths)
         return self.logits
@@ -192,7 +206,7 @@ class Decoder:
     def _shifted(self, stream: Tensor, level: Level) -> dict:
         """A norm of a stream, as an argument of `Projection`; a pass over a prompt fills it."""
         self._fills["norm_token_shift"].append(
-            lambda args, outputs, last: fill(stream, outputs[0], last // level.stride)
+            lambda args, outputs, recent: recent.fill(stream, outputs[0], level.stride)
         )
         return dict(x=stream, stride=level.stride, dilation=level.dilation)
 
@@ -283,9 +297,9 @@ class Decoder:
         kv = self._ring(keys * level.dilation, 2, level.heads, level.dim_head)
         table = rotation(level, keys, self.device).to(self.wide)
 
-        def fill_kv(args, outputs, last):
+        def fill_kv(args, outputs, recent):
             rows = args[0].unflatten(-1, (3, level.heads, level.dim_head))[:, :, 1:]
-            fill(kv, rows, last // level.stride)
+            recent.fill(kv, rows, level.stride)
 
         self._fills["rotary_attention"].append(fill_kv)
         return Attention(qkv, kv, out, table, level.stride, level.dilation)
@@ -300,11 +314,11 @@ class Decoder:
             kept = self._ring(1, len(w_in) + 1, dtype=self.wide)[:, 0] if level.stride > 1 else None
             parts.append(Part(x, kept, level.stride))
 
-        def fill_kept(args, outputs, last):
+        def fill_kept(args, outputs, recent):
             columns = w_in.split([level.dim for level in self.levels], dim=1)
             for rows, w, (_, kept, stride) in zip(outputs[0], columns, parts, strict=True):
                 if exists(kept):
-                    x = rows[arange(self.batch, device=self.device), last // stride]
+                    x = recent.last_row(rows, stride)
                     square = x.to(self.wide).square().sum(dim=-1, keepdim=True)
                     kept.copy_(torch.cat((F.linear(x.to(w.dtype), w).to(self.wide), square), dim=1))
 
@@ -337,13 +351,13 @@ class Decoder:
         return [(self.ops.decode.norm, norms), (self.ops.decode.project, [logits])]
 
 
-def filling(op: Callable, fills, last: Tensor) -> Callable:
+def filling(op: Callable, fills, recent: Recent) -> Callable:
     """The op, whose calls fill the state one after the other."""
 
     def call(*args, **kwargs):
         outputs = op(*args, **kwargs)
         if exists(fill := next(fills)):
-            fill(args, outputs, last)
+            fill(args, outputs, recent)
         return outputs
 
     return call
