@@ -87,6 +87,7 @@ def main(backend: str, arch: str, dtype: str):
     classes, table = qkv.new_empty(3, 2, TOKENS, 8, 64), torch.empty(4096, 64)
     for back in (False, True):
         library.rotate_classes(qkv, classes, table, 1, True, back)
+        library.regroup(qkv[..., : 8 * 64], classes[0], 1, back)
 
     for kernel in compiled.values():
         row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)

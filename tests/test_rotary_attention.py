@@ -383,6 +383,20 @@ def test_rotation_for_the_library(M, dilation, xpos):
     torch.testing.assert_close((classes * d).sum(), (qkv * back).sum(), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("M, dilation", [(64, 1), (131, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_regrouping_for_the_library(M, dilation, dtype):
+    """Whoever reads the tokens from a wider tensor, class by class and padded with zeros."""
+    tokens = draw(Case(2, M, 2, 20), dtype)[..., 40:80]
+    classes = library.by_class(tokens, dilation, 2)
+    padded = rearrange(classes, "(b a) n h e -> b (n a) (h e)", a=dilation)
+    assert torch.equal(padded[:, :M], tokens) and not padded[:, M:].any()
+
+    back = torch.full((2, M, 40), float("nan")).to(tokens)
+    library.regroup(back, classes.contiguous(), dilation, back=True)
+    assert torch.equal(back, tokens)
+
+
 @pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)], ids=str)
 @pytest.mark.parametrize("fill", [False, True])
 def test_determinism_is_asked_for_and_given_back(before, fill, monkeypatch):
