@@ -27,14 +27,14 @@ from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024
 VOCABULARIES = 256, 5000  # a row of logits is one tile, or several
-# a level for each way that attention goes backward, one of them strided
+# a level for each pair of ways that attention goes forward and backward, one of them strided
 SHAPES = dict(
     dim=512,
     dim_head=64,
     heads=8,
     hierarchies=(1, 2, 4),
     hierarchical_stride=(1, 1, 2),
-    window_sizes=(16, 64, None),
+    window_sizes=(64, 128, None),
     seq_len=TOKENS,
 )
 
