@@ -20,6 +20,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -30,9 +31,9 @@ from shtx_kernels import reference
 from shtx_kernels.rotary_attention import library, tiles
 
 NORM = sys.modules["shtx_kernels.norm_token_shift"]
-FORWARD, BY_RUNS, BY_KEYS, BY_QUERIES = (
-    *("forward", "backward_by_runs", "backward_by_keys", "backward_by_queries"),
-)
+FORWARDS = FORWARD, FORWARD_BY_TILES = "forward", "forward_by_tiles"
+BY_TILES = "backward_by_tiles"
+BY_KEYS, BY_QUERIES = "backward_by_keys", "backward_by_queries"
 
 
 class Case(NamedTuple):
@@ -61,10 +62,19 @@ def grid(**axes) -> list[dict]:
 
 
 def candidates(kernel: str, case: Case) -> list[dict]:
-    if kernel == BY_RUNS:
-        sizes = grid(BLOCK=(16, 32, 64), num_warps=(1, 2, 4, 8), num_stages=(1,))
-        work = lambda c: c["BLOCK"] * max(case.E, 32) / c["num_warps"]
-        return [c for c in sizes if case.window <= c["BLOCK"] and 256 <= work(c) <= 1024]
+    if kernel in (FORWARD_BY_TILES, BY_TILES):
+        widest = max(16, triton.next_power_of_2(case.window))
+        sizes = grid(
+            BLOCK=(16, 32, 64),
+            HALO=(widest,) if kernel == FORWARD_BY_TILES else (16, 32, 64),
+            num_warps=(1, 2, 4),
+            num_stages=(1,),
+            maxnreg=(None, 128, 168),
+        )
+        one_warp_has = lambda c: c["BLOCK"] // c["num_warps"]
+        limited = lambda c: c["maxnreg"] and c["num_warps"] < 4  # small tiles take few registers
+        sizes = [c for c in sizes if 16 <= one_warp_has(c) <= 32 and not limited(c)]
+        return [c for c in sizes if c["HALO"] <= widest]
     if kernel == FORWARD:
         stages = (2, 3) if case.window < 0 else (1,)
         sizes = grid(
@@ -82,8 +92,10 @@ def candidates(kernel: str, case: Case) -> list[dict]:
 def jobs() -> list[tuple[str, Case, dict]]:
     found = []
     for case in CASES:
-        short = 0 < case.window <= 64 and case.E <= 64
-        for kernel in (FORWARD, *((BY_RUNS,) if short else (BY_KEYS, BY_QUERIES))):
+        local = case.window > 0 and case.E <= 64
+        forward = FORWARD_BY_TILES if local and case.window <= 64 else FORWARD
+        backward = (BY_TILES,) if local and case.window <= 128 else (BY_KEYS, BY_QUERIES)
+        for kernel in (forward, *backward):
             found += [(kernel, case, sizes) for sizes in candidates(kernel, case)]
     return found
 
@@ -96,7 +108,7 @@ def compile_only(job: tuple[str, Case, dict]) -> str | None:
     qkv = torch.empty(case.B, case.M, 3 * case.H * case.E, dtype=torch.bfloat16)
     try:
         out, lse, _ = torch.ops.shtx.rotary_attention(qkv, *case.options)
-        if kernel != FORWARD:
+        if kernel not in FORWARDS:
             torch.ops.shtx.rotary_attention_bwd(qkv, out, lse, out, *case.options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
@@ -147,12 +159,12 @@ def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> di
     forward = lambda qkv: torch.ops.shtx.rotary_attention(qkv, *case.options)
     backward = lambda *saved: torch.ops.shtx.rotary_attention_bwd(*saved, *case.options)
     try:
-        if kernel == FORWARD:
+        if kernel in FORWARDS:
             calls = [lambda s=s: forward(s[0])[0] for s in sets]
         else:
             saved = [(qkv, *forward(qkv)[:2], dout) for qkv, dout in sets]
             calls = [lambda s=s: backward(*s) for s in saved]
-        got, true = calls[0]()[:1].double(), truth[kernel != FORWARD]
+        got, true = calls[0]()[:1].double(), truth[kernel not in FORWARDS]
         return row | dict(ms=time_ms(calls), error=float((got - true).norm() / true.norm()))
     except Exception as problem:
         return row | dict(ms=None, problem=str(problem)[:100])
@@ -223,7 +235,8 @@ def search_attention(keep: Callable[[list[dict]], None]):
             tried = sorted(tried, key=lambda row: row["ms"] or math.inf)
             print(kernel, case, flush=True)
             for row in tried[:3]:
-                sizes = {k: v for k, v in row.items() if k.startswith(("BLOCK", "num", "max"))}
+                names = "BLOCK", "HALO", "num", "max"
+                sizes = {k: v for k, v in row.items() if k.startswith(names)}
                 print(
                     f"  {row['ms'] or math.inf:7.4f} ms  error {row.get('error', 0):.1e}  {sizes}"
                 )

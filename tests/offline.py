@@ -27,14 +27,14 @@ from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024
 VOCABULARIES = 256, 5000  # a row of logits is one tile, or several
-# a level for each way that attention goes backward, one of them strided
+# a level for each pair of ways that attention goes forward and backward, one of them strided
 SHAPES = dict(
     dim=512,
     dim_head=64,
     heads=8,
     hierarchies=(1, 2, 4),
     hierarchical_stride=(1, 1, 2),
-    window_sizes=(16, 64, None),
+    window_sizes=(64, 128, None),
     seq_len=TOKENS,
 )
 
@@ -87,6 +87,7 @@ def main(backend: str, arch: str, dtype: str):
     classes, table = qkv.new_empty(3, 2, TOKENS, 8, 64), torch.empty(4096, 64)
     for back in (False, True):
         library.rotate_classes(qkv, classes, table, 1, True, back)
+        library.regroup(qkv[..., : 8 * 64], classes[0], 1, back)
 
     for kernel in compiled.values():
         row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)

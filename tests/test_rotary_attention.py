@@ -42,9 +42,10 @@ CASES = [
     Case(1, 140, 2, 32, window=33, xpos=True, scale=0.3),
     Case(1, 128, 1, 64, window=64, xpos=True),  # whole tiles
     Case(1, 150, 1, 128, window=64),
-    Case(2, 150, 1, 20, window=65, xpos=True),  # backward in two launches
+    Case(2, 150, 1, 20, window=65, xpos=True),
     Case(1, 200, 1, 32, window=65, dilation=3),
-    Case(1, 300, 1, 16, window=140),  # wider than any tile
+    Case(1, 300, 1, 16, window=128, xpos=True),  # the widest that tiles have halos for
+    Case(1, 300, 1, 16, window=140),
     Case(1, 70, 1, 256, window=16),
     Case(1, 40, 2, 16, window=39),  # full, just
     Case(1, 40, 2, 16, window=38),  # not full, just
@@ -89,15 +90,23 @@ def test_matches_reference(case, dtype):
     assert_as_accurate(fused, twin, [draw(case)], dtype, gradient_slack=3.0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 16])
-def test_runs_of_tiles(length, monkeypatch):
-    """Sequences here are too few for the backward of a window to make runs by itself."""
-    monkeypatch.setattr(tiles, "LENGTH", length)
-    monkeypatch.setattr(tiles, "PROGRAMS", 1)
-    case = Case(1, 165, 1, 16, window=16, dilation=2, xpos=True)
+def by_tiles(monkeypatch, BLOCK, HALO, window):
+    """Whatever the dtype. Forward holds one halo alone."""
+    sizes = dict(BLOCK=BLOCK, HALO=HALO, num_warps=4, num_stages=1)
+    monkeypatch.setattr(tiles, "backward_by_tiles", lambda *_: sizes)
+    monkeypatch.setattr(tiles, "forward_by_tiles", lambda *_: sizes if window <= HALO else None)
+
+
+@pytest.mark.parametrize(
+    "BLOCK, HALO, window",
+    [(16, 16, 16), (16, 32, 1), (16, 32, 32), (64, 16, 7), (32, 16, 17), (32, 32, 127)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_and_halos(BLOCK, HALO, window, dtype, monkeypatch):
+    by_tiles(monkeypatch, BLOCK, HALO, window)
+    case = Case(1, 307, 1, 16, window, dilation=2, xpos=True)
     fused, twin = (call(fn, case) for fn in (rotary_attention, reference.rotary_attention))
-    assert_as_accurate(fused, twin, [draw(case)], torch.float16)
-    assert_as_accurate(fused, twin, [draw(case)], torch.float32)
+    assert_as_accurate(fused, twin, [draw(case)], dtype, gradient_slack=3.0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="products in fp64 do not compile for every GPU")
@@ -114,6 +123,13 @@ def test_runs_of_tiles(length, monkeypatch):
 def test_gradcheck(case):
     qkv = draw(case, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(call(rotary_attention, case), qkv, fast_mode=True)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="products in fp64 do not compile for every GPU")
+@pytest.mark.parametrize("window", [1, 16, 35])
+def test_gradcheck_of_tiles(window, monkeypatch):
+    by_tiles(monkeypatch, 16, 16, window)
+    test_gradcheck(Case(1, 75, 1, 4, window, dilation=2, xpos=True))
 
 
 def seen_by(case, t):
@@ -317,13 +333,14 @@ def test_captured_in_a_cuda_graph(case, table, monkeypatch):
 
 
 @pytest.mark.gpu  # 25 GiB
-def test_more_than_2_31_elements():
+@pytest.mark.parametrize("window", [16, 140])
+def test_more_than_2_31_elements(window):
     """The last sequence, past 2^31 elements from the start, gives what it gives alone."""
     qkv = torch.randn(4, 2_000_001, 384, device=DEVICE, dtype=torch.bfloat16)
     outs = []
     for t in (qkv, qkv[-1:].clone()):
         t = t.requires_grad_()
-        out = rotary_attention(t, 2, window=16, dilation=2)
+        out = rotary_attention(t, 2, window=window, dilation=2)
         (dqkv,) = torch.autograd.grad(out, t, out.detach())
         outs.append([o[-1].clone() for o in (out, dqkv)])
         del out, dqkv
@@ -381,6 +398,20 @@ def test_rotation_for_the_library(M, dilation, xpos):
     back = torch.full_like(qkv, float("nan"))
     library.rotate_classes(back, d, table, dilation, xpos, back=True)
     torch.testing.assert_close((classes * d).sum(), (qkv * back).sum(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("M, dilation", [(64, 1), (131, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_regrouping_for_the_library(M, dilation, dtype):
+    """Whoever reads the tokens from a wider tensor, class by class and padded with zeros."""
+    tokens = draw(Case(2, M, 2, 20), dtype)[..., 40:80]
+    classes = library.by_class(tokens, dilation, 2)
+    padded = rearrange(classes, "(b a) n h e -> b (n a) (h e)", a=dilation)
+    assert torch.equal(padded[:, :M], tokens) and not padded[:, M:].any()
+
+    back = torch.full((2, M, 40), float("nan")).to(tokens)
+    library.regroup(back, classes.contiguous(), dilation, back=True)
+    assert torch.equal(back, tokens)
 
 
 @pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)], ids=str)

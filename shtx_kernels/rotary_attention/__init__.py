@@ -22,9 +22,14 @@ from . import library, tiles
 from .backward import (
     _rotary_attention_bwd_dkdv_kernel,
     _rotary_attention_bwd_dq_kernel,
-    _rotary_attention_bwd_window_kernel,
+    _rotary_attention_bwd_tile_kernel,
 )  # fmt: skip
-from .forward import LOCAL, STEP, _rotary_attention_fwd_kernel
+from .forward import (
+    LOCAL,
+    STEP,
+    _rotary_attention_fwd_kernel,
+    _rotary_attention_fwd_tile_kernel,
+)  # fmt: skip
 
 MAX_E = 256
 MAX_BLOCK = 128  # rows of a tile
@@ -86,15 +91,25 @@ def _rotary_attention_fwd(qkv, heads, window, dilation, xpos, scale):
     acc = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(B, M, heads * E)
     lse = qkv.new_empty(B, heads, dilation, n, dtype=acc)
-    if out.numel():
-        config = tiles.forward(E, window, qkv.itemsize)
-        count = triton.cdiv(n, config["BLOCK_M"])
-        with torch.cuda.device_of(qkv):
-            _rotary_attention_fwd_kernel[(B * heads * dilation * count,)](
-                qkv, table, out, lse, qkv.stride(0), qkv.stride(1), M, n, count, scale * LOG2_E,
-                SHORT=0 < window <= tiles.SHORT,
-                **_constants(qkv.dtype, heads, E, window, dilation, xpos), **config,
-            )  # fmt: skip
+
+    def launch(kernel, config, rows, factor, **more):
+        count = triton.cdiv(n, config[rows])
+        kernel[(B * heads * dilation * count,)](
+            qkv, table, out, lse, qkv.stride(0), qkv.stride(1), M, n, count, factor,
+            **_constants(qkv.dtype, heads, E, window, dilation, xpos), **config, **more,
+        )  # fmt: skip
+
+    if not out.numel():
+        return out, lse, qkv.new_empty(0)
+    arguments = E, window, qkv.itemsize
+    factor = scale * LOG2_E
+    with torch.cuda.device_of(qkv):
+        if config := tiles.forward_by_tiles(*arguments):  # q and k have a root of the factor each
+            launch(_rotary_attention_fwd_tile_kernel, config, "BLOCK", factor**0.5)
+        else:
+            short = 0 < window <= tiles.SHORT
+            config = tiles.forward(*arguments)
+            launch(_rotary_attention_fwd_kernel, config, "BLOCK_M", factor, SHORT=short)
     return out, lse, qkv.new_empty(0)
 
 
@@ -105,29 +120,27 @@ def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, 
     B, M, E, n = _sizes(saved, heads, dilation)
     dqkv = saved.new_empty(saved.shape)
     constants = _constants(saved.dtype, heads, E, window, dilation, xpos)
-    sequences = B * heads * dilation
 
-    def launch(kernel, count, *rest, **config):
-        kernel[(sequences * count,)](
+    def launch(kernel, config, rows, factor):
+        count = triton.cdiv(n, config[rows])
+        kernel[(B * heads * dilation * count,)](
             saved, _table(saved, E, n), out, lse, dout, dqkv,
             saved.stride(0), saved.stride(1), dout.stride(0), dout.stride(1),
-            M, n, count, scale * LOG2_E, *rest, **constants, **config,
+            M, n, count, factor, **constants, **config,
         )  # fmt: skip
 
     if not dqkv.numel():
         return dqkv
     arguments = E, window, saved.itemsize
+    factor = scale * LOG2_E
     with torch.cuda.device_of(saved):
-        if config := tiles.backward_by_runs(*arguments):
-            count = triton.cdiv(n, config["BLOCK"])
-            length = max(1, min(tiles.LENGTH, count, sequences * count // tiles.PROGRAMS))
-            runs = triton.cdiv(count, length)
-            launch(_rotary_attention_bwd_window_kernel, runs, length, **config)
+        if config := tiles.backward_by_tiles(*arguments):
+            launch(_rotary_attention_bwd_tile_kernel, config, "BLOCK", factor**0.5)
             return dqkv
         config = tiles.backward_by_keys(*arguments)
-        launch(_rotary_attention_bwd_dkdv_kernel, triton.cdiv(n, config["BLOCK_N"]), **config)
+        launch(_rotary_attention_bwd_dkdv_kernel, config, "BLOCK_N", factor)
         config = tiles.backward_by_queries(*arguments)
-        launch(_rotary_attention_bwd_dq_kernel, triton.cdiv(n, config["BLOCK_M"]), **config)
+        launch(_rotary_attention_bwd_dq_kernel, config, "BLOCK_M", factor)
     return dqkv
 
 

@@ -1,19 +1,28 @@
 """Backward, from probabilities recomputed with the forward's log-sum-exp.
 
-Windows up to a tile: one kernel walks a run of tiles from left to right. A tile of keys meets its
-own queries, whose dq it completes, and those of the next tile, which it carries with their dq to
-the next step. So each row is loaded once, but for a tile at a run's start.
+Windows up to 128: a program owns a tile of tokens and writes their dq, dk and dv. Their queries
+meet the halo of keys before the tile, their keys the halo of queries after it. So scores between
+two tiles are computed twice, but no row is written twice, and nothing is carried between tiles.
 Wider windows and full attention: one kernel by keys (dk, dv), one by queries (dq).
 
 Scores are held as [keys, queries], so that both products for dk and dv take them from registers.
-The scale goes into the keys: a factor known at run time alone keeps Triton from moving the rotation
-behind the change of layout, where it would be done twice.
+The scale goes into the keys, or its root into queries and keys: a factor known at run time alone
+keeps Triton from moving the rotation behind the change of layout, where it would be done twice.
 """
 
 import triton
 import triton.language as tl
 
-from .forward import angles, load_rotated, load_rows, program, rotate, store_rows
+from .forward import (
+    angles,
+    load_halves,
+    load_rotated,
+    load_rows,
+    program,
+    rotate,
+    rotated,
+    store_rows,
+)  # fmt: skip
 
 LN2 = tl.constexpr(0.6931471805599453)  # keys are scaled for a softmax in base 2
 
@@ -54,72 +63,14 @@ def store_rotated_back(ptr, stride, first, local, n, d, cos, sin, cols, E: tl.co
     store_rows(ptr + E // 2, stride, first, local, n, cols, E // 2, b)
 
 
-@triton.jit(do_not_specialize=["M", "n_max", "runs", "length"])
-def _rotary_attention_bwd_window_kernel(
-    qkv_ptr, table_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr,
-    stride_b, stride_m, stride_dob, stride_dom, M, n_max, runs, scale, length,
-    DILATION: tl.constexpr,
-    H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
-    ACC: tl.constexpr, IP: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    pid_b, r, h, run, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, runs)
-    local, offs_c, offs_e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
-    HALF: tl.constexpr = E // 2
-    K: tl.constexpr = H * E  # columns from q to k, and from k to v
-    stride, stride_o, stride_do = DILATION * stride_m, DILATION * K, DILATION * stride_dom
-    qkv_ptr += pid_b * stride_b + r * stride_m + h * E
-    out_ptr += (pid_b * M + r) * K + h * E
-    dout_ptr += pid_b * stride_dob + r * stride_dom + h * E
-    dqkv_ptr += (pid_b * M + r) * 3 * K + h * E
-    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
-
-    INNER: tl.constexpr = WINDOW if WINDOW < BLOCK - 1 else 0  # a limit inside a tile
-    q = tl.zeros([BLOCK, 2 * BLOCK_C], qkv_ptr.dtype.element_ty)
-    dout = tl.zeros([BLOCK, BLOCK_E], qkv_ptr.dtype.element_ty)
-    lse, delta = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    dq = tl.zeros([BLOCK, 2 * BLOCK_C], ACC)
-    for step in range(length + 1):  # the first, a tile before the run, is for dq of the run's first
-        position = step * BLOCK + local
-        j0 = ((run * length - 1 + step) * BLOCK).to(tl.int32)
-        offs_j, offs_i = j0 + local, j0 + BLOCK + local
-        end = tl.where(step > 0, n, 0)
-        c, s = angles(table_ptr, position, 0, offs_c, scale, HALF, -XPOS, False)
-        k = load_rotated(qkv_ptr + K, stride, j0, local, n, c, s, offs_c, E, False)
-        v = load_rows(qkv_ptr + 2 * K, stride, j0, local, n, offs_e, E, False)
-        p, ds = scores(q, dout, lse, delta, k, v, offs_j, offs_j, INNER, True, IP)
-        dk = tl.dot(ds, q, input_precision=IP, out_dtype=ACC)
-        dv = tl.dot(p, dout, input_precision=IP, out_dtype=ACC)
-        dq = tl.dot(tl.trans(ds), k, dq, input_precision=IP, out_dtype=ACC)
-        c, s = angles(table_ptr, position, 0, offs_c, LN2, HALF, XPOS, False)
-        store_rotated_back(dqkv_ptr, 3 * stride_o, j0, local, end, dq, c, s, offs_c, E)
-
-        c, s = angles(table_ptr, position + BLOCK, 0, offs_c, 1.0, HALF, XPOS, False)
-        q = load_rotated(qkv_ptr, stride, j0 + BLOCK, local, n, c, s, offs_c, E, False)
-        dout, lse, delta = load_outputs(
-            out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, j0 + BLOCK, local, n, offs_e, E
-        )
-        seen_j = tl.where(offs_j >= 0, offs_j, -WINDOW - 1)  # by no query
-        p, ds = scores(q, dout, lse, delta, k, v, offs_i, seen_j, WINDOW, False, IP)
-        dk = tl.dot(ds, q, dk, input_precision=IP, out_dtype=ACC)
-        dv = tl.dot(p, dout, dv, input_precision=IP, out_dtype=ACC)
-        dq = tl.dot(tl.trans(ds), k, input_precision=IP, out_dtype=ACC)
-        c, s = angles(table_ptr, position, 0, offs_c, scale * LN2, HALF, -XPOS, False)
-        store_rotated_back(dqkv_ptr + K, 3 * stride_o, j0, local, end, dk, c, s, offs_c, E)
-        store_rows(dqkv_ptr + 2 * K, 3 * stride_o, j0, local, end, offs_e, E, dv)
-
-
 @triton.jit
 def add_queries(
-    dk, dv, k, v, i0, j0, offs_j, n, q_ptr, out_ptr, dout_ptr, lse_ptr,
-    stride, stride_o, stride_do, table_ptr, offs_c, offs_e,
-    E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr, CAUSAL: tl.constexpr,
-    IP: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, k, v, offs_j, i0, local, n, q_ptr, out_ptr, dout_ptr, lse_ptr,
+    stride, stride_o, stride_do, cos, sin, offs_c, offs_e,
+    E: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the keys of the tile at j0, past the queries from i0 on."""
-    local = tl.arange(0, BLOCK_M)
-    c, s = angles(table_ptr, local, i0 - j0, offs_c, 1.0, E // 2, XPOS, True)
-    q = load_rotated(q_ptr, stride, i0, local, n, c, s, offs_c, E, False)
+    """The gradients of the keys of a tile, past the queries from i0 on."""
+    q = load_rotated(q_ptr, stride, i0, local, n, cos, sin, offs_c, E, False)
     dout, lse, delta = load_outputs(
         out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, i0, local, n, offs_e, E
     )
@@ -127,6 +78,85 @@ def add_queries(
     dk = tl.dot(ds, q, dk, input_precision=IP, out_dtype=dk.dtype)
     dv = tl.dot(p, dout, dv, input_precision=IP, out_dtype=dv.dtype)
     return dk, dv
+
+
+@triton.jit
+def add_halo(
+    dq, q, dout, lse, delta, offs_i, j0, local, n, k_ptr, v_ptr, stride, cos, sin, offs_c, offs_e,
+    E: tl.constexpr, WINDOW: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the queries of a tile, past keys before it. Scores are [queries, keys]: a
+    product of Hopper's has 64 rows, and the keys are fewer."""
+    k = load_rotated(k_ptr, stride, j0, local, n, cos, sin, offs_c, E, False)
+    v = load_rows(v_ptr, stride, j0, local, n, offs_e, E, False)
+    offs_j = j0 + local
+    offs_j = tl.where(offs_j >= 0, offs_j, -WINDOW - 1)  # nobody sees what is left of the start
+    qk = tl.dot(q, tl.trans(k), input_precision=IP, out_dtype=dq.dtype)
+    dp = tl.dot(dout, tl.trans(v), input_precision=IP, out_dtype=dq.dtype)
+    p = tl.exp2(qk - lse[:, None])
+    p = tl.where(offs_i[:, None] <= offs_j[None, :] + WINDOW, p, 0.0)
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision=IP, out_dtype=dq.dtype)
+
+
+@triton.jit(do_not_specialize=["M", "n_max", "tiles"])
+def _rotary_attention_bwd_tile_kernel(
+    qkv_ptr, table_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr,
+    stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, scale,
+    DILATION: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
+    ACC: tl.constexpr, IP: tl.constexpr,
+    BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
+    t0 = (tile * BLOCK).to(tl.int32)
+    local, near = tl.arange(0, BLOCK), tl.arange(0, HALO)
+    offs, offs_c, offs_e = t0 + local, tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
+    HALF: tl.constexpr = E // 2
+    K: tl.constexpr = H * E  # columns from q to k, and from k to v
+    INNER: tl.constexpr = WINDOW if WINDOW < BLOCK - 1 else 0  # a limit inside a tile
+    BEFORE: tl.constexpr = (WINDOW + HALO - 1) // HALO * HALO  # tokens of the halo, on either side
+    stride, stride_o, stride_do = DILATION * stride_m, DILATION * K, DILATION * stride_dom
+    qkv_ptr += pid_b * stride_b + r * stride_m + h * E
+    k_ptr, v_ptr = qkv_ptr + K, qkv_ptr + 2 * K
+    out_ptr += (pid_b * M + r) * K + h * E
+    dout_ptr += pid_b * stride_dob + r * stride_dom + h * E
+    dqkv_ptr += (pid_b * M + r) * 3 * K + h * E
+    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
+
+    qa, qb = load_halves(qkv_ptr, stride, t0, local, n, offs_c, E, False)
+    dout, lse, delta = load_outputs(
+        out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, t0, local, n, offs_e, E
+    )
+    ka, kb = load_halves(k_ptr, stride, t0, local, n, offs_c, E, False)
+    v = load_rows(v_ptr, stride, t0, local, n, offs_e, E, False)
+    c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale, HALF, XPOS, False)
+    q = rotated(qa, qb, c, s)
+    c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale, HALF, -XPOS, False)
+    k = rotated(ka, kb, c, s)
+    dq = tl.zeros([BLOCK, 2 * BLOCK_C], ACC)
+    for start in tl.static_range(0, BEFORE, HALO):
+        c, s = angles(table_ptr, start + near, 0, offs_c, scale, HALF, -XPOS, False)
+        dq = add_halo(
+            dq, q, dout, lse, delta, offs, t0 - BEFORE + start, near, n, k_ptr, v_ptr, stride,
+            c, s, offs_c, offs_e, E, WINDOW, IP,
+        )  # fmt: skip
+    p, ds = scores(q, dout, lse, delta, k, v, offs, offs, INNER, True, IP)
+    dq = tl.dot(tl.trans(ds), k, dq, input_precision=IP, out_dtype=ACC)
+    c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale * LN2, HALF, XPOS, False)
+    store_rotated_back(dqkv_ptr, 3 * stride_o, t0, local, n, dq, c, s, offs_c, E)
+
+    dv = tl.dot(p, dout, input_precision=IP, out_dtype=ACC)
+    dk = tl.dot(ds, q, input_precision=IP, out_dtype=ACC)
+    for start in tl.static_range(BEFORE + BLOCK, BEFORE + BLOCK + BEFORE, HALO):
+        c, s = angles(table_ptr, start + near, 0, offs_c, scale, HALF, XPOS, False)
+        dk, dv = add_queries(
+            dk, dv, k, v, offs, t0 - BEFORE + start, near, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
+            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, WINDOW, False, IP,
+        )  # fmt: skip
+    store_rows(dqkv_ptr + 2 * K, 3 * stride_o, t0, local, n, offs_e, E, dv)
+    c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale * LN2, HALF, -XPOS, False)
+    store_rotated_back(dqkv_ptr + K, 3 * stride_o, t0, local, n, dk, c, s, offs_c, E)
 
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
@@ -162,17 +192,18 @@ def _rotary_attention_bwd_dkdv_kernel(
     whole = tl.minimum(
         last, first + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M
     )  # every key is seen from here
+    local_i = tl.arange(0, BLOCK_M)
     for i0 in range(first, whole, BLOCK_M):
+        c, s = angles(table_ptr, local_i, i0 - j0, offs_c, 1.0, HALF, XPOS, True)
         dk, dv = add_queries(
-            dk, dv, k, v, i0, j0, offs_j, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
-            stride, stride_o, stride_do, table_ptr, offs_c, offs_e,
-            E, WINDOW, XPOS, True, IP, BLOCK_M,
+            dk, dv, k, v, offs_j, i0, local_i, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
+            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, WINDOW, True, IP,
         )  # fmt: skip
     for i0 in range(whole, last, BLOCK_M):
+        c, s = angles(table_ptr, local_i, i0 - j0, offs_c, 1.0, HALF, XPOS, True)
         dk, dv = add_queries(
-            dk, dv, k, v, i0, j0, offs_j, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
-            stride, stride_o, stride_do, table_ptr, offs_c, offs_e,
-            E, WINDOW, XPOS, False, IP, BLOCK_M,
+            dk, dv, k, v, offs_j, i0, local_i, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
+            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, WINDOW, False, IP,
         )  # fmt: skip
 
     c, s = angles(table_ptr, local, 0, offs_c, scale * LN2, HALF, -XPOS, False)

@@ -1,10 +1,15 @@
-"""Forward: a program owns BLOCK_M queries of one head and of one residue class, and walks the keys
-that they see in blocks of BLOCK_N with an online softmax, in base 2."""
+"""Forward, with a softmax in base 2.
+
+Windows up to 64: a program owns a tile of tokens, whose queries see its own keys and the halo of
+keys before it, all at once. The root of the scale goes into both: see backward.py.
+Wider windows and full attention: a program owns BLOCK_M queries of one head and of one residue
+class, and walks the keys that they see in blocks of BLOCK_N with an online softmax.
+"""
 
 import triton
 import triton.language as tl
 
-LOCAL = tl.constexpr(2048)  # rows of the rotation table for positions in a tile or a run of tiles
+LOCAL = tl.constexpr(512)  # rows of the rotation table for positions in a tile and around it
 STEP = tl.constexpr(16)  # tokens between the rows behind them, for distances between tiles
 
 
@@ -78,15 +83,25 @@ def angles(
 
 
 @triton.jit
+def load_halves(ptr, stride, first, local, n, cols, E: tl.constexpr, INSIDE: tl.constexpr):
+    """The first channels of pairs and the second, each [BLOCK, BLOCK_C]."""
+    a = load_rows(ptr, stride, first, local, n, cols, E // 2, INSIDE)
+    return a, load_rows(ptr + E // 2, stride, first, local, n, cols, E // 2, INSIDE)
+
+
+@triton.jit
+def rotated(a, b, cos, sin):
+    """Queries or keys, rotated, in their own dtype, with the channels of a pair side by side."""
+    c, d = rotate(a.to(cos.dtype), b.to(cos.dtype), cos, sin)
+    return tl.reshape(tl.join(c.to(a.dtype), d.to(a.dtype)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
 def load_rotated(
     ptr, stride, first, local, n, cos, sin, cols, E: tl.constexpr, INSIDE: tl.constexpr
 ):
-    """Queries or keys, rotated, in their own dtype, with the channels of a pair side by side."""
-    a = load_rows(ptr, stride, first, local, n, cols, E // 2, INSIDE).to(cos.dtype)
-    b = load_rows(ptr + E // 2, stride, first, local, n, cols, E // 2, INSIDE).to(cos.dtype)
-    a, b = rotate(a, b, cos, sin)
-    pairs = tl.join(a.to(ptr.dtype.element_ty), b.to(ptr.dtype.element_ty))
-    return tl.reshape(pairs, (a.shape[0], 2 * a.shape[1]))
+    a, b = load_halves(ptr, stride, first, local, n, cols, E, INSIDE)
+    return rotated(a, b, cos, sin)
 
 
 @triton.jit
@@ -168,5 +183,54 @@ def _rotary_attention_fwd_kernel(
 
     out_ptr += (pid_b * M + r) * H * E + h * E
     store_rows(out_ptr, DILATION * H * E, i0, local, n, offs_e, E, acc * (1.0 / l)[:, None])
+    lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
+    tl.store(lse_ptr + offs_i, m + tl.log2(l), mask=offs_i < n_max)
+
+
+@triton.jit(do_not_specialize=["M", "n_max", "tiles"])
+def _rotary_attention_fwd_tile_kernel(
+    qkv_ptr, table_ptr, out_ptr, lse_ptr, stride_b, stride_m, M, n_max, tiles, scale,
+    DILATION: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
+    ACC: tl.constexpr, IP: tl.constexpr,
+    BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
+    t0 = (tile * BLOCK).to(tl.int32)
+    local, near = tl.arange(0, BLOCK), tl.arange(0, HALO)
+    offs_c, offs_e = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
+    qkv_ptr += pid_b * stride_b + r * stride_m + h * E
+    k_ptr, v_ptr = qkv_ptr + H * E, qkv_ptr + 2 * H * E
+    stride = DILATION * stride_m
+    HALF: tl.constexpr = E // 2
+
+    qa, qb = load_halves(qkv_ptr, stride, t0, local, n, offs_c, E, False)
+    ka, kb = load_halves(k_ptr, stride, t0, local, n, offs_c, E, False)
+    halo_a, halo_b = load_halves(k_ptr, stride, t0 - HALO, near, n, offs_c, E, False)
+    v = load_rows(v_ptr, stride, t0, local, n, offs_e, E, False)
+    halo_v = load_rows(v_ptr, stride, t0 - HALO, near, n, offs_e, E, False)
+    c, s = angles(table_ptr, HALO + local, 0, offs_c, scale, HALF, XPOS, False)
+    q = rotated(qa, qb, c, s)
+    c, s = angles(table_ptr, HALO + local, 0, offs_c, scale, HALF, -XPOS, False)
+    k = rotated(ka, kb, c, s)
+    c, s = angles(table_ptr, near, 0, offs_c, scale, HALF, -XPOS, False)
+    halo_k = rotated(halo_a, halo_b, c, s)
+
+    offs_i, offs_j = t0 + local, t0 - HALO + near
+    offs_j = tl.where(offs_j >= 0, offs_j, -WINDOW - 1)  # nobody sees what is left of the start
+    qk = tl.dot(q, tl.trans(k), input_precision=IP, out_dtype=ACC)
+    qk = tl.where(offs_i[:, None] >= offs_i[None, :], qk, float("-inf"))
+    if WINDOW < BLOCK - 1:
+        qk = tl.where(offs_i[:, None] <= offs_i[None, :] + WINDOW, qk, float("-inf"))
+    halo_qk = tl.dot(q, tl.trans(halo_k), input_precision=IP, out_dtype=ACC)
+    halo_qk = tl.where(offs_i[:, None] <= offs_j[None, :] + WINDOW, halo_qk, float("-inf"))
+    m = tl.maximum(tl.max(qk, axis=1), tl.max(halo_qk, axis=1))  # finite: a row sees itself
+    p, halo_p = tl.exp2(qk - m[:, None]), tl.exp2(halo_qk - m[:, None])
+    l = tl.sum(p, axis=1) + tl.sum(halo_p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, input_precision=IP, out_dtype=ACC)
+    acc = tl.dot(halo_p.to(v.dtype), halo_v, acc, input_precision=IP, out_dtype=ACC)
+
+    out_ptr += (pid_b * M + r) * H * E + h * E
+    store_rows(out_ptr, DILATION * H * E, t0, local, n, offs_e, E, acc * (1.0 / l)[:, None])
     lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
     tl.store(lse_ptr + offs_i, m + tl.log2(l), mask=offs_i < n_max)

@@ -1,5 +1,6 @@
 """Full attention by the cores in PyTorch, between two passes over memory: one rotates from the
-packed layout into a sequence for each residue class, one rotates the gradients back.
+packed layout into a sequence for each residue class, one rotates the gradients back. Of several
+classes, outputs and their gradients change the layout, too: the cores take no others.
 
 Forward is cuDNN's, which is the fastest. Backward is FlashAttention 2's, which can be told to give
 the same bits every time: cuDNN's, a third faster, gave others within 30 runs.
@@ -8,10 +9,8 @@ the same bits every time: cuDNN's, a third faster, gave others within 30 runs.
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
 from .forward import STEP, angles, load_rows, program, rotate, store_rows
@@ -91,10 +90,46 @@ def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, back: bool):
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M", "n_max", "tiles"])
+def _rotary_attention_regroup_kernel(
+    tokens_ptr, classes_ptr, stride_b, stride_m, M, n_max, tiles,
+    DILATION: tl.constexpr, H: tl.constexpr, E: tl.constexpr, BACK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
+    i0 = (tile * BLOCK).to(tl.int32)
+    local, offs_e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    K: tl.constexpr = H * E
+    stride = DILATION * stride_m
+    tokens_ptr += pid_b * stride_b + r * stride_m + h * E
+    classes_ptr += (pid_b * DILATION + r) * n_max * K + h * E
+    if BACK:
+        move(classes_ptr, K, tokens_ptr, stride, i0, local, n, n, offs_e, E)
+    else:
+        move(tokens_ptr, stride, classes_ptr, K, i0, local, n, n_max, offs_e, E)
+
+
+def regroup(tokens: Tensor, classes: Tensor, dilation: int, back: bool):
+    """tokens (B, M, H E) to classes (B dilation, n, H, E), or back."""
+    B, M, _ = tokens.shape
+    _, n, H, E = classes.shape
+    tiles = triton.cdiv(n, BLOCK)
+    with torch.cuda.device_of(tokens):
+        _rotary_attention_regroup_kernel[(B * H * dilation * tiles,)](
+            tokens, classes, tokens.stride(0), tokens.stride(1), M, n, tiles,
+            DILATION=dilation, H=H, E=E, BACK=back, BLOCK=BLOCK, num_warps=4,
+            BLOCK_E=triton.next_power_of_2(E),
+        )  # fmt: skip
+
+
 def by_class(t: Tensor, dilation: int, heads: int) -> Tensor:
     """(B, M, H E) as (B dilation, n, H, E)."""
-    t = F.pad(t, (0, 0, 0, -t.shape[1] % dilation))
-    return rearrange(t, "b (n a) (h e) -> (b a) n h e", a=dilation, h=heads)
+    B, M, K = t.shape
+    if dilation == 1:
+        return t.unflatten(2, (heads, -1))
+    classes = t.new_empty(B * dilation, triton.cdiv(M, dilation), heads, K // heads)
+    regroup(t, classes, dilation, back=False)
+    return classes
 
 
 @contextmanager
@@ -121,17 +156,22 @@ def forward(qkv, table, heads: int, dilation: int, xpos: bool, scale: float):
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         *classes.transpose(2, 3), None, True, 0.0, True, False, scale=scale
     )
-    out = rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M].contiguous()
-    # not a view of it: autograd lets nobody write to a view that was made in here
-    storage = out.untyped_storage(), out.storage_offset(), out.shape, out.stride()
-    return qkv.new_empty(0).set_(*storage), lse.squeeze(-1), classes
+    grouped = out.transpose(1, 2).contiguous()  # no copy: cuDNN keeps the layout of q
+    if dilation == 1:
+        # not a view: autograd lets nobody write to one that was made in here
+        storage = grouped.untyped_storage(), grouped.storage_offset()
+        out = qkv.new_empty(0).set_(*storage, (B, M, heads * E), (M * heads * E, heads * E, 1))
+    else:
+        out = qkv.new_empty(B, M, heads * E)
+        regroup(out, grouped, dilation, back=True)
+    return out, lse.squeeze(-1), classes
 
 
 def backward(classes, table, out, lse, dout, dilation: int, xpos: bool, scale: float):
     """dqkv (B, M, 3 H E)"""
     _, _, n, heads, _ = classes.shape
     B, M, K = out.shape
-    dout, out = (by_class(t, dilation, heads) for t in (dout, out))  # views of a single sequence
+    dout, out = (by_class(t, dilation, heads) for t in (dout, out))
     seed = classes.new_empty(2, dtype=torch.uint64)  # of dropout, which there is none of
     with deterministic():
         gradients = torch.ops.aten._flash_attention_backward.default(

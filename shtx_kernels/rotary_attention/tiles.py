@@ -1,17 +1,17 @@
 """What kernels are compiled with, by head width E, window (-1: all keys) and bytes of a number.
 
-The fastest on an H200 in `python -m benchmarks.search`, whose outcome is in
-benchmarks/results/search/h200.json. Wider numbers and heads take what fits.
+The fastest on an H200: those of `forward` and the backward by keys and queries in `python -m
+benchmarks.search`, whose outcome is in benchmarks/results/search/h200.json; those by tiles in a
+sweep of prototypes, which is not. Wider numbers and heads take what fits.
 """
 
 from functools import lru_cache
 
+import triton
 from triton import knobs
 from triton.runtime import driver
 
-SHORT = 128  # forward takes all keys of windows up to here at once
-PROGRAMS = 256  # of the backward by runs, at least, before runs get longer; 264 run at a time
-LENGTH = 16  # tiles of a run, at most
+SHORT = 128  # most tokens of a window whose blocks or halos are unrolled
 
 
 @lru_cache
@@ -24,26 +24,38 @@ def _hopper() -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
+def forward_by_tiles(E: int, window: int, itemsize: int) -> dict | None:
+    """None where the window is wide, or a tile takes too many registers."""
+    if itemsize > 2 or E > 64 or not 0 < window <= 64:
+        return None
+    if E <= 16 and window <= 16:
+        return dict(BLOCK=16, HALO=16, num_warps=1, num_stages=1)
+    halo = max(16, triton.next_power_of_2(window))
+    return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
+
+
 def forward(E: int, window: int, itemsize: int) -> dict:
     if itemsize > 2 or E > 128:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
-    if 0 < window <= SHORT:
-        if E <= 32 or not _hopper():
-            return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)
-        if E <= 64:
-            block = 128 if window <= 64 else 32
-            return dict(BLOCK_M=64, BLOCK_N=block, num_warps=4, num_stages=1, maxnreg=128)
-        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1)
-    return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    if not 0 < window <= SHORT:
+        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    if E <= 32 or not _hopper():
+        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)
+    if E <= 64:
+        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1, maxnreg=128)
+    return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=1)
 
 
-def backward_by_runs(E: int, window: int, itemsize: int) -> dict | None:
-    """None where the window is wider than a tile, or a tile takes too many registers."""
-    if itemsize > 2 or E > 64 or not 0 < window <= 64:
+def backward_by_tiles(E: int, window: int, itemsize: int) -> dict | None:
+    """None where the window is wide, or a tile takes too many registers."""
+    if itemsize > 2 or E > 64 or not 0 < window <= SHORT:
         return None
-    if window <= 16:
-        return dict(BLOCK=16, num_warps=1, num_stages=1)
-    return dict(BLOCK=64, num_warps=4, num_stages=1) if _hopper() else None
+    halo = 16 if window <= 16 else 32  # windows up to 16 are untimed
+    if E <= 32:
+        return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
+    if not _hopper():  # untimed: what spills nothing
+        return dict(BLOCK=32, HALO=halo, num_warps=4, num_stages=1)
+    return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1, maxnreg=168)
 
 
 def backward_by_keys(E: int, window: int, itemsize: int) -> dict:
