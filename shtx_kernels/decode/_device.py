@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .._target import capability
+
 
 @triton.jit
 def wait(AHEAD: tl.constexpr):
@@ -90,8 +92,5 @@ def starts(programs: list[int]) -> tuple[int, ...]:
 
 def ahead() -> dict:
     """Launch options."""
-    if triton.knobs.runtime.interpret:
-        return dict(AHEAD=False)
-    target = triton.runtime.driver.active.get_current_target()
-    hopper = target.backend == "cuda" and target.arch >= 90
+    hopper = capability() >= 90 and not triton.knobs.runtime.interpret
     return dict(AHEAD=True, launch_pdl=True) if hopper else dict(AHEAD=False)

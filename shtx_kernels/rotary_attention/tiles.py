@@ -5,23 +5,19 @@ benchmarks.search`, whose outcome is in benchmarks/results/search/h200.json; tho
 sweep of prototypes, which is not. Wider numbers and heads take what fits.
 """
 
-from functools import lru_cache
-
 import triton
-from triton import knobs
-from triton.runtime import driver
+
+from .._target import capability
 
 SHORT = 128  # most tokens of a window whose blocks or halos are unrolled
 
 
-@lru_cache
+NARROW = dict(BLOCK=64, HALO=16, num_warps=4, num_stages=1)  # heads of 16 and windows, backward
+
+
 def _hopper() -> bool:
-    """Whether products take operands from shared memory, which leaves registers for larger tiles.
-    The interpreter runs what a Hopper GPU would."""
-    if knobs.runtime.interpret:
-        return True
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    """Whether products take operands from shared memory: that leaves registers for larger tiles."""
+    return capability() >= 90
 
 
 def forward_by_tiles(E: int, window: int, itemsize: int) -> dict | None:
@@ -50,7 +46,9 @@ def backward_by_tiles(E: int, window: int, itemsize: int) -> dict | None:
     """None where the window is wide, or a tile takes too many registers."""
     if itemsize > 2 or E > 64 or not 0 < window <= SHORT:
         return None
-    halo = 16 if window <= 16 else 32  # windows up to 16 are untimed
+    if E <= 16 and window <= 16:
+        return NARROW
+    halo = 16 if window <= 16 else 32
     if E <= 32:
         return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
     if not _hopper():  # untimed: what spills nothing
