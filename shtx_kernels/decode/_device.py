@@ -28,29 +28,6 @@ def wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
-def fetch(ptr, bytes):
-    """Into the L2 cache, by one instruction of one thread: what is loaded after the wait. The
-    address and the number are multiples of 16.
-    """
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first, some;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        setp.gt.and.s32 some, $2, 0, first;
-        @some cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [ptr.to(tl.int64), bytes.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
     """Where ring I has the row of a token, of at least minus its slots."""
     slots: tl.constexpr = RINGS[I][0]

@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import Projection
-from ._device import accumulator, activate, ahead, fetch, normalize, rings_of, row_of, starts, wait
+from ._device import accumulator, activate, ahead, normalize, rings_of, row_of, starts, wait
 
 # of a weight, a tile; and programs, about: so few that the next launch finds room beside them, and
 # can fetch ahead. On an H200 the best of (4096, 528), (8192, 264), (16384, 132).
 ROW_ELEMENTS, PROGRAMS = 4096, 528
-FETCH = True
 # of several sequences; as good as 32 wide, better than 64 or 256 deep, with norms still in it
 TILE = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
@@ -62,10 +61,8 @@ def project_row(
     TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RINGS_X: tl.constexpr,
     RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr, TILES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles of rows of the weight, each loaded while the one before is multiplied; ahead of
-    x, the first, and the others as far as the L2 cache."""
+    """TILES tiles of rows of the weight, each loaded while the one before is multiplied."""
     first = pid * (TILES * BLOCK_O)
     end = tl.minimum(first + TILES * BLOCK_O, O)
     offs_k, offs_o = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_O)
@@ -73,9 +70,6 @@ def project_row(
     w_ptrs = weight_ptr + offs_k[None, :]
     mask_w = (offs_o < end)[:, None] & mask_k[None, :]
     w = tl.load(w_ptrs + offs_o[:, None] * K, mask=mask_w, other=0.0)
-    BYTES: tl.constexpr = K * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
-    if FETCH and AHEAD and TILES > 1 and BYTES % 16 == 0:
-        fetch(weight_ptr + (first + BLOCK_O) * K, (end - first - BLOCK_O) * BYTES)
     gamma, beta = weights_of(gamma_ptr, beta_ptr, offs_k, mask_k, NORM, I, ACC)
     x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS_X, I)
     wait(AHEAD)
@@ -107,7 +101,6 @@ def _project_row_kernel(
     DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, TILES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
-    FETCH: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
@@ -119,7 +112,7 @@ def _project_row_kernel(
                     x_ptrs[i], weight_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i],
                     bias_ptrs[i], residual_ptrs[i], pid - START[i], b, position,
                     K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], NORM, ACTIVATION, RINGS_X,
-                    RINGS_O, RINGS_R, i, TILES[i], BLOCK_O[i], BLOCK_K[i], ACC, AHEAD, FETCH,
+                    RINGS_O, RINGS_R, i, TILES[i], BLOCK_O[i], BLOCK_K[i], ACC, AHEAD,
                 )  # fmt: skip
             else:
                 wait(AHEAD)
@@ -209,7 +202,7 @@ def _project_row(position: Tensor, projections: list[Projection]) -> None:
         START=START, K=K, O=O, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps,
         NORM=each.norm, ACTIVATION=each.activation, RINGS_X=rings_of(each.x),
         RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), TILES=TILES, BLOCK_O=rows,
-        BLOCK_K=columns, ACC=accumulator(each.weight[0].dtype), FETCH=FETCH, num_warps=4, **ahead(),
+        BLOCK_K=columns, ACC=accumulator(each.weight[0].dtype), num_warps=4, **ahead(),
     )  # fmt: skip
 
 
