@@ -12,9 +12,6 @@ from .._target import capability
 SHORT = 128  # most tokens of a window whose blocks or halos are unrolled
 
 
-NARROW = dict(BLOCK=64, HALO=16, num_warps=4, num_stages=1)  # heads of 16 and windows, backward
-
-
 def _hopper() -> bool:
     """Whether products take operands from shared memory: that leaves registers for larger tiles."""
     return capability() >= 90
@@ -46,9 +43,7 @@ def backward_by_tiles(E: int, window: int, itemsize: int) -> dict | None:
     """None where the window is wide, or a tile takes too many registers."""
     if itemsize > 2 or E > 64 or not 0 < window <= SHORT:
         return None
-    if E <= 16 and window <= 16:
-        return NARROW
-    halo = 16 if window <= 16 else 32
+    halo = 16 if window <= 16 else 32  # windows up to 16 are untimed
     if E <= 32:
         return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
     if not _hopper():  # untimed: what spills nothing
