@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shtx import ops
 from shtx.decode import Decoder
+from shtx.graphs import capture, run_aside
 from shtx.levels import integer
 from shtx.ops import product_dtype
 from shtx.sampling import Sampling, make_sampling
@@ -335,35 +336,18 @@ class Sampler:
 
     def _run_aside(self, function: Callable):
         with _plain(self.ids.device):
-            current = torch.cuda.current_stream()
-            self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):
-                function()
-            current.wait_stream(self.stream)
+            run_aside(function, self.stream)
 
     def _capture(self, what: str | int, function: Callable):
         """A CUDA graph, or NEVER, with a warning: whatever a capture meets, tokens are sampled."""
-        graph = torch.cuda.CUDAGraph()
-        captured = [g for g in self.graphs.values() if g not in (ONCE, NEVER)]
+        others = [g for g in self.graphs.values() if g not in (ONCE, NEVER)]
         try:
-            # the outer context leaves the stream even where the end of a failed capture raises
-            with (
-                _plain(self.ids.device),
-                torch.cuda.stream(self.stream),
-                torch.cuda.graph(
-                    graph,
-                    # shared: all that a graph leaves behind is in tensors made before
-                    pool=captured[0].pool() if captured else None,
-                    stream=self.stream,
-                    capture_error_mode="thread_local",  # a loader's thread may pin memory meanwhile
-                ),
-            ):
-                function()
+            with _plain(self.ids.device):  # what a graph leaves behind is in tensors made before
+                return capture(function, self.stream, others)[0]
         except RuntimeError as error:
             name = f"a prompt of {what} tokens" if isinstance(what, int) else f"its {what}"
             warnings.warn(f"generate goes on without a CUDA graph of {name}: {error}", stacklevel=2)
             return NEVER
-        return graph
 
 
 def _read_by_graphs(model) -> tuple | None:

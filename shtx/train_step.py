@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
+from shtx.graphs import capture, run_aside
 from shtx.levels import integer
 from shtx.ops import narrow_weights_kept
 
@@ -239,7 +240,7 @@ class TrainStep:
             return self._step(ids)
         if graph is None:
             graph = Graph(ids.clone(memory_format=torch.contiguous_format))
-            outputs = self._first_step(graph.ids)
+            outputs = run_aside(lambda: self._step(graph.ids), self._stream)
             self._graphs[ids.shape] = graph
             return outputs
         graph.ids.copy_(ids)
@@ -250,33 +251,14 @@ class TrainStep:
         torch.clear_autocast_cache()  # a caller's region has the weights of before
         return tree_map_only(Tensor, torch.clone, graph.outputs)
 
-    def _first_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            outputs = self._step(ids)
-        current.wait_stream(self._stream)
-        return outputs
-
     def _capture(self, graph: Graph) -> None:
-        cuda_graph = torch.cuda.CUDAGraph()
-        captured = [g.cuda_graph for g in self._graphs.values() if g.cuda_graph]
+        others = [g.cuda_graph for g in self._graphs.values() if g.cuda_graph]
         checked, self._core.checked = self._core.checked, False  # __call__ has, with a sync
         try:
-            # the outer context leaves the stream even where the end of a failed capture raises
-            with (
-                torch.cuda.stream(self._stream),
-                torch.cuda.graph(
-                    cuda_graph,
-                    pool=captured[0].pool() if captured else None,
-                    stream=self._stream,
-                    capture_error_mode="thread_local",  # a loader's thread may pin memory meanwhile
-                ),
-            ):
-                graph.outputs = self._step(graph.ids)
+            step = lambda: self._step(graph.ids)
+            graph.cuda_graph, graph.outputs = capture(step, self._stream, others)
         finally:
             self._core.checked = checked
-        graph.cuda_graph = cuda_graph
 
     def _give_up_graphs_that_no_longer_hold(self) -> None:
         core, varying = self._core, ("params", "lr", "initial_lr")
