@@ -6,62 +6,19 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 from covering import ROWS, TOKENS
+from generation import WINDOWED, build, continued, draw
 from helpers import DEVICE
 from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from simple_hierarchical_transformer.simple_hierarchical_transformer import top_k as upstream_top_k
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from shtx import HierarchicalTransformer, ops
+from shtx import ops
 from shtx.decode import Decoder
-from shtx.generate import CHECK_EVERY, MAX_DECODERS, MAX_PROMPTS, NEVER, ONCE, Sampler, _decoders
+from shtx.generate import CHECK_EVERY, MAX_DECODERS, Sampler, _decoders
 from shtx.sampling import make_sampling
-
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(32, 16),
-    depth=2,
-    dim_head=4,
-    heads=2,
-    seq_len=16,
-    hierarchies=(1, 4),
-    hierarchical_stride=(1, 2),
-    window_sizes=(4, None),
-)
-WINDOWED = OPTIONS | dict(window_sizes=(4, 2))
-
-
-def build(options=OPTIONS, **more):
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # windows larger than the sequence
-        model = HierarchicalTransformer(**options | more).to(DEVICE)
-    for p in model.parameters():  # so that greedy tokens vary
-        p.data += 0.3 * torch.randn_like(p) * (p.ndim > 1)
-    return model
-
-
-def draw(tokens=5, batch=2, vocabulary=31):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(DEVICE)
-
-
-def continued(model, rows, count, crop):
-    """Greedy tokens (B, count) of whole forwards; crop(rows) is what each of them sees."""
-    out = []
-    for _ in range(count):
-        rows = crop(rows)
-        ids = torch.stack([model(row[None])[0, -1].argmax() for row in rows])
-        rows = [torch.cat((row, ids[b : b + 1])) for b, row in enumerate(rows)]
-        out.append(ids)
-    return torch.stack(out, dim=1)
-
 
 # sampling
 
@@ -299,6 +256,15 @@ def test_rebuilds_on_the_last_half_of_the_window(lengths, seq_len):
     assert torch.equal(model.generate(prompts, 40, temperature=0), expected)
 
 
+@pytest.mark.parametrize("seq_len", [16, 15])
+def test_noise_is_never_used_twice(seq_len):
+    model = build(seq_len=seq_len)
+    model.to_logits.weight.data.zero_()  # the noise alone decides
+    tokens = model.generate(draw(batch=64), 40, filter_thres=0.0, seed=0).T
+    for i, row in enumerate(tokens):
+        assert ((tokens[:i] == row).float().mean(dim=1) < 0.5).all()
+
+
 def test_without_the_cache_the_window_moves_with_every_token():
     model = build()
     rows = list(draw(9))
@@ -387,223 +353,3 @@ def test_few_decoders_are_kept_and_none_without_its_model():
     del model
     gc.collect()
     assert kept() is None
-
-
-# graphs: where there is no GPU, the ops of a run, done again on the same tensors
-
-
-class Tape(TorchDispatchMode):
-    def __init__(self, function):
-        super().__init__()
-        self.calls = []
-        with self:
-            function()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, tree_leaves(outputs)))
-        return outputs
-
-    def replay(self):
-        made = {}  # a tensor of the first run: its twin
-        twin = lambda t: made.get(id(t), t)
-        for function, *arguments, before in self.calls:
-            args, kwargs = tree_map_only(Tensor, twin, arguments)
-            made |= zip(map(id, before), tree_leaves(function(*args, **kwargs)), strict=True)
-
-
-@pytest.fixture(params=["tapes", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
-def captured(request, monkeypatch):
-    """What was captured, in its order."""
-    kept, init, capture = [], Sampler.__init__, Sampler._capture
-
-    def note(sampler, what, function):
-        kept.append(what)
-        if request.param == "CUDA graphs":
-            return capture(sampler, what, function)
-        # to record a step would be to take one
-        return SimpleNamespace(replay=function) if what == "step" else Tape(function)
-
-    monkeypatch.setattr(Sampler, "_capture", note)
-    if request.param == "tapes":
-        monkeypatch.setattr(Sampler, "_run_aside", lambda sampler, function: function())
-        monkeypatch.setattr(
-            Sampler, "__init__", lambda s, *args: init(s, *args) or setattr(s, "stream", "no GPU")
-        )
-    return kept
-
-
-def cropped(rows):
-    return [row[-8:] for row in rows] if len(rows[0]) > 16 else rows
-
-
-def test_all_has_a_graph_from_its_second_turn_on(captured):
-    model = build()
-    model.checked = True
-    for n in range(4):
-        prompt = (draw(5) + n) % 31
-        expected = continued(model, list(prompt), 40, cropped)
-        assert torch.equal(model.generate(prompt, 40, temperature=0), expected)
-        assert captured == ["step", 8] if n == 0 else ["step", 8, "refresh", 5]
-    model.generate(prompt, 40, top_k=3)  # which a graph of the step has in it
-    assert captured == ["step", 8, "refresh", 5, "step"]
-    (sampler,) = _decoders[model].values()
-    assert NEVER not in sampler.graphs.values() and model.checked
-
-
-def negate(model):
-    for p in model.parameters():
-        p.data.neg_()
-
-
-def load_others(model):
-    state = {name: -t for name, t in model.state_dict().items()}
-    for p in model.parameters():
-        p.data.fill_(float("nan"))  # a graph that still reads it would show
-    model.load_state_dict(state, assign=True)
-
-
-def move_parameters(model):
-    for p in model.parameters():
-        p.data = -p.data
-
-
-def halve(model):
-    model.half()
-
-
-@pytest.mark.parametrize(
-    "change, again",
-    [(negate, False), (load_others, True), (move_parameters, True), (halve, True)],
-    ids=["negate", "load_others", "move_parameters", "halve"],
-)
-def test_what_a_graph_reads_may_change(captured, change, again):
-    model = build()
-    generate = lambda model: model.generate(draw(), 6, temperature=0, dtype=torch.bfloat16)
-    for n in range(6):
-        if n == 3:
-            before = generate(model)
-            change(model)
-        out = generate(model)
-        assert torch.equal(out, generate(copy.deepcopy(model)))
-        assert n != 3 or change is halve or not torch.equal(out, before)
-    # copies capture a step each
-    assert [what for what in captured if what != "step"] == ["refresh", 5] * (1 + again)
-
-
-def test_weights_may_be_replaced_in_a_stream(captured):
-    model = build()
-    for _ in range(3):
-        model.generate(draw(), 16, temperature=0)
-    assert 8 in captured
-    outs = []
-    for m in (model, copy.deepcopy(model)):
-        stream = m.generate(draw(), 16, temperature=0, stream=True)
-        tokens = [next(stream) for _ in range(12)]
-        load_others(m)
-        outs.append(torch.stack([*tokens, *stream], dim=1))
-    assert torch.equal(*outs)
-
-
-def test_hooks_run_in_every_forward(captured):
-    model, lengths = build(), []
-    model.generate(draw(), 30)
-    model.generate(draw(), 30)
-    captured.clear()
-    expected = model.generate(draw(), 30, seed=1)
-    model.layers[0][0].register_forward_hook(lambda _, args, __: lengths.append(len(args[0][0])))
-    for _ in range(3):
-        assert torch.equal(model.generate(draw(), 30, seed=1), expected)
-    assert lengths == [5, 8, 8] * 3 and not captured
-
-
-def test_prompts_of_unequal_length_have_no_graph(captured):
-    model = build()
-    prompts = [draw(tokens, 1)[0] for tokens in (7, 1)]
-    outs = [model.generate(prompts, 9, temperature=0) for _ in range(3)]
-    assert torch.equal(outs[0], outs[2]) and captured == ["step", "refresh"]
-
-
-def test_few_lengths_have_a_graph(captured):
-    model = build()
-    for tokens in [1, 2, 3, 1, 2, 3, 3, 4, 3]:
-        model.generate(draw(tokens), 2)
-    (sampler,) = _decoders[model].values()
-    kept = {what: graph for what, graph in sampler.graphs.items() if isinstance(what, int)}
-    assert list(kept) == [4, 3] and len(kept) == MAX_PROMPTS
-    assert kept[4] == ONCE and kept[3] != ONCE
-    assert captured == ["refresh", "step", 3]
-
-
-def test_an_open_region_of_autocast_keeps_no_weights(captured):
-    """In which a cast of a parameter may be kept for the next one."""
-    model = build()
-    for _ in range(2):
-        with torch.autocast(DEVICE, torch.bfloat16):
-            for _ in range(2):
-                out = model.generate(draw(), 6, temperature=0)
-                assert torch.equal(out, copy.deepcopy(model).generate(draw(), 6, temperature=0))
-                negate(model)
-
-
-@pytest.mark.parametrize("seq_len", [16, 15])
-def test_noise_is_never_used_twice(seq_len):
-    model = build(seq_len=seq_len)
-    model.to_logits.weight.data.zero_()  # the noise alone decides
-    tokens = model.generate(draw(batch=64), 40, filter_thres=0.0, seed=0).T
-    for i, row in enumerate(tokens):
-        assert ((tokens[:i] == row).float().mean(dim=1) < 0.5).all()
-
-
-@pytest.mark.gpu  # captures
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_p=0.9), dict(top_k=5)], ids=str)
-def test_graphs_sample_what_runs_without_them_do(options, dtype):
-    model = build(impl="fused")
-    options = options | dict(dtype=dtype)
-    tokens = [model.generate(draw(), 30, seed=seed, **options) for seed in (1, 2, 1)]
-    assert torch.equal(tokens[0], tokens[2])
-    (sampler,) = _decoders[model].values()
-    assert sampler.graphs.keys() == {"step", "refresh", 5, 8}
-    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in sampler.graphs.values())
-    sampler.stream = None
-    assert torch.equal(model.generate(draw(), 30, seed=1, **options), tokens[0])
-
-
-@pytest.mark.gpu  # captures
-def test_replays_wait_for_nothing():
-    model = build(impl="fused")
-    for _ in range(2):
-        model.generate(draw(), 30)
-    (sampler,) = _decoders[model].values()
-    prompts = [list(draw(tokens)) for tokens in (5, 8)]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for prompt in prompts:
-            sampler.prefill(model, prompt, refresh=True)
-            sampler.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu  # captures
-@pytest.mark.parametrize("what", ["prefill", "refresh", "step"])
-def test_a_capture_that_fails_loses_nothing(monkeypatch, what):
-    model = build(impl="fused")
-    expected = [model.generate(draw(), 30, seed=seed) for seed in range(4)]
-    method = getattr(Decoder, what)
-
-    def fail(decoder, *args):
-        method(decoder, *args)
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("as asked")
-
-    monkeypatch.setattr(Decoder, what, fail)
-    _decoders.clear()
-    with pytest.warns(UserWarning, match="without a CUDA graph of .*: as asked"):
-        tokens = [model.generate(draw(), 30, seed=seed) for seed in range(4)]
-    assert all(map(torch.equal, tokens, expected))
-    (sampler,) = _decoders[model].values()
-    captured = {n for n, g in sampler.graphs.items() if isinstance(g, torch.cuda.CUDAGraph)}
-    failed = {5, 8} if what == "prefill" else {what}
-    assert captured == {"step", "refresh", 5, 8} - failed
