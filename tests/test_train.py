@@ -437,18 +437,24 @@ def test_metrics_drop_later_rows(tmp_path):
 # several processes
 
 WORKER = """
-import sys, torch
+import sys, weakref, torch
 from shtx.cli import main
 from shtx.train import run
 
-fit = run.fit
+fit, leave = run.fit, torch.distributed.destroy_process_group
 
 def fit_and_keep(trainer, *rest):
+    global parallel
+    parallel = weakref.ref(trainer.parallel)
     signum = fit(trainer, *rest)
     torch.save(trainer.model.state_dict(), f"{sys.argv[1]}-{trainer.rank}")
     return signum
 
-run.fit = fit_and_keep
+def leave_after_it():
+    assert parallel() is None, "DistributedDataParallel would end the group"
+    leave()
+
+run.fit, torch.distributed.destroy_process_group = fit_and_keep, leave_after_it
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -59,8 +59,7 @@ def main(argv: list[str]) -> int:
             f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
         )
         display.say(f"metrics, checkpoints and loss.png: {out}")
-    if world > 1:
-        dist.destroy_process_group()
+    trainer.close()
     return 128 + signum if signum else 0
 
 

@@ -156,6 +156,16 @@ class Trainer:
             signum = int(most)
         return signum
 
+    def close(self) -> None:
+        """Leaves the other processes; no more steps after this.
+
+        DistributedDataParallel goes first. As the last owner of the process group it would end the
+        group with Python's lock held, waiting for a thread of Gloo's that may wait for the lock.
+        """
+        self.train_step = self.parallel = None
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def state(self) -> dict:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from shtx import ops
 from shtx.train import OUT_OF_MEMORY, TrainError
@@ -46,13 +45,13 @@ def main(argv: list[str]) -> int:
         print(f"nothing to compile: {reason}")
         return 0
     try:
-        for what, seconds in warm(Trainer(config, noise(config), model, rank, world)):
+        trainer = Trainer(config, noise(config), model, rank, world)
+        for what, seconds in warm(trainer):
             if rank == 0:
                 print(f"{what}: {seconds:.1f} s", flush=True)
     except torch.OutOfMemoryError as error:
         raise TrainError(OUT_OF_MEMORY) from error
-    if world > 1:
-        dist.destroy_process_group()
+    trainer.close()
     return 0
 
 
