@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   python -m benchmarks ops --op norm_token_shift            one op, against all its peers
   python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
   python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one
-  python -m benchmarks table --write README.md              results/*.json as README's tables
+  python -m benchmarks table --out DIR                      tables and charts of results/*.json
 A row whose benchmark failed has the reason in place of times; the exit status is then 1.
 """
 
@@ -73,7 +73,8 @@ def print_table(argv: list[str]):
     )
     add = parser.add_argument
     add("files", nargs="*", type=Path, help="to be joined; default: benchmarks/results/*.json")
-    add("--write", type=Path, metavar="README", help="put the tables between its markers")
+    where = "train steps and generation go between README's markers, all else between REST's"
+    add("--write", type=Path, nargs=2, metavar=("README", "REST"), help=where)
     add("--out", type=Path, metavar="DIR", help="for the joined results.json and its charts")
     options = parser.parse_args(argv)
     files = options.files or sorted((HERE / "results").glob("*.json"))
@@ -81,12 +82,11 @@ def print_table(argv: list[str]):
         sys.exit("benchmarks/results has no JSON file")
     results = reduce(report.join, map(report.read, files))
     print(report.tables(results))
-    if options.write:
-        text = report.tables(results, fold_ops=True)
+    for page, part in zip(options.write or (), report.split(results), strict=False):
         try:
-            report.write(options.write, report.splice(options.write.read_text(), text))
+            report.write(page, report.splice(page.read_text(), report.tables(part)))
         except OSError as error:
-            sys.exit(f"--write: {options.write}: {error.strerror}")
+            sys.exit(f"--write: {page}: {error.strerror}")
     if options.out:
         make_folder("--out", options.out)
         save(results, options.out)

@@ -13,7 +13,7 @@ TITLES = {
     "scaling": "Train step against the batch, and against the length at as many tokens",
     "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
-FOLDED = ("scaling",)  # where HTML is shown, as are the ops
+HEADLINES = ("model", "generate")  # which README shows
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
 SHAPES = {
@@ -77,6 +77,14 @@ def join(older: dict, newer: dict) -> dict:
     results = newer | {"rows": older["rows"]}
     add(results, newer["rows"])
     return results
+
+
+def split(results: dict) -> tuple[dict, dict]:
+    """What README shows, and the rest."""
+    shown, rest = [], []
+    for row in results["rows"]:
+        (shown if row["bench"] in HEADLINES else rest).append(row)
+    return results | {"rows": shown}, results | {"rows": rest}
 
 
 # tables
@@ -228,8 +236,8 @@ def title(results: dict) -> str:
     return small + ", ".join([machine["gpu"] or machine["cpu"], *versions])
 
 
-def tables(results: dict, fold_ops: bool = False) -> str:
-    """All results, in Markdown; folded, an op's open on a click where HTML is shown."""
+def tables(results: dict) -> str:
+    """All results, in Markdown."""
     commits = lambda rows: f"commit {', '.join(sorted({row['commit'] for row in rows}))}"
     text = [
         f"{title(results)}; copy {number(results['copy_gb_per_s'])} GB/s,"
@@ -243,11 +251,9 @@ def tables(results: dict, fold_ops: bool = False) -> str:
         rows = fastest_first([row for row in results["rows"] if row["bench"] == bench])
         if not rows:
             continue
-        line, heading = LINES.get(bench, op_line), f"{heading} ({commits(rows)})"
-        section = [f"**{heading}**", aligned([line(row, rows, results) for row in rows])]
-        if fold_ops and bench in (*ops, *FOLDED):
-            section = [f"<details><summary>{heading}</summary>", section[1], "</details>"]
-        text += section
+        line = LINES.get(bench, op_line)
+        text += [f"**{heading} ({commits(rows)})**"]
+        text += [aligned([line(row, rows, results) for row in rows])]
         reasons = [
             " ".join(["-", *filter(None, key(row)[1:])]) + f": {row['error']}"
             for row in rows
@@ -257,9 +263,9 @@ def tables(results: dict, fold_ops: bool = False) -> str:
     return "\n\n".join(filter(None, text))
 
 
-def splice(readme: str, text: str) -> str:
-    """README with `text` between its markers, or a SystemExit of one line."""
-    before, begin, rest = readme.partition(BEGIN)
+def splice(page: str, text: str) -> str:
+    """The page with `text` between its markers, or a SystemExit of one line."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise SystemExit(f"the file to write to lacks {BEGIN} or, after it, {END}")

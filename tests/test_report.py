@@ -212,20 +212,27 @@ def test_a_table_is_aligned_markdown():
     ]
 
 
-def test_tables_go_between_the_markers_of_a_readme(results_file, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# shtx\n{report.BEGIN}\nold\n{report.END}\nend\n")
+def test_tables_go_between_the_markers_of_two_pages(results_file, tmp_path, capsys):
+    pages = tmp_path / "README.md", tmp_path / "rest.md"
+    write = ["table", str(results_file), "--write", *map(str, pages)]
+    for page in pages:
+        page.write_text(f"# shtx\n{report.BEGIN}\nformer\n{report.END}\nend\n")
     for _ in range(2):
-        cli.main(["table", str(results_file), "--write", str(readme)])
-        text = report.tables(RESULTS, fold_ops=True)
+        cli.main(write)
         assert capsys.readouterr().out == report.tables(RESULTS) + "\n"
-        assert re.findall("<details><summary>(\\w+)[;,]", text) == providers.OPS
-        assert cells(text) == cells(report.tables(RESULTS))
-        assert readme.read_text() == f"# shtx\n{report.BEGIN}\n{text}\n{report.END}\nend\n"
-    readme.write_text("# shtx\n")
+        texts = [page.read_text() for page in pages]
+        for text in texts:
+            assert text.startswith(f"# shtx\n{report.BEGIN}\n{TITLE}")
+            assert text.endswith(f"\n{report.END}\nend\n") and "former" not in text
+        heads = [re.findall(r"^\*\*(Train step|Generation|\w+)", text, re.M) for text in texts]
+        assert heads == [["Train step", "Generation"], ["Train step", *providers.OPS]]
+        lines = [line for table in cells(report.tables(RESULTS)) for line in table]
+        written = [line for text in texts for table in cells(text) for line in table]
+        assert sorted(written) == sorted(lines)
+    pages[1].write_text("# shtx\n")
     with pytest.raises(SystemExit, match="lacks <!-- benchmarks:begin -->"):
-        cli.main(["table", str(results_file), "--write", str(readme)])
-    assert readme.read_text() == "# shtx\n"
+        cli.main(write)
+    assert pages[1].read_text() == "# shtx\n"
 
 
 def test_results_are_joined(results_file, tmp_path):
@@ -269,8 +276,10 @@ def test_numbers_have_three_digits(value, text):
     assert report.number(value) == text
 
 
-def test_readme_shows_the_committed_results(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    cli.main(["table", "--write", str(readme)])
-    assert readme.read_text() == (ROOT / "README.md").read_text()
+def test_the_pages_show_the_committed_results(tmp_path):
+    committed = ROOT / "README.md", ROOT / "benchmarks" / "results" / "README.md"
+    pages = tmp_path / "README.md", tmp_path / "rest.md"
+    for page, source in zip(pages, committed, strict=True):
+        page.write_text(source.read_text())
+    cli.main(["table", "--write", *map(str, pages)])
+    assert [page.read_text() for page in pages] == [page.read_text() for page in committed]
