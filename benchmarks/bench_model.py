@@ -9,6 +9,7 @@ one CUDA graph, and AdamW on as many parameters.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable
 
@@ -16,8 +17,29 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.providers import FLOORS, build_reference, load
-from benchmarks.timing import DEVICE, DTYPE, autocast, graphed, median_ms, synchronize
+from benchmarks.timing import (
+    DEVICE,
+    DTYPE,
+    autocast,
+    graphed,
+    kernel_ms,
+    median_ms,
+    synchronize,
+)
 from shtx import TrainStep
+
+PARTS = {  # of a fused step, by what its kernels are called; the first that is found
+    "attention": "rotary_attention|sdpa|flash",
+    "norm, shift": "norm_token_shift",
+    "products with GELU": "gelu",
+    "merge": "hierarchical_merge",
+    "compress": "causal_compress|one_hot",
+    "losses": "cross_entropy|hierarchical_ar_loss|_scale_kernel",
+    "bias gradients": "column_sums",
+    "AdamW": "[Aa]dam",
+    "cuBLAS": "nvjet|gemm|gemv|cutlass|cublas|splitK",
+    "others": "",
+}
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):
@@ -89,6 +111,16 @@ def time_step(benchmark, config, provider, wait_for_turn):
         "loss": loss,
         "reference_loss": expected,
     }
+    if provider == "fused" and DEVICE == "cuda":
+        benchmark.extra_info["parts_ms"] = by_part(kernel_ms(step))
+
+
+def by_part(kernels: dict[str, float]) -> dict[str, float]:
+    """Times by name of kernel, added up to those of PARTS."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name, ms in kernels.items():
+        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += ms
+    return parts
 
 
 def reset_peak():

@@ -14,6 +14,7 @@ TITLES = {
     "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
 HEADLINES = ("model", "generate")  # which README shows
+PARTS_TITLE = "What the kernels of the fused train step take"
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
 SHAPES = {
@@ -124,6 +125,13 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
         "peak memory (GiB)": number(row.get("peak_gib")),
         "first step (s)": number(row.get("first_step_s")),
         "first two steps (s)": first.strip(),
+    }
+
+
+def parts_line(row: dict) -> dict:
+    parts = row["parts_ms"]
+    return {"config": row["config"], "all kernels (ms)": number(sum(parts.values()))} | {
+        f"{part} (ms)": number(ms) for part, ms in parts.items()
     }
 
 
@@ -260,6 +268,10 @@ def tables(results: dict) -> str:
             if "error" in row
         ]
         text += ["\n".join(reasons)]
+        profiled = [row for row in rows if bench == "model" and "parts_ms" in row]
+        if profiled:
+            text += [f"**{PARTS_TITLE} ({commits(profiled)})**"]
+            text += [aligned([parts_line(row) for row in profiled])]
     return "\n\n".join(filter(None, text))
 
 

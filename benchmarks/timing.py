@@ -60,6 +60,17 @@ def median_ms(
     return [median(ms for burst in kept[warmup_rounds:] for ms in burst) for kept in times]
 
 
+def kernel_ms(fn: Callable, calls: int = 3) -> dict[str, float]:
+    """Milliseconds that each kernel of the GPU takes in a call of fn, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            fn()
+        synchronize()
+    on_gpu = lambda event: event.device_type == torch.autograd.DeviceType.CUDA
+    events = filter(on_gpu, profile.key_averages())
+    return {event.key: event.self_device_time_total / calls / 1e3 for event in events}
+
+
 def graphed(fns: list[Callable]) -> Callable:
     """One callable that runs all of fns, each with outputs of its own: on a GPU a CUDA graph."""
 

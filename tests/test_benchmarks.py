@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -125,6 +126,31 @@ def test_floor_is_products_and_adamw(monkeypatch):
     assert row["tokens_per_s"] == pytest.approx(128 / row["ms"] * 1e3)
     model = Upstream(**shapes.configs(DEVICE)["C"].model)
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_kernels_of_a_step_add_up_to_its_parts():
+    kernels = {
+        "_rotary_attention_bwd_tile_kernel": 1.0,
+        "void pytorch_flash::flash_bwd_kernel<Flash_traits<64, cutlass::bfloat16_t>>": 2.0,
+        "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NTN": 4.0,
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": 8.0,
+        "void at::native::vectorized_elementwise_kernel<4, FillFunctor<float>>": 16.0,
+    }
+    parts = bench_model.by_part(kernels)
+    assert {part: ms for part, ms in parts.items() if ms} == {
+        "attention": 3.0,
+        "cuBLAS": 4.0,
+        "AdamW": 8.0,
+        "others": 16.0,
+    }
+    ours = {
+        name
+        for path in (ROOT / "shtx_kernels").glob("**/*.py")
+        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
+        if path.parent.name != "decode"
+    }
+    assert len(ours) > 10
+    assert not bench_model.by_part(dict.fromkeys(ours, 1.0))["others"]
 
 
 def test_a_model_that_computes_something_else_is_not_timed(monkeypatch):

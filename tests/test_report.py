@@ -22,7 +22,8 @@ RESULTS = {
         | {"tokens_per_s": 163840.0, "peak_gib": 22.16, "first_steps_s": 1.5, "caches": "cold"},
         {"bench": "model", "config": "B", "provider": "fused", "commit": "def", "ms": 25.0}
         | {"tokens_per_s": 1310720.0, "peak_gib": 9.5, "caches": "warm"}
-        | {"first_step_s": 29.0, "first_steps_s": 31.0},
+        | {"first_step_s": 29.0, "first_steps_s": 31.0}
+        | {"parts_ms": {"attention": 4.0, "cuBLAS": 20.5}},
         {"bench": "model", "config": "B", "provider": "floor", "commit": "abc", "ms": 40.0},
         {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
         {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
@@ -92,6 +93,10 @@ TABLES = [
     B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
     B | floor | 40.0 | 2.00 | 5.00 | - | - | - | -
     B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
+    """,
+    """
+    config | all kernels (ms) | attention (ms) | cuBLAS (ms)
+    B | 24.5 | 4.00 | 20.5
     """,
     """
     config | batch x length | provider | step (ms) | time a token (us) | peak memory (GiB)
@@ -191,6 +196,8 @@ def test_tables(results_file, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"{TITLE} (2030-01-02)\n\n**Train step; ")
     headings = [line for line in text.splitlines() if line.startswith("**")]
+    profile = headings.pop(1)
+    assert profile == "**What the kernels of the fused train step take (commit def)**"
     benches = [*(b for b in report.TITLES if b in BENCHES), *sorted(BENCHES - report.TITLES.keys())]
     for bench, heading in zip(benches, headings, strict=True):
         commits = sorted({row["commit"] for row in RESULTS["rows"] if row["bench"] == bench})
@@ -224,8 +231,8 @@ def test_tables_go_between_the_markers_of_two_pages(results_file, tmp_path, caps
         for text in texts:
             assert text.startswith(f"# shtx\n{report.BEGIN}\n{TITLE}")
             assert text.endswith(f"\n{report.END}\nend\n") and "former" not in text
-        heads = [re.findall(r"^\*\*(Train step|Generation|\w+)", text, re.M) for text in texts]
-        assert heads == [["Train step", "Generation"], ["Train step", *providers.OPS]]
+        heads = [re.findall(r"^\*\*(Train step|What|\w+)", text, re.M) for text in texts]
+        assert heads == [["Train step", "What", "Generation"], ["Train step", *providers.OPS]]
         lines = [line for table in cells(report.tables(RESULTS)) for line in table]
         written = [line for text in texts for table in cells(text) for line in table]
         assert sorted(written) == sorted(lines)
