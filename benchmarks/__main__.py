@@ -10,7 +10,6 @@ import tempfile
 import time
 from contextlib import closing
 from datetime import datetime, timezone
-from functools import reduce
 from pathlib import Path
 
 from benchmarks import report
@@ -80,17 +79,21 @@ def print_table(argv: list[str]):
     files = options.files or sorted((HERE / "results").glob("*.json"))
     if not files:
         sys.exit("benchmarks/results has no JSON file")
-    results = reduce(report.join, map(report.read, files))
-    print(report.tables(results))
-    for page, part in zip(options.write or (), report.split(results), strict=False):
+    machines = report.by_machine(map(report.read, files))
+    print("\n\n".join(map(report.tables, machines)))
+    parts = zip(*map(report.split, machines), strict=True)
+    for page, results in zip(options.write or (), parts, strict=False):
+        text = "\n\n".join(report.tables(each) for each in results if each["rows"])
         try:
-            report.write(page, report.splice(page.read_text(), report.tables(part)))
+            report.write(page, report.splice(page.read_text(), text))
         except OSError as error:
             sys.exit(f"--write: {page}: {error.strerror}")
     if options.out:
+        if len(machines) > 1:
+            sys.exit(f"--out takes results of one machine, got those of {len(machines)}")
         make_folder("--out", options.out)
-        save(results, options.out)
-        report.save_charts(results, options.out)
+        save(machines[0], options.out)
+        report.save_charts(machines[0], options.out)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -78,6 +79,15 @@ def join(older: dict, newer: dict) -> dict:
     results = newer | {"rows": older["rows"]}
     add(results, newer["rows"])
     return results
+
+
+def by_machine(files: Iterable[dict]) -> list[dict]:
+    """Results of each machine, joined."""
+    joined = {}
+    for results in files:
+        machine = tuple(results["machine"].items())
+        joined[machine] = join(joined[machine], results) if machine in joined else results
+    return list(joined.values())
 
 
 def split(results: dict) -> tuple[dict, dict]:

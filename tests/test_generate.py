@@ -17,7 +17,8 @@ from simple_hierarchical_transformer.simple_hierarchical_transformer import top_
 
 from shtx import ops
 from shtx.decode import Decoder
-from shtx.generate import CHECK_EVERY, MAX_DECODERS, Sampler, _decoders
+from shtx.generate import CHECK_EVERY, MAX_DECODERS, _decoders
+from shtx.sampler import Sampler
 from shtx.sampling import make_sampling
 
 # sampling

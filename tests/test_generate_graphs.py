@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx.decode import Decoder
-from shtx.generate import MAX_PROMPTS, NEVER, ONCE, Sampler, _decoders
+from shtx.generate import _decoders
+from shtx.sampler import MAX_PROMPTS, NEVER, ONCE, Sampler
 
 
 class Tape(TorchDispatchMode):

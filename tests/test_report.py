@@ -258,10 +258,23 @@ def test_results_are_joined(results_file, tmp_path):
         "generate.png",
     }
 
+
+def test_results_of_two_machines_have_tables_each(results_file, tmp_path, capsys):
     other = RESULTS | {"machine": RESULTS["machine"] | {"gpu": "GPU Y"}}
-    (tmp_path / "later.json").write_text(json.dumps(other))
+    other |= {"rows": [row for row in RESULTS["rows"] if row["bench"] == "model"]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    pages = tmp_path / "README.md", tmp_path / "rest.md"
+    for page in pages:
+        page.write_text(f"{report.BEGIN}{report.END}")
+    files = [str(results_file), str(tmp_path / "other.json")]
+    cli.main(["table", *files, "--write", *map(str, pages)])
+    assert capsys.readouterr().out == f"{report.tables(RESULTS)}\n\n{report.tables(other)}\n"
+    titles = [re.findall(r"^GPU (\w)", page.read_text(), re.M) for page in pages]
+    assert titles == [["X", "Y"], ["X"]]
+    with pytest.raises(SystemExit, match="--out takes results of one machine, got those of 2"):
+        cli.main(["table", *files, "--out", str(tmp_path / "both")])
     with pytest.raises(SystemExit, match="two machines .* gpu was GPU X, is GPU Y"):
-        cli.main(["table", *files])
+        report.join(RESULTS, other)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": []}'])

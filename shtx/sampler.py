@@ -1,0 +1,169 @@
+"""A decoder with the sampling after it, on a GPU as CUDA graphs.
+
+The host takes far longer than the device to launch the kernels of a step, of the pass over a prompt
+or of the copy of the weights. Each runs eagerly at first, which compiles kernels, is captured at
+its second turn, which computes nothing, and replayed.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils.rnn import pad_sequence
+
+from shtx import ops
+from shtx.decode import Decoder
+from shtx.graphs import capture, run_aside
+from shtx.sampling import Sampling
+
+MAX_PROMPTS = 2  # lengths of a prompt, the latest, that a decoder has a graph for
+NOISE = 16  # tokens that noise is drawn for at once
+ONCE, NEVER = "once", "never"  # in place of a graph: it is captured next time; it cannot be
+
+
+class Sampler:
+    """A decoder that samples what it takes next. After `start`, `prefill` and `step`, `ids` (B,)
+    are the sampled tokens, which the next call writes over."""
+
+    def __init__(self, model, batch: int, room: int, dtype: torch.dtype):
+        device = model.device
+        with _plain(device):
+            self.decoder = Decoder(model, batch, room, dtype)
+            self.noise = torch.empty(batch, NOISE, model.num_tokens, device=device)
+            self.prompt = torch.empty(batch * room, dtype=torch.long, device=device)
+        self.ids = self.decoder.ids
+        self.generator = torch.Generator(device)
+        self.sampling, self.drawn = None, 0
+        # of "step", "refresh", and lengths of a prompt, the latest last, with what these two read
+        self.graphs, self.read = {}, None
+        self.stream = None  # of eager first runs and captures, which share its workspaces
+        # the reference is for reading, not for speed
+        if device.type == "cuda" and model.ops_for(device) is ops.FUSED:
+            self.stream = torch.cuda.Stream(device)
+
+    def start(self, model, rows: list[Tensor], sampling: Sampling, seed: int):
+        """Take the prompts, of the weights that the model has, and sample their next tokens."""
+        if sampling != self.sampling:
+            self.sampling = sampling
+            self.graphs.pop("step", None)
+        self.generator.manual_seed(seed)
+        self.prefill(model, rows, refresh=True)
+
+    def prefill(self, model, rows: list[Tensor], refresh: bool = False):
+        read = None if self.stream is None else _read_by_graphs(model)
+        if read != self.read:
+            self.graphs = {what: g for what, g in self.graphs.items() if what == "step"}
+            self.read = read
+        with _plain(self.ids.device):
+            if refresh:
+                self._run("refresh", lambda: self.decoder.refresh(model), read is not None)
+            self._take(model, rows, read is not None)
+            self.drawn = 0  # the slots of the tokens to come may have been used
+            self._draw()
+            self._sample()
+
+    def _take(self, model, rows: list[Tensor], in_graphs: bool):
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        if min(lengths) < longest:
+            lengths = torch.tensor(lengths, device=self.ids.device)
+            self._prefill(model, pad_sequence(rows, batch_first=True), lengths)
+            return
+        prompt = self.prompt[: len(rows) * longest].view(len(rows), longest)
+        torch.stack(rows, out=prompt)
+        self._run(longest, lambda: self._prefill(model, prompt), in_graphs)
+        if in_graphs:
+            self.graphs[longest] = self.graphs.pop(longest)
+            kept = [what for what in self.graphs if isinstance(what, int)]
+            for length in kept[:-MAX_PROMPTS]:
+                del self.graphs[length]
+
+    def _prefill(self, model, prompt: Tensor, lengths: Tensor | None = None):
+        checked, model.checked = model.checked, False  # generate has, with a sync
+        try:
+            self.decoder.prefill(model, prompt, lengths)
+        finally:
+            model.checked = checked
+
+    def _draw(self):
+        """Noise of the next tokens: every row takes a slot a token, whichever its position is."""
+        if self.drawn % NOISE == 0 and self.sampling.temperature > 0:
+            self.noise.exponential_(generator=self.generator)
+        self.drawn += 1
+
+    def step(self):
+        self._draw()
+        self._run("step", self._step, self.stream is not None)
+
+    def _step(self):
+        self.decoder.step()
+        self._sample()
+
+    def _sample(self):
+        decoder = self.decoder
+        decoder.ops.decode.sample(
+            decoder.position, decoder.logits, self.noise, *self.sampling, self.ids
+        )
+
+    def _run(self, what: str | int, function: Callable, in_graphs: bool):
+        """A function of tensors that stay where they are: eagerly, then captured and replayed."""
+        if not in_graphs:
+            with _plain(self.ids.device):
+                function()
+            return
+        if self.graphs.get(what) == ONCE:
+            self.graphs[what] = self._capture(what, function)
+        graph = self.graphs.get(what, NEVER)
+        if graph != NEVER:
+            with torch.cuda.device_of(self.ids):
+                graph.replay()
+            return
+        self._run_aside(function)
+        self.graphs.setdefault(what, ONCE)
+
+    def _run_aside(self, function: Callable):
+        with _plain(self.ids.device):
+            run_aside(function, self.stream)
+
+    def _capture(self, what: str | int, function: Callable):
+        """A CUDA graph, or NEVER, with a warning: whatever a capture meets, tokens are sampled."""
+        others = [g for g in self.graphs.values() if g not in (ONCE, NEVER)]
+        try:
+            with _plain(self.ids.device):  # what a graph leaves behind is in tensors made before
+                return capture(function, self.stream, others)[0]
+        except RuntimeError as error:
+            name = f"a prompt of {what} tokens" if isinstance(what, int) else f"its {what}"
+            warnings.warn(f"generate goes on without a CUDA graph of {name}: {error}", stacklevel=2)
+            return NEVER
+
+
+def _read_by_graphs(model) -> tuple | None:
+    """What graphs of a model hold on to, the places of its parameters and a mode of their products;
+    None where they would leave out what else happens, sharding or hooks.
+    """
+    places = []
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl:
+            return None
+        for p in module._parameters.values():
+            if p is not None:
+                if type(p) is not Parameter:
+                    return None
+                places.append(p.data_ptr())
+    return torch.get_float32_matmul_precision(), *places
+
+
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Whatever mode the caller is in: tensors of a decoder outlive it, and narrow weights that
+    autocast keeps would outlive the weights in a graph."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False, cache_enabled=False),
+        torch.cuda.device(device if device.type == "cuda" else -1),
+    ):
+        yield
