@@ -1,4 +1,4 @@
-"""CUDA graphs: a function runs eagerly once, which compiles kernels, and is captured later."""
+"""CUDA graphs: a function runs eagerly once, and is captured later."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

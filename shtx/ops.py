@@ -11,6 +11,7 @@ import torch
 
 import shtx_kernels
 from shtx_kernels import reference
+from shtx_kernels._ahead import compile_ahead as compile_ahead
 from shtx_kernels._groups import Attention as Attention
 from shtx_kernels._groups import Lookup as Lookup
 from shtx_kernels._groups import Norm as Norm

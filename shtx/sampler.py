@@ -1,8 +1,8 @@
 """A decoder with the sampling after it, on a GPU as CUDA graphs.
 
 The host takes far longer than the device to launch the kernels of a step, of the pass over a prompt
-or of the copy of the weights. Each runs eagerly at first, which compiles kernels, is captured at
-its second turn, which computes nothing, and replayed.
+or of the copy of the weights. Each runs eagerly at first, once its kernels are compiled, is
+captured at its second turn, which computes nothing, and replayed.
 """
 
 import warnings
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from shtx import ops
 from shtx.decode import Decoder
 from shtx.graphs import capture, run_aside
+from shtx.ops import compile_ahead
 from shtx.sampling import Sampling
 
 MAX_PROMPTS = 2  # lengths of a prompt, the latest, that a decoder has a graph for
@@ -39,6 +40,7 @@ class Sampler:
         self.sampling, self.drawn = None, 0
         # of "step", "refresh", and lengths of a prompt, the latest last, with what these two read
         self.graphs, self.read = {}, None
+        self.compiled = set()  # of "step", "refresh", "prompt"
         self.stream = None  # of eager first runs and captures, which share its workspaces
         # the reference is for reading, not for speed
         if device.type == "cuda" and model.ops_for(device) is ops.FUSED:
@@ -121,12 +123,20 @@ class Sampler:
             with torch.cuda.device_of(self.ids):
                 graph.replay()
             return
-        self._run_aside(function)
+        kind = "prompt" if isinstance(what, int) else what
+        self._run_aside(function if kind in self.compiled else lambda: self._first_turn(function))
+        self.compiled.add(kind)
         self.graphs.setdefault(what, ONCE)
 
     def _run_aside(self, function: Callable):
         with _plain(self.ids.device):
             run_aside(function, self.stream)
+
+    def _first_turn(self, function: Callable):
+        position = self.decoder.position.clone()  # all else it writes, the next call writes again
+        compile_ahead(function)
+        self.decoder.position.copy_(position)
+        function()
 
     def _capture(self, what: str | int, function: Callable):
         """A CUDA graph, or NEVER, with a warning: whatever a capture meets, tokens are sampled."""

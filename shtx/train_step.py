@@ -3,8 +3,8 @@
 A graph replays the same kernels on the same memory. What may differ from step to step lies in
 tensors that are written before a replay: the ids and the learning rates. Everything else that a
 graph took in is compared at every call, and graphs that no longer hold are given up. The first step
-of a shape runs eagerly: it compiles kernels and creates the optimizer's state. The second is
-captured, which computes nothing, and replayed. So every call is exactly one step.
+of a shape runs eagerly, once its kernels are compiled, and creates the optimizer's state. The
+second is captured, which computes nothing, and replayed. So every call is exactly one step.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from shtx.graphs import capture, run_aside
 from shtx.levels import integer
-from shtx.ops import narrow_weights_kept
+from shtx.ops import FUSED, compile_ahead, narrow_weights_kept
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -53,8 +53,9 @@ class TrainStep:
         grad_clip: greatest norm of all gradients together; None: any.
         accumulate: micro-batches that the batch of ids is split into, for less memory. Loss and
             gradients are those of the whole batch, whatever labels each of them ignores.
-        cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. Hooks
-            of the optimizer's step do not run in a replay.
+        cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. The
+            first call runs the model once more, on garbage, to compile its kernels side by side.
+            Hooks of the optimizer's step do not run in a replay.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -240,7 +241,7 @@ class TrainStep:
             return self._step(ids)
         if graph is None:
             graph = Graph(ids.clone(memory_format=torch.contiguous_format))
-            outputs = run_aside(lambda: self._step(graph.ids), self._stream)
+            outputs = run_aside(lambda: self._first_step(graph.ids), self._stream)
             self._graphs[ids.shape] = graph
             return outputs
         graph.ids.copy_(ids)
@@ -250,6 +251,19 @@ class TrainStep:
         graph.cuda_graph.replay()
         torch.clear_autocast_cache()  # a caller's region has the weights of before
         return tree_map_only(Tensor, torch.clone, graph.outputs)
+
+    def _first_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
+        if self._core.ops_for(self._device) is FUSED:
+            compile_ahead(lambda: self._gradients(ids[: len(ids) // self.accumulate]))
+        return self._step(ids)
+
+    def _gradients(self, ids: Tensor) -> None:
+        """All of a step that compiles, without a trace on the parameters."""
+        trained = [p for p in self._parameters if p.requires_grad]
+        with self._autocast():
+            loss, _ = self.model(ids, return_loss=True)
+            with torch.autocast(self._device.type, enabled=False):
+                torch.autograd.grad(loss, trained, allow_unused=True)
 
     def _capture(self, graph: Graph) -> None:
         others = [g.cuda_graph for g in self._graphs.values() if g.cuda_graph]

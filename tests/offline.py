@@ -4,8 +4,8 @@ or a token that it generates, launches there.
     python offline.py cuda 90 bfloat16
 
 Launches compile and go no further, so the numbers are garbage; the kernels, their specialisation
-and their constants are those of a real step. Prints a JSON line per kernel: registers and bytes of
-local memory (spills).
+and their constants are those of a real step. All of them compile side by side, ahead of a second
+turn, which finds them. Prints a JSON line per kernel: registers and bytes of local memory (spills).
 """
 
 import json
@@ -62,15 +62,30 @@ def main(backend: str, arch: str, dtype: str):
     cuda = backend == "cuda"
     target = GPUTarget(backend, int(arch) if cuda else arch, 32 if cuda else 64)
     driver.set_active(NoDevice(target))
+    ops.why_not_fused = lambda device: None
+    ops.compile_ahead(lambda: launch_all(dtype))
     compiled = {}
 
-    def compile_only(self, *args, grid, warmup, _run=JITFunction.run, **options):
+    def look_up(self, *args, grid, warmup, _run=JITFunction.run, **options):
         kernel = _run(self, *args, grid=grid, warmup=True, **options)
         compiled[kernel.hash] = kernel
-        return kernel
 
-    JITFunction.run = compile_only
-    ops.why_not_fused = lambda device: None
+    def compile_late(self, *args, _compile=JITFunction._do_compile):
+        _compile(self, *args)  # which says what is wrong, if it is the kernel
+        raise AssertionError(f"{self.__name__} was not compiled ahead")
+
+    JITFunction.run, JITFunction._do_compile = look_up, compile_late
+    launch_all(dtype)
+    for kernel in compiled.values():
+        row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)
+        if cuda:
+            row |= resources(kernel.asm["cubin"])
+        else:
+            row |= dict(bytes=len(kernel.asm["hsaco"]))
+        print(json.dumps(row))
+
+
+def launch_all(dtype: str):
     for num_tokens in VOCABULARIES:
         model = HierarchicalTransformer(num_tokens=num_tokens, depth=1, impl="fused", **SHAPES)
         with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
@@ -88,14 +103,6 @@ def main(backend: str, arch: str, dtype: str):
     for back in (False, True):
         library.rotate_classes(qkv, classes, table, 1, True, back)
         library.regroup(qkv[..., : 8 * 64], classes[0], 1, back)
-
-    for kernel in compiled.values():
-        row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)
-        if cuda:
-            row |= resources(kernel.asm["cubin"])
-        else:
-            row |= dict(bytes=len(kernel.asm["hsaco"]))
-        print(json.dumps(row))
 
 
 if __name__ == "__main__":

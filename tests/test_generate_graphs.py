@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from generation import build, continued, draw
-from helpers import DEVICE
+from helpers import DEVICE, without_launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -75,6 +75,19 @@ def test_all_has_a_graph_from_its_second_turn_on(captured):
     assert captured == ["step", 8, "refresh", 5, "step"]
     (sampler,) = _decoders[model].values()
     assert NEVER not in sampler.graphs.values() and model.checked
+
+
+def test_calls_that_only_compile_leave_no_trace(captured, monkeypatch):
+    ahead = []
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            "shtx.sampler.compile_ahead", lambda f: ahead.append(without_launches(f))
+        )
+    model, reference = build(impl="fused", depth=1), build(impl="reference", depth=1)
+    expected = continued(reference, list(draw()), 3, cropped)
+    for _ in range(2):
+        assert torch.equal(model.generate(draw(), 3, temperature=0), expected)
+    assert DEVICE == "cuda" or len(ahead) == 3  # of the weights, the prompt, a step
 
 
 def negate(model):

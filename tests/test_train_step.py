@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DEVICE
+from helpers import DEVICE, without_launches
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -397,6 +397,22 @@ def test_every_shape_has_a_graph_from_its_second_step_on(captured):
     losses, expected = ([s(ids)[0] for ids in batches] for s in (step, other_step))
     assert captured == [(4, 17), (3, 17)]
     assert torch.equal(torch.stack(losses), torch.stack(expected))  # no replay wrote over another's
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def test_a_call_that_only_compiles_leaves_no_trace(captured, monkeypatch):
+    ahead = []
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            "shtx.train_step.compile_ahead", lambda f: ahead.append(without_launches(f))
+        )
+    ours, theirs = build(impl="fused"), build(impl="fused")
+    step, optimizer = graphed(ours, precision="bf16-mixed" if DEVICE == "cuda" else "fp32")
+    other_step, other_optimizer = eager(theirs, precision=step.precision)
+    for n in range(2):
+        ids = draw(n, batch=2, tokens=9)
+        assert torch.equal(step(ids)[0], other_step(ids)[0])
+        assert DEVICE == "cuda" or len(ahead) == 1
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 
