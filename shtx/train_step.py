@@ -53,9 +53,8 @@ class TrainStep:
         grad_clip: greatest norm of all gradients together; None: any.
         accumulate: micro-batches that the batch of ids is split into, for less memory. Loss and
             gradients are those of the whole batch, whatever labels each of them ignores.
-        cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. The
-            first call runs the model once more, on garbage, to compile its kernels side by side.
-            Hooks of the optimizer's step do not run in a replay.
+        cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. Hooks
+            of the optimizer's step do not run in a replay.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -96,15 +95,18 @@ class TrainStep:
         self._narrow_weights = {}  # all made anew at once, at the start of a step
         self._graphs, self._constants, self._state = {}, None, None
         self._warned = False
-        self._distributed = self._core is not model or any(
-            type(p) is not Parameter for p in self._parameters
-        )
+        self._compiled = False
+        self._sharded = any(type(p) is not Parameter for p in self._parameters)
+        self._distributed = self._sharded or self._core is not model
         self._stream = None  # of eager first steps and captures, which share its workspaces
         if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
             self._stream = torch.cuda.Stream(self._device)
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """One step, of fresh gradients, which are gone after it.
+
+        Before the first one, fused ops compile side by side: forward and backward run once more,
+        and compute nothing but garbage.
 
         If forward or backward raises, parameters and optimizer are as they were.
 
@@ -134,6 +136,7 @@ class TrainStep:
 
     def _step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
         """Loss, its parts and the norm of the gradients of one step: what a graph holds."""
+        self._compile(ids)
         self.model.zero_grad()
         try:
             loss, parts = self._forward_backward(ids)
@@ -164,6 +167,23 @@ class TrainStep:
             split = len(totals) - compressed
             parts = totals[0], totals[1:split].sum(), totals[split:].sum()
             return weighted(totals), parts
+
+    def _compile(self, ids: Tensor) -> None:
+        """What the fused ops launch, before the first step; no parameter sees a gradient of it."""
+        # sharded parameters are whole within the wrapper alone
+        if self._compiled or self._sharded or self._core.ops_for(self._device) is not FUSED:
+            return
+        self._compiled = True
+        micro = ids[: len(ids) // self.accumulate]
+        trained = [p for p in self._parameters if p.requires_grad]
+
+        def gradients():
+            with self._autocast():
+                loss, _ = self._core(micro, return_loss=True)
+                with torch.autocast(self._device.type, enabled=False):
+                    torch.autograd.grad(loss, trained, allow_unused=True)
+
+        compile_ahead(gradients)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -241,7 +261,7 @@ class TrainStep:
             return self._step(ids)
         if graph is None:
             graph = Graph(ids.clone(memory_format=torch.contiguous_format))
-            outputs = run_aside(lambda: self._first_step(graph.ids), self._stream)
+            outputs = run_aside(lambda: self._step(graph.ids), self._stream)
             self._graphs[ids.shape] = graph
             return outputs
         graph.ids.copy_(ids)
@@ -251,19 +271,6 @@ class TrainStep:
         graph.cuda_graph.replay()
         torch.clear_autocast_cache()  # a caller's region has the weights of before
         return tree_map_only(Tensor, torch.clone, graph.outputs)
-
-    def _first_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
-        if self._core.ops_for(self._device) is FUSED:
-            compile_ahead(lambda: self._gradients(ids[: len(ids) // self.accumulate]))
-        return self._step(ids)
-
-    def _gradients(self, ids: Tensor) -> None:
-        """All of a step that compiles, without a trace on the parameters."""
-        trained = [p for p in self._parameters if p.requires_grad]
-        with self._autocast():
-            loss, _ = self.model(ids, return_loss=True)
-            with torch.autocast(self._device.type, enabled=False):
-                torch.autograd.grad(loss, trained, allow_unused=True)
 
     def _capture(self, graph: Graph) -> None:
         others = [g.cuda_graph for g in self._graphs.values() if g.cuda_graph]

@@ -412,7 +412,7 @@ def test_a_call_that_only_compiles_leaves_no_trace(captured, monkeypatch):
     for n in range(2):
         ids = draw(n, batch=2, tokens=9)
         assert torch.equal(step(ids)[0], other_step(ids)[0])
-        assert DEVICE == "cuda" or len(ahead) == 1
+        assert DEVICE == "cuda" or len(ahead) == 2  # of each model
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 
