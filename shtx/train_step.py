@@ -105,8 +105,7 @@ class TrainStep:
     def __call__(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """One step, of fresh gradients, which are gone after it.
 
-        Before the first one, fused ops compile side by side: forward and backward run once more,
-        and compute nothing but garbage.
+        The first one compiles before, as `compile` does.
 
         If forward or backward raises, parameters and optimizer are as they were.
 
@@ -131,6 +130,21 @@ class TrainStep:
             step = self._step if self._stream is None else self._graphed_step
             loss, parts, self.grad_norm = step(ids)
         return loss, parts
+
+    def compile(self, ids: Tensor) -> None:
+        """Compile the kernels of the fused ops, side by side, ahead of the first step.
+
+        Forward and backward run, and compute nothing but garbage, which no parameter sees.
+
+        Args:
+            ids: as for a step.
+        """
+        ids = self._core.check_ids(ids, return_loss=True)
+        with torch.cuda.device_of(ids):
+            if self._stream is None:
+                self._compile(ids)
+            else:
+                run_aside(lambda: self._compile(ids), self._stream)
 
     # the step
 
@@ -169,7 +183,6 @@ class TrainStep:
             return weighted(totals), parts
 
     def _compile(self, ids: Tensor) -> None:
-        """What the fused ops launch, before the first step; no parameter sees a gradient of it."""
         # sharded parameters are whole within the wrapper alone
         if self._compiled or self._sharded or self._core.ops_for(self._device) is not FUSED:
             return

@@ -85,6 +85,7 @@ def fit(trainer: Trainer, done: int, display: Display, out: Path) -> int:
             save(out, done, description, weights, trainer.state())
 
     with Stop() as stop:
+        trainer.compile()
         if done == 0:
             validate()
         losses, signum, clock = [], 0, time.perf_counter()

@@ -85,6 +85,15 @@ class Trainer:
     def ids(self, sequences: np.ndarray) -> Tensor:
         return torch.from_numpy(sequences).to(self.device).long()
 
+    def compile(self) -> None:
+        """Kernels of a step, side by side; others compile when they are first launched."""
+        if self.train_step is not None:
+            self.train_step.compile(self.ids(self.batch(0)))
+
+    def batch(self, step: int) -> np.ndarray:
+        config = self.config
+        return self.corpus.batch(config.seed, step, config.batch_size, self.rank, self.world)
+
     def step(self, step: int) -> Tensor:
         """One update, number `step`, counted from 0.
 
@@ -94,8 +103,7 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        batch = self.corpus.batch(config.seed, step, config.batch_size, self.rank, self.world)
-        ids = self.ids(batch)
+        ids = self.ids(self.batch(step))
         if self.train_step is None:
             return self.scaled_step(ids)
         loss, (ce, *_) = self.train_step(ids)
