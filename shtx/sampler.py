@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
 
-from shtx import ops
 from shtx.decode import Decoder
 from shtx.graphs import capture, run_aside
-from shtx.ops import compile_ahead
+from shtx.ops import FUSED, compile_ahead
 from shtx.sampling import Sampling
 
 MAX_PROMPTS = 2  # lengths of a prompt, the latest, that a decoder has a graph for
@@ -40,10 +39,10 @@ class Sampler:
         self.sampling, self.drawn = None, 0
         # of "step", "refresh", and lengths of a prompt, the latest last, with what these two read
         self.graphs, self.read = {}, None
-        self.compiled = set()  # of "step", "refresh", "prompt"
+        self.compiled = False
         self.stream = None  # of eager first runs and captures, which share its workspaces
         # the reference is for reading, not for speed
-        if device.type == "cuda" and model.ops_for(device) is ops.FUSED:
+        if device.type == "cuda" and model.ops_for(device) is FUSED:
             self.stream = torch.cuda.Stream(device)
 
     def start(self, model, rows: list[Tensor], sampling: Sampling, seed: int):
@@ -62,10 +61,22 @@ class Sampler:
         with _plain(self.ids.device):
             if refresh:
                 self._run("refresh", lambda: self.decoder.refresh(model), read is not None)
+            if read is not None and not self.compiled:
+                self._compile(model, pad_sequence(rows, batch_first=True))
             self._take(model, rows, read is not None)
             self.drawn = 0  # the slots of the tokens to come may have been used
             self._draw()
             self._sample()
+
+    def _compile(self, model, prompt: Tensor):
+        """All kernels side by side; the garbage that it leaves is gone with the prompt's pass."""
+
+        def prompt_and_step():
+            self._prefill(model, prompt)
+            self._step()
+
+        self._run_aside(lambda: compile_ahead(prompt_and_step))
+        self.compiled = True
 
     def _take(self, model, rows: list[Tensor], in_graphs: bool):
         lengths = [len(row) for row in rows]
@@ -123,20 +134,12 @@ class Sampler:
             with torch.cuda.device_of(self.ids):
                 graph.replay()
             return
-        kind = "prompt" if isinstance(what, int) else what
-        self._run_aside(function if kind in self.compiled else lambda: self._first_turn(function))
-        self.compiled.add(kind)
+        self._run_aside(function)
         self.graphs.setdefault(what, ONCE)
 
     def _run_aside(self, function: Callable):
         with _plain(self.ids.device):
             run_aside(function, self.stream)
-
-    def _first_turn(self, function: Callable):
-        position = self.decoder.position.clone()  # all else it writes, the next call writes again
-        compile_ahead(function)
-        self.decoder.position.copy_(position)
-        function()
 
     def _capture(self, what: str | int, function: Callable):
         """A CUDA graph, or NEVER, with a warning: whatever a capture meets, tokens are sampled."""

@@ -119,12 +119,8 @@ class TrainStep:
         Raises:
             TypeError, ValueError: for ids that are not as above.
         """
-        ids = self._core.check_ids(ids, return_loss=True)
-        if len(ids) % self.accumulate:
-            raise ValueError(
-                f"ids must have a batch that is a multiple of accumulate, {self.accumulate},"
-                f" got {len(ids)}"
-            )
+        ids = self._check_ids(ids)
+        self.compile(ids)
         with torch.cuda.device_of(ids):
             self._write_learning_rates()
             step = self._step if self._stream is None else self._graphed_step
@@ -132,25 +128,45 @@ class TrainStep:
         return loss, parts
 
     def compile(self, ids: Tensor) -> None:
-        """Compile the kernels of the fused ops, side by side, ahead of the first step.
+        """Compile the kernels of the fused ops, side by side, unless that is done.
 
         Forward and backward run, and compute nothing but garbage, which no parameter sees.
 
-        Args:
-            ids: as for a step.
+        Args, Raises: as for a step.
         """
-        ids = self._core.check_ids(ids, return_loss=True)
+        # sharded parameters are whole within the wrapper alone
+        if self._compiled or self._sharded or self._core.ops_for(self._device) is not FUSED:
+            return
+        ids = self._check_ids(ids)
+        micro = ids[: len(ids) // self.accumulate]
+        trained = [p for p in self._parameters if p.requires_grad]
+
+        def gradients():
+            with self._autocast():
+                loss, _ = self._core(micro, return_loss=True)
+                with torch.autocast(self._device.type, enabled=False):
+                    torch.autograd.grad(loss, trained, allow_unused=True)
+
         with torch.cuda.device_of(ids):
             if self._stream is None:
-                self._compile(ids)
+                compile_ahead(gradients)
             else:
-                run_aside(lambda: self._compile(ids), self._stream)
+                run_aside(lambda: compile_ahead(gradients), self._stream)
+        self._compiled = True
+
+    def _check_ids(self, ids: Tensor) -> Tensor:
+        ids = self._core.check_ids(ids, return_loss=True)
+        if len(ids) % self.accumulate:
+            raise ValueError(
+                f"ids must have a batch that is a multiple of accumulate, {self.accumulate},"
+                f" got {len(ids)}"
+            )
+        return ids
 
     # the step
 
     def _step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
         """Loss, its parts and the norm of the gradients of one step: what a graph holds."""
-        self._compile(ids)
         self.model.zero_grad()
         try:
             loss, parts = self._forward_backward(ids)
@@ -181,22 +197,6 @@ class TrainStep:
             split = len(totals) - compressed
             parts = totals[0], totals[1:split].sum(), totals[split:].sum()
             return weighted(totals), parts
-
-    def _compile(self, ids: Tensor) -> None:
-        # sharded parameters are whole within the wrapper alone
-        if self._compiled or self._sharded or self._core.ops_for(self._device) is not FUSED:
-            return
-        self._compiled = True
-        micro = ids[: len(ids) // self.accumulate]
-        trained = [p for p in self._parameters if p.requires_grad]
-
-        def gradients():
-            with self._autocast():
-                loss, _ = self._core(micro, return_loss=True)
-                with torch.autocast(self._device.type, enabled=False):
-                    torch.autograd.grad(loss, trained, allow_unused=True)
-
-        compile_ahead(gradients)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
