@@ -1,0 +1,229 @@
+"""Steps by CUDA graphs; where there is no GPU, a replay is a step on the ids that a graph reads."""
+
+import copy
+import io
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import DEVICE, without_launches
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
+from training import LR, adamw, assert_same, build, draw, pair
+
+from shtx import TrainStep
+from shtx.train_step import MAX_GRAPHS
+
+
+@pytest.fixture(params=["replayed steps", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
+def captured(request, monkeypatch):
+    """The shapes of ids that were captured, in their order."""
+    shapes, capture = [], TrainStep._capture
+
+    def replay_a_step(step, graph):
+        def replay():
+            outputs = step._step(graph.ids)
+            graph.outputs = graph.outputs or outputs
+            for a, b in zip(tree_leaves(graph.outputs), tree_leaves(outputs), strict=True):
+                assert (a is None and b is None) or a.copy_(b) is a
+
+        graph.cuda_graph = SimpleNamespace(replay=replay)
+
+    def note(step, graph):
+        shapes.append(tuple(graph.ids.shape))
+        (capture if request.param == "CUDA graphs" else replay_a_step)(step, graph)
+
+    monkeypatch.setattr(TrainStep, "_capture", note)
+    if request.param == "replayed steps":
+        monkeypatch.setattr("shtx.train_step.run_aside", lambda function, stream: function())
+    return shapes
+
+
+def graphed(model, **options):
+    step, optimizer = pair(model, **options)
+    if step._stream is None:
+        step._stream = "no GPU"
+    return step, optimizer
+
+
+def eager(model, **options):
+    return pair(model, cuda_graph=False, **options)
+
+
+def test_every_shape_has_a_graph_from_its_second_step_on(captured):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    batches = [draw(n, batch) for n, batch in enumerate([4, 3, 4, 3, 3, 4, 2, 4])]
+    losses, expected = ([s(ids)[0] for ids in batches] for s in (step, other_step))
+    assert captured == [(4, 17), (3, 17)]
+    assert torch.equal(torch.stack(losses), torch.stack(expected))  # no replay wrote over another's
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def test_a_call_that_only_compiles_leaves_no_trace(captured, monkeypatch):
+    ahead = []
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            "shtx.train_step.compile_ahead", lambda f: ahead.append(without_launches(f))
+        )
+    ours, theirs = build(impl="fused"), build(impl="fused")
+    step, optimizer = graphed(ours, precision="bf16-mixed" if DEVICE == "cuda" else "fp32")
+    other_step, other_optimizer = eager(theirs, precision=step.precision)
+    step.compile(draw(0, batch=2, tokens=9))
+    assert DEVICE == "cuda" or len(ahead) == 1
+    for n in range(2):
+        ids = draw(n, batch=2, tokens=9)
+        assert torch.equal(step(ids)[0], other_step(ids)[0])
+        assert DEVICE == "cuda" or len(ahead) == 2
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def test_shapes_past_the_limit_run_eagerly(captured):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n, tokens in enumerate([*range(5, 7 + MAX_GRAPHS)] * 3):
+            step(draw(n, 2, tokens))
+            other_step(draw(n, 2, tokens))
+    told = [str(w.message) for w in caught if "have a CUDA graph" in str(w.message)]
+    assert told == [
+        f"ids of shape (2, {5 + MAX_GRAPHS}): {MAX_GRAPHS} other shapes have a CUDA graph each,"
+        " further ones run eagerly"
+    ]
+    assert captured == [(2, tokens) for tokens in range(5, 5 + MAX_GRAPHS)]
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def change_weight_decay(model, optimizer):
+    optimizer.param_groups[0]["weight_decay"] = 0.25
+
+
+def change_weight_of_a_loss(model, optimizer):
+    model.hierarchical_ar_loss_weight = 2.0
+
+
+def freeze(model, optimizer):
+    model.token_emb.weight.requires_grad_(False)
+
+
+def move_parameters(model, optimizer):
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def load_from_a_file(model, optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    assert state["param_groups"][0]["lr"] == LR
+    for values in optimizer.state.values():
+        values["exp_avg"].fill_(float("nan"))  # a graph that still updates it would show
+    optimizer.load_state_dict(state)
+
+
+def checkpoint_blocks(model, optimizer):
+    model.checkpointing = True
+
+
+CHANGES = [
+    checkpoint_blocks,
+    change_weight_decay,
+    change_weight_of_a_loss,
+    freeze,
+    move_parameters,
+    load_from_a_file,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_a_graph_took_in_may_change(captured, change):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    for n in range(6):
+        if n == 3:
+            change(ours, optimizer)
+            change(theirs, other_optimizer)
+        step(draw(n))
+        other_step(draw(n))
+    assert captured == [(4, 17)] * 2
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+# on a GPU
+
+
+@pytest.mark.gpu  # captures
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_replay_is_the_eager_step_and_waits_for_nothing(impl, precision, accumulate):
+    ours, theirs = build(impl=impl), build(impl=impl)
+    options = dict(precision=precision, accumulate=accumulate, grad_clip=0.5)
+    step, optimizer = pair(ours, **options)
+    other_step, other_optimizer = eager(theirs, **options)
+    schedulers = [LambdaLR(o, lambda n: 0.9**n) for o in (optimizer, other_optimizer)]
+    batches = [draw(n) for n in range(6)]
+    for n, ids in enumerate(batches):
+        torch.cuda.set_sync_debug_mode("error" if n > 1 else "default")
+        try:
+            loss, _ = step(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(loss, other_step(ids)[0])
+        assert torch.equal(step.grad_norm, other_step.grad_norm)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert step._graphs[batches[0].shape].cuda_graph
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+@pytest.mark.gpu  # captures
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_cannot_be_captured(optimizer):
+    model = build()
+    optimizer = optimizer(model.parameters(), lr=LR)
+    message = f"optimizer must have fused=True or capturable=True .* got {type(optimizer).__name__}"
+    with pytest.raises(ValueError, match=message):
+        TrainStep(model, optimizer, precision="fp32")
+
+
+@pytest.mark.gpu  # captures
+def test_an_optimizer_that_is_capturable_and_not_fused():
+    ours, theirs = build(), build()
+    optimizers = [adamw(m, fused=False, capturable=True) for m in (ours, theirs)]
+    step, other_step = (
+        TrainStep(m, o, precision="fp32", cuda_graph=graph)
+        for m, o, graph in zip((ours, theirs), optimizers, (True, False), strict=True)
+    )
+    for n in range(4):
+        step(draw(n))
+        other_step(draw(n))
+    assert_same((ours, optimizers[0]), (theirs, optimizers[1]))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()  # after the test's model: see Trainer.close
+
+
+@pytest.mark.gpu  # captures
+def test_a_model_that_is_distributed_runs_eagerly(process_group):
+    plain = build()
+    model = DistributedDataParallel(copy.deepcopy(plain))
+    with pytest.warns(UserWarning, match="DistributedDataParallel"):
+        step, optimizer = pair(model)
+    other_step, other_optimizer = eager(plain)
+    for n in range(3):
+        step(draw(n))
+        other_step(draw(n))
+    assert_same((model, optimizer), (plain, other_optimizer))

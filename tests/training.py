@@ -1,0 +1,56 @@
+"""A small model to train, and when two of them are the same."""
+
+import torch
+from helpers import DEVICE
+
+from shtx import HierarchicalTransformer, TrainStep
+
+OPTIONS = dict(
+    num_tokens=31,
+    dim=(16, 8),
+    depth=1,
+    dim_head=8,
+    heads=2,
+    seq_len=24,
+    hierarchies=(1, 4),
+    hierarchical_stride=(1, 2),
+    window_sizes=(4, None),
+)
+LR = 2.0**-7  # and its halves are the same in fp32 and fp64
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return HierarchicalTransformer(**OPTIONS | options).to(DEVICE)
+
+
+def draw(seed, batch=4, tokens=17):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 31, (batch, tokens), generator=generator).to(DEVICE)
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), **dict(lr=LR, fused=True) | options)
+
+
+def pair(model, **options):
+    optimizer = adamw(model)
+    return TrainStep(model, optimizer, **dict(precision="fp32") | options), optimizer
+
+
+def assert_same_parameters(model, other):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert p.grad is None
+
+
+def assert_same(ours, theirs):
+    """Parameters, and all that the optimizer keeps, to the bit."""
+    (model, optimizer), (other, other_optimizer) = ours, theirs
+    assert_same_parameters(model, other)
+    state, other_state = optimizer.state_dict(), other_optimizer.state_dict()
+    assert state["param_groups"] == other_state["param_groups"]
+    assert state["state"].keys() == other_state["state"].keys()
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, other_state["state"][index][name]), name
