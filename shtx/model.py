@@ -331,13 +331,12 @@ class HierarchicalTransformer(Module):
                 f" got {embed.shape[1]} predictions for {labels.shape[1]} tokens:"
                 " hierarchical_stride must be 1 for some hierarchy"
             )
-        ce = ops.linear_cross_entropy(
-            embed, self.to_logits.weight, labels, self.ignore_index, reduction="sum"
-        )
         recon, hierarchical_ar = [], []
 
+        # gradients of weights are made here, and stay until backward: the largest come first, so
+        # that what it takes to make them is not on top of the others
         parts = zip(embeds, self.levels, self.compressors, self.to_hierarchical_preds, strict=True)
-        for h, level, compressor, predict in parts:
+        for h, level, compressor, predict in reversed(list(parts)):
             if level.compress == 1:
                 continue
             if self.recon_loss_weight > 0:
@@ -352,4 +351,7 @@ class HierarchicalTransformer(Module):
                 recon.append(pair)
             pair = ops.hierarchical_ar_loss(h, predict.weight, predict.bias, reduction="sum")
             hierarchical_ar.append(pair)
-        return ce, recon, hierarchical_ar
+        ce = ops.linear_cross_entropy(
+            embed, self.to_logits.weight, labels, self.ignore_index, reduction="sum"
+        )
+        return ce, recon[::-1], hierarchical_ar[::-1]

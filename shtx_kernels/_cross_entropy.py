@@ -6,9 +6,10 @@
     dx[t] = sum_c dlogits[t, c] weight[c]      dweight[c] = sum_t dlogits[t, c]^T x[t]
 
 The one idea: forward knows all that the gradients need but one factor, so it makes them as well.
-Rows are walked in chunks: a product writes a chunk's logits, a kernel replaces them by their
-gradients in place, two products take those. Products are cuBLAS's; dweight is added up in fp32 in
-the order of the chunks. Backward multiplies by the gradient of the loss.
+Targets are walked, and for each the rows in chunks: a product writes a chunk's logits, a kernel
+replaces them by their gradients in place, two products take those. Products are cuBLAS's; dweight
+is added up in fp32 in the order of the chunks, dx in that of the targets. Backward multiplies by
+the gradient of the loss.
 Shared by linear_cross_entropy (C = 1) and reconstruction_loss.
 """
 
@@ -19,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._products import add_product, narrow, product_dtype
+from ._products import add_product, product_dtype
 
-# bytes of a chunk's logits; larger chunks are faster, but take more than 64 MiB with a narrow copy
-# of the weight
-WORKSPACE = 40 * 2**20
+# bytes of a chunk's logits: as many as the gradient of the weight takes, within these; each chunk
+# reads and writes all of that gradient
+WORKSPACE = 40 * 2**20, 160 * 2**20
 ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
+ENOUGH = 32 * ROUND  # rows of a chunk, before it gets more targets
 BLOCK_V = 8192  # logits of a row that a program holds at a time
 TILE = 2048  # logits that a program holds at least
 WARP_TILE = 1024  # logits that a warp holds at most
@@ -111,11 +113,13 @@ def _cross_entropy_kernel(
         tl.store(ptr[:, None] + target[:, None], p - 1, mask=(counted & known)[:, None])
 
 
-def _sizes(logits_bytes: int, rows: int, C: int) -> tuple[int, int]:
+def _sizes(logits_bytes: int, gradient_bytes: int, rows: int, C: int) -> tuple[int, int]:
     """Rows and targets of a chunk, whose row has so many bytes of logits for a target."""
-    enough = WORKSPACE // (8 * ROUND * logits_bytes)  # targets, before rows get fewer
+    least, most = WORKSPACE
+    workspace = max(least, min(gradient_bytes, most))
+    enough = workspace // (ENOUGH * logits_bytes)
     taps = max(taps for taps in range(1, C + 1) if C % taps == 0 and taps <= max(1, enough))
-    most = max(ROUND, WORKSPACE // (logits_bytes * taps) // ROUND * ROUND)
+    most = max(ROUND, workspace // (logits_bytes * taps) // ROUND * ROUND)
     even = triton.cdiv(rows, triton.cdiv(rows, most)) if rows else 1
     return triton.cdiv(even, ROUND) * ROUND, taps
 
@@ -124,35 +128,34 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     B, M, C = targets.shape
     rows, D, V = B * M, x.shape[-1], weight.shape[0] // C
     width = triton.cdiv(V, ALIGN) * ALIGN
-    if width > V:
-        weight = F.pad(weight.unflatten(0, (C, V)), (0, 0, 0, width - V)).flatten(0, 1)
-    x = x.reshape(rows, D)
+    x, weight = x.reshape(rows, D), weight.unflatten(0, (C, V))
     acc = torch.promote_types(x.dtype, torch.float32)
     dx = x.new_empty((B, M, D) if needs_dx else 0)
-    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
+    dweight = x.new_empty((C, width, D) if needs_dweight else 0, dtype=acc)
     if not rows:
         dweight.zero_()
-    chunk, taps = _sizes(width * x.itemsize, rows, C)
+    chunk, taps = _sizes(width * x.itemsize, dweight.nbytes, rows, C)
     logits = x.new_empty(chunk, taps * width)
     block = min(BLOCK_V, triton.next_power_of_2(width))
     tile = max(1, TILE // block)
     programs = triton.cdiv(chunk * taps, tile)
-    losses = x.new_zeros(triton.cdiv(rows, chunk), C // taps, programs, dtype=acc)
+    losses = x.new_zeros(C // taps, triton.cdiv(rows, chunk), programs, dtype=acc)
     counts = torch.zeros_like(losses, dtype=torch.int32)
-    widened = x.new_empty(chunk if needs_dx and taps < C else 0, D, dtype=acc)
+    if needs_dx:
+        summed = dx.view(rows, D) if taps == C else x.new_empty(rows, D, dtype=acc)
     # autocast would narrow the sums
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        for first in range(0, rows, chunk):
-            part = x[first : first + chunk]
-            if needs_dx:
-                dx_part = dx.view(rows, D)[first : first + chunk]
-                summed = dx_part if taps == C else widened[: len(part)]
-            for tap in range(0, C, taps):
-                w = weight[tap * width : (tap + taps) * width]
+        for tap in range(0, C, taps):
+            w = weight[tap : tap + taps].to(x.dtype)
+            if width > V:
+                w = F.pad(w, (0, 0, 0, width - V))
+            w = w.flatten(0, 1)
+            for first in range(0, rows, chunk):
+                part = x[first : first + chunk]
                 scores = logits[: len(part)]
                 torch.mm(part, w.T, out=scores)
                 _cross_entropy_kernel[(triton.cdiv(len(part) * taps, tile),)](
-                    scores, targets, *(t[first // chunk, tap // taps] for t in (losses, counts)),
+                    scores, targets, *(t[tap // taps, first // chunk] for t in (losses, counts)),
                     *targets.stride(), first, len(part), M, tap, ignore_index,
                     C=C, TAPS=taps, V=V, WIDTH=width,
                     ACC=tl.float64 if acc == torch.float64 else tl.float32,
@@ -160,14 +163,14 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
                     num_warps=max(4, tile * block // WARP_TILE),
                 )  # fmt: skip
                 if needs_dx:
-                    add_product(summed, scores, w, start=tap == 0)
+                    add_product(summed[first : first + chunk], scores, w, start=tap == 0)
                 if needs_dweight:
-                    dw = dweight[tap * width : (tap + taps) * width]
+                    dw = dweight[tap : tap + taps].flatten(0, 1)
                     add_product(dw, scores.T, part, start=first == 0)
-            if needs_dx and taps < C:
-                dx_part.copy_(summed)
-        if needs_dweight and width > V:
-            dweight = dweight.unflatten(0, (C, width))[:, :V].flatten(0, 1)
+        if needs_dx and taps < C:
+            dx.copy_(summed.view_as(dx))
+        if needs_dweight:
+            dweight = dweight[:, :V].flatten(0, 1)
         return losses.sum(), counts.sum(), dx, dweight
 
 
@@ -183,7 +186,7 @@ torch.library.impl("shtx::linear_cross_entropy", ("CPU", "CUDA"), _cross_entropy
 def _(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     acc = torch.promote_types(x.dtype, torch.float32)
     dx = x.new_empty(x.shape if needs_dx else 0)
-    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
+    dweight = x.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     count = targets.new_empty((), dtype=torch.int64)
     return x.new_empty((), dtype=acc), count, dx, dweight
 
@@ -211,7 +214,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, needs_dx, needs_dweight):
         total, count, dx, dweight = torch.ops.shtx.linear_cross_entropy.default(
-            x.to(dtype), narrow(weight, dtype), targets, ignore_index, needs_dx, needs_dweight
+            x.to(dtype), weight, targets, ignore_index, needs_dx, needs_dweight
         )
         ctx.save_for_backward(dx, dweight)
         ctx.dtypes = x.dtype, weight.dtype

@@ -18,9 +18,9 @@ def linear_cross_entropy(
     """Cross entropy of x @ weight^T with targets.
 
     Under autocast, products are in its dtype; their sums and the loss are fp32 (fp64 for fp64).
-    Extra memory is 40 MiB of logits, a copy of weight in the dtype of the products where that is
-    another, one more where V is not a multiple of 16, and the fp32 gradient of a weight that is
-    narrower.
+    Extra memory is 40 MiB of logits, or as much as the fp32 gradient of weight takes, up to 160;
+    a copy of weight in the dtype of the products where that is another, one more where V is not a
+    multiple of 16, and that gradient where weight is narrower.
 
     Args:
         x: (B, N, D).

@@ -23,7 +23,8 @@ def reconstruction_loss(
     does not count.
 
     Under autocast, products are in its dtype; their sums and the loss are fp32 (fp64 for fp64).
-    Extra memory is that of linear_cross_entropy.
+    Extra memory is that of linear_cross_entropy, with copies of one vocabulary at a time; where
+    vocabularies are large, dx in fp32 as well.
 
     Args:
         x: (B, M, D), a level; M = ceil(N / stride).

@@ -26,7 +26,7 @@ def draw(B, N, D, V, ignored=0.2):
 def small_chunks(monkeypatch):
     """Chunks of 16 rows."""
     monkeypatch.setattr(_cross_entropy, "ROUND", 16)
-    monkeypatch.setattr(_cross_entropy, "WORKSPACE", 1)
+    monkeypatch.setattr(_cross_entropy, "WORKSPACE", (1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

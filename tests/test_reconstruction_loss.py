@@ -6,7 +6,7 @@ from helpers import DEVICE, DTYPES, assert_as_accurate
 
 from shtx_kernels import _cross_entropy, reconstruction_loss, reference
 
-WORKSPACES = [2**20, 2**16, 1]  # bytes, for all taps of a row at once, some of them, one
+WORKSPACES = [2**20, 2**18, 1]  # bytes, for all taps of a row at once, some of them, one
 TAPS = [(1, 1), (2, 1), (4, 2), (8, 8), (6, 4)]  # compress, stride
 
 
@@ -15,6 +15,13 @@ def draw(B, N, D, V, compress, stride):
     x = torch.randn(B, math.ceil(N / stride), D, device=DEVICE)
     weight = torch.randn(compress * V, D, device=DEVICE)
     return x, weight, torch.randint(0, V, (B, N), device=DEVICE)
+
+
+def shrink(monkeypatch, workspace):
+    """Chunks, for losses small enough to be computed in fp64 besides."""
+    monkeypatch.setattr(_cross_entropy, "ROUND", 16)
+    monkeypatch.setattr(_cross_entropy, "ENOUGH", 512)
+    monkeypatch.setattr(_cross_entropy, "WORKSPACE", (workspace, workspace))
 
 
 def call(op, ids, compress, stride):
@@ -26,8 +33,7 @@ def call(op, ids, compress, stride):
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("V", [2, 33])
 def test_matches_reference(compress, stride, dtype, workspace, V, monkeypatch):
-    monkeypatch.setattr(_cross_entropy, "ROUND", 16)
-    monkeypatch.setattr(_cross_entropy, "WORKSPACE", workspace)
+    shrink(monkeypatch, workspace)
     *inputs, ids = draw(2, 41, 8, V, compress, stride)
     fused, twin = (
         call(op, ids, compress, stride)
@@ -45,13 +51,13 @@ def test_gradcheck(compress, stride):
 
 def test_every_way_to_group_taps_is_met(monkeypatch):
     """By the cases of test_matches_reference, and by the sizes that a model has."""
-    assert _cross_entropy._sizes(256 * 2, 4096, 8)[1] == 8
-    assert _cross_entropy._sizes(20000 * 2, 4096, 8)[1] == 1
-    monkeypatch.setattr(_cross_entropy, "ROUND", 16)
+    assert _cross_entropy._sizes(256 * 2, 8 * 256 * 512 * 4, 16384, 8) == (8192, 8)
+    assert _cross_entropy._sizes(20000 * 2, 20000 * 512 * 4, 8192, 1) == (1024, 1)
+    assert _cross_entropy._sizes(20000 * 2, 8 * 20000 * 512 * 4, 8192, 8) == (4096, 1)
     taps = []
     for workspace in WORKSPACES:
-        monkeypatch.setattr(_cross_entropy, "WORKSPACE", workspace)
-        taps.append(_cross_entropy._sizes(33 * 4, 82, 8)[1])
+        shrink(monkeypatch, workspace)
+        taps.append(_cross_entropy._sizes(33 * 4, 0, 82, 8)[1])
     assert taps == [8, 2, 1]
 
 
