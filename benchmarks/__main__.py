@@ -72,7 +72,8 @@ def print_table(argv: list[str]):
     )
     add = parser.add_argument
     add("files", nargs="*", type=Path, help="to be joined; default: benchmarks/results/*.json")
-    where = "train steps and generation go between README's markers, all else between REST's"
+    where = "train steps and generation of the first file's machine go between README's markers,"
+    where += " all else between REST's"
     add("--write", type=Path, nargs=2, metavar=("README", "REST"), help=where)
     add("--out", type=Path, metavar="DIR", help="for the joined results.json and its charts")
     options = parser.parse_args(argv)
@@ -81,8 +82,8 @@ def print_table(argv: list[str]):
         sys.exit("benchmarks/results has no JSON file")
     machines = report.by_machine(map(report.read, files))
     print("\n\n".join(map(report.tables, machines)))
-    parts = zip(*map(report.split, machines), strict=True)
-    for page, results in zip(options.write or (), parts, strict=False):
+    shown, rest = report.split(machines[0])
+    for page, results in zip(options.write or (), ([shown], [rest, *machines[1:]]), strict=False):
         text = "\n\n".join(report.tables(each) for each in results if each["rows"])
         try:
             report.write(page, report.splice(page.read_text(), text))
