@@ -119,8 +119,8 @@ def _sizes(logits_bytes: int, gradient_bytes: int, rows: int, C: int) -> tuple[i
     workspace = max(least, min(gradient_bytes, most))
     enough = workspace // (ENOUGH * logits_bytes)
     taps = max(taps for taps in range(1, C + 1) if C % taps == 0 and taps <= max(1, enough))
-    most = max(ROUND, workspace // (logits_bytes * taps) // ROUND * ROUND)
-    even = triton.cdiv(rows, triton.cdiv(rows, most)) if rows else 1
+    fit = max(ROUND, workspace // (logits_bytes * taps) // ROUND * ROUND)
+    even = triton.cdiv(rows, triton.cdiv(rows, fit)) if rows else 1
     return triton.cdiv(even, ROUND) * ROUND, taps
 
 

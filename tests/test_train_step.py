@@ -180,10 +180,13 @@ def test_micro_batches_make_the_step_of_the_whole_batch(options):
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
 
 
+THREE = dict(hierarchies=(2, 1, 4), hierarchical_stride=(2, 1, 4), dim=16, window_sizes=4)
+
+
 @pytest.mark.parametrize("shape", [(4, 17), (4, 2), (0, 9), (1, 25)])
-@pytest.mark.parametrize("weight", [0.1, 0.0])
-def test_counts_are_known_from_ids(shape, weight):
-    model, ids = build(recon_loss_weight=weight), draw(0, *shape)
+@pytest.mark.parametrize("options", [{}, dict(recon_loss_weight=0.0), THREE], ids=str)
+def test_counts_are_known_from_ids(shape, options):
+    model, ids = build(**options), draw(0, *shape)
     ids[:1, 3:] = 0
     counts = model.loss_counts(ids)
     assert torch.equal(counts, model(ids, return_loss=True, loss_reduction="sum")[1])
