@@ -43,17 +43,21 @@ PARTS = {  # of a fused step, by what its kernels are called; the first that is 
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):
-    measure(benchmark, shapes.configs(DEVICE)[config], provider, wait_for_turn)
+    step = measure(benchmark, shapes.configs(DEVICE)[config], provider, wait_for_turn)
+    if provider == "fused" and DEVICE == "cuda":
+        benchmark.extra_info["parts_ms"] = by_part(kernel_ms(step))
 
 
-def measure(benchmark, config: shapes.Config, provider: str, wait_for_turn: Callable):
+def measure(benchmark, config: shapes.Config, provider: str, wait_for_turn: Callable) -> Callable:
+    """Adds what was measured to the benchmark, and returns the step."""
     benchmark.extra_info |= {"batch": config.batch, "seq_len": config.model["seq_len"]}
     if provider in FLOORS:
-        time_floor(benchmark, config, folded=provider == "floor-folded")
+        step = time_floor(benchmark, config, folded=provider == "floor-folded")
     else:
-        time_step(benchmark, config, provider, wait_for_turn)
+        step = time_step(benchmark, config, provider, wait_for_turn)
     tokens = config.batch * config.model["seq_len"]
     benchmark.extra_info["tokens_per_s"] = tokens / benchmark.extra_info["ms"] * 1e3
+    return step
 
 
 def time_step(benchmark, config, provider, wait_for_turn):
@@ -111,8 +115,7 @@ def time_step(benchmark, config, provider, wait_for_turn):
         "loss": loss,
         "reference_loss": expected,
     }
-    if provider == "fused" and DEVICE == "cuda":
-        benchmark.extra_info["parts_ms"] = by_part(kernel_ms(step))
+    return step
 
 
 def by_part(kernels: dict[str, float]) -> dict[str, float]:
@@ -178,3 +181,4 @@ def time_floor(benchmark, config, folded):
         "gemm_tflop_per_s": 3 * shapes.flops(products) / gemm_ms / 1e9,
         "parameters": count,
     }
+    return step
