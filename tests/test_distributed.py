@@ -8,20 +8,11 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from training import OPTIONS
 
 from shtx import HierarchicalTransformer, TrainStep
 
 RANKS = 2
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(16, 8),
-    depth=1,
-    dim_head=8,
-    heads=2,
-    seq_len=24,
-    hierarchies=(1, 4),
-    window_sizes=(4, None),
-)
 
 
 def build(**options):

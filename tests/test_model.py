@@ -10,7 +10,7 @@ from covering import ROWS
 from helpers import DEVICE, DTYPES
 from torch._dynamo.testing import CompileCounter
 
-from shtx import HierarchicalTransformer, Level
+from shtx import HierarchicalTransformer, Level, ops
 
 OPTIONS = dict(
     num_tokens=31,
@@ -294,6 +294,20 @@ def test_sums_and_counts_of_uneven_batches_add_up(impl):
     torch.testing.assert_close(total, loss, rtol=1e-5, atol=0)
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_largest_loss_comes_first(monkeypatch):
+    """What it takes to make its gradient is then not on top of those of the others."""
+    compressions, right = [], ops.REFERENCE.reconstruction_loss
+
+    def note(*args, compress, **options):
+        compressions.append(compress)
+        return right(*args, compress=compress, **options)
+
+    monkeypatch.setattr(ops.REFERENCE, "reconstruction_loss", note)
+    three = dict(dim=16, hierarchies=(1, 2, 4), hierarchical_stride=1, window_sizes=8)
+    train(build(impl="reference", **three), draw())
+    assert compressions == [4, 2]
 
 
 def test_losses_that_weigh_nothing_still_reach_every_parameter():

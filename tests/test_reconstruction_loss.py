@@ -54,6 +54,8 @@ def test_every_way_to_group_taps_is_met(monkeypatch):
     assert _cross_entropy._sizes(256 * 2, 8 * 256 * 512 * 4, 16384, 8) == (8192, 8)
     assert _cross_entropy._sizes(20000 * 2, 20000 * 512 * 4, 8192, 1) == (1024, 1)
     assert _cross_entropy._sizes(20000 * 2, 8 * 20000 * 512 * 4, 8192, 8) == (4096, 1)
+    rows, taps = _cross_entropy._sizes(50257 * 2, 2**40, 2**20, 4)
+    assert rows * taps * 50257 * 2 <= 160 * 2**20  # whatever the gradient takes
     taps = []
     for workspace in WORKSPACES:
         shrink(monkeypatch, workspace)
