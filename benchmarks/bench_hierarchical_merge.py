@@ -38,7 +38,7 @@ def bench_hierarchical_merge(benchmark, config, provider):
     model = shapes.on_meta(config)
     strides = [level.stride for level in model.levels]
     rows = {stride: config.batch * -(-config.model["seq_len"] // stride) for stride in strides}
-    D_out = model.levels[model.predict_index].dim
+    D_out = model.levels[model.predict_hierarchy_index].dim
     J, tokens = 2 * D_out, rows[1]
 
     widths = dict.fromkeys(strides, 0)

@@ -105,7 +105,7 @@ def products(config: Config, folded: bool = False) -> list[Product]:
     V, N, depth = (config.model[name] for name in ("num_tokens", "seq_len", "depth"))
     D = max(model.dims)
     tokens = config.batch * N
-    predicting = model.levels[model.predict_index]
+    predicting = model.levels[model.predict_hierarchy_index]
 
     out = [Product("logits", tokens, predicting.dim, V)]
     for level in model.levels:

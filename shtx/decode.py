@@ -18,9 +18,10 @@ TABLE_IDS = 512
 
 
 def whole(model: Module, name: str) -> Tensor:
-    """A parameter, which FSDP2 may have sharded."""
-    parameter = model.get_parameter(name).detach()
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    """A weight, which FSDP2 may have sharded, or a parametrization compute."""
+    path, _, name = name.rpartition(".")
+    weight = getattr(model.get_submodule(path), name).detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def token_table(model: Module, level: int) -> Tensor:
@@ -100,6 +101,7 @@ class Decoder:
         batch: B.
         length: tokens of a prompt and what follows it.
         dtype: of weights, streams, keys and values; by default that of the model's parameters.
+        ops: in place of those of the model's `impl`.
 
     Attributes:
         ids: (B,) int64, what `step` takes.
@@ -107,11 +109,18 @@ class Decoder:
         position: (B,) int64, how many tokens have been taken.
     """
 
-    def __init__(self, model: Module, batch: int, length: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Module,
+        batch: int,
+        length: int,
+        dtype: torch.dtype | None = None,
+        ops: SimpleNamespace | None = None,
+    ):
         self.levels, self.batch, self.length = model.levels, batch, length
         self.device, self.dtype = model.device, dtype or model.token_emb.weight.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
-        self.ops = model.ops_for(self.device)
+        self.ops = ops or model.ops_for(self.device)
         self._copies, self._rings = [], []
         # what the calls of an op in a pass over a prompt leave in the state, in their order
         self._fills = dict(norm_token_shift=[], rotary_attention=[], hierarchical_merge=[])
@@ -168,12 +177,11 @@ class Decoder:
         for name, fills in self._fills.items():
             setattr(ops, name, filling(getattr(ops, name), iter(fills), recent))
         narrow = self.dtype != model.token_emb.weight.dtype
-        model.ops_for = lambda device: ops
-        try:
-            with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=narrow):
-                embeds = model(prompt, return_hierarchical_embeds=True)
-        finally:
-            del model.ops_for
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=narrow):
+            # upstream, too, runs forward alone; FSDP2 gathers the weights in hooks of a call
+            run = model if hasattr(model, "unshard") else model.forward
+            plan = model.plan(ops, checked=True)
+            embeds = run(prompt, return_hierarchical_embeds=True, plan=plan)
         for end, rows, level in zip(self._ends, embeds, self.levels, strict=True):
             if exists(end):
                 recent.fill(end, rows, level.stride)
@@ -323,7 +331,8 @@ class Decoder:
                     kept.copy_(torch.cat((F.linear(x.to(w.dtype), w).to(self.wide), square), dim=1))
 
         self._fills["hierarchical_merge"].append(fill_kept)
-        whose = range(len(self.levels)) if model.hierarchy_merge_all else [model.predict_index]
+        every, predicting = range(len(self.levels)), [model.predict_hierarchy_index]
+        whose = every if model.hierarchy_merge_all else predicting
         dims = [self.levels[i].dim for i in whose]
         rows = zip(whose, w_out.split(dims), b_out.split(dims), strict=True)
         outs = [
@@ -335,9 +344,8 @@ class Decoder:
 
     def _predict(self, model: Module, streams: list[Tensor]) -> list[tuple]:
         """Logits of the predicting level, or of all side by side."""
-        whose = (
-            range(len(self.levels)) if model.predict_use_all_hierarchy else [model.predict_index]
-        )
+        every, predicting = range(len(self.levels)), [model.predict_hierarchy_index]
+        whose = every if model.predict_use_all_hierarchy else predicting
         self._to_logits = self._weight(model, "to_logits.weight")
         self._end, self._ends = self._ring(1, self._to_logits.shape[1]), [None] * len(self.levels)
         columns = self._end.split([self.levels[i].dim for i in whose], dim=-1)

@@ -4,9 +4,12 @@ A decoder takes a token at a time and keeps what later ones need of it. Decoders
 with their CUDA graphs: the next call of the same size copies the weights it finds into them.
 """
 
+import inspect
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from difflib import get_close_matches
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shtx.levels import integer
 from shtx.ops import product_dtype
+from shtx.plan import look
 from shtx.sampler import Sampler
 from shtx.sampling import Sampling, make_sampling
 
@@ -22,8 +26,11 @@ MAX_DECODERS = 2  # kept for a model
 SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
 CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
 OVERFLOWS = ("rebuild", "error", "stream")
+# parameters that are no keyword of generate
+NOT_FORWARD = ("self", "ids", "plan", "model", "kwargs", "return_loss", "loss_reduction")
 
 _decoders = WeakKeyDictionary()  # model: {key: sampler}, oldest first; not on the model: copies
+_decoders_lock = threading.Lock()
 
 
 def generate(
@@ -44,6 +51,9 @@ def generate(
     **kwargs,
 ) -> Tensor | Iterator[Tensor]:
     """Sample `seq_len` tokens after the prompt, each from the last model.seq_len tokens at most.
+
+    A model with a module that has to be called (an adaptor, a hook: see plan.py) runs as with
+    use_cache=False, with a warning. Threads may generate from one model at a time of their own.
 
     On a GPU, what takes its second turn in a call or in later ones of the same size is captured in
     a CUDA graph: the step, the copy of the weights, and the pass over prompts of equal length, for
@@ -80,7 +90,17 @@ def generate(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
     """
+    _check_names(model, kwargs)
     use_cache = use_cache and not kwargs
+    if use_cache and (called := look(model).called):
+        names = {module: name for name, module in model.named_modules()}
+        first, reason = next(iter(called.items()))
+        warnings.warn(
+            f"generate runs without a cache, as {names[first]} {reason}; use_cache=False says that"
+            " this is meant",
+            stacklevel=2,
+        )
+        use_cache = False
     count = integer("seq_len", seq_len, at_least=0)
     sampling = make_sampling(model.num_tokens, temperature, filter_thres, top_k, top_p)
     if stop_token is not None and not 0 <= integer("stop_token", stop_token) < model.num_tokens:
@@ -126,6 +146,18 @@ def generate(
 # arguments
 
 
+def _check_names(model, kwargs: dict):
+    forward = [n for n in inspect.signature(type(model).forward).parameters if n not in NOT_FORWARD]
+    for name in kwargs:
+        if name not in forward:
+            own = [n for n in inspect.signature(generate).parameters if n not in NOT_FORWARD]
+            nearest = get_close_matches(name, own + forward, n=1)
+            raise TypeError(
+                f"generate() got an unexpected keyword argument {name!r}"
+                + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+            )
+
+
 def _rows(model, prompt: Tensor | list[Tensor]) -> list[Tensor]:
     """The prompts as int64 tensors (T,), or an error that says what is wrong with them."""
     shape = lambda p: str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__
@@ -141,6 +173,7 @@ def _rows(model, prompt: Tensor | list[Tensor]) -> list[Tensor]:
             raise TypeError(f"prompt must have integers, got {row.dtype}")
         if row.device != model.device:
             raise ValueError(f"prompt must be on the model's {model.device}, got {row.device}")
+    rows = [row.long() for row in rows]
     if rows:
         low, high = torch.stack(cat(rows).aminmax()).tolist()
         if low < 0 or high >= model.num_tokens:
@@ -148,7 +181,7 @@ def _rows(model, prompt: Tensor | list[Tensor]) -> list[Tensor]:
                 f"prompt: ids must be in [0, num_tokens) = [0, {model.num_tokens}),"
                 f" got {low if low < 0 else high}"
             )
-    return [row.long() for row in rows]
+    return rows
 
 
 def _check_overflow(model, overflow: str, total: int, use_cache: bool):
@@ -194,9 +227,10 @@ def _from_decoder(
         room *= 2
     room = min(room, model.seq_len)  # enough for any number without full attention
     window = float("inf") if overflow == "stream" else model.seq_len
-    key = (len(rows), room, dtype, model.impl, model.device)
-    # out of sight of other calls while this one is at work
-    sampler = _decoders.setdefault(model, {}).pop(key, None)
+    shapes = tuple(p.shape for p in model.parameters())
+    key = (len(rows), room, dtype, model.impl, model.device, shapes)
+    with _decoders_lock:  # out of sight of other calls while this one is at work
+        sampler = _decoders.setdefault(model, {}).pop(key, None)
     if sampler is None:
         sampler = Sampler(model, len(rows), room, dtype)
     sampler.start(model, rows, sampling, seed)
@@ -218,10 +252,11 @@ def _from_decoder(
             recent.append(sampler.ids.clone())
             yield recent[-1]
     finally:
-        kept = _decoders.setdefault(model, {})
-        kept[key] = sampler
-        while len(kept) > MAX_DECODERS:
-            del kept[next(iter(kept))]
+        with _decoders_lock:
+            kept = _decoders.setdefault(model, {})
+            kept[key] = sampler
+            while len(kept) > MAX_DECODERS:
+                del kept[next(iter(kept))]
 
 
 @torch.no_grad()
@@ -233,9 +268,11 @@ def _from_model(
     generator: torch.Generator | None,
     kwargs: dict,
 ) -> Iterator[Tensor]:
+    stride = model.h_strides[model.predict_hierarchy_index]
+    stride = 1 if model.predict_use_all_hierarchy else stride
     for _ in range(count):
         rows = [row[-model.seq_len :] for row in rows]
-        last = torch.tensor([len(row) - 1 for row in rows], device=model.device)
+        last = torch.tensor([(len(row) - 1) // stride for row in rows], device=model.device)
         was_training = model.training
         model.eval()
         try:

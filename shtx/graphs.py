@@ -1,9 +1,30 @@
-"""CUDA graphs: a function runs eagerly once, and is captured later."""
+"""CUDA graphs: the one life of a captured function, and what a capture freezes.
 
-from collections.abc import Callable, Iterable
+A graph replays the same kernels on the same memory. A function of tensors that stay where they are
+runs eagerly in its first turn, is captured at its second, which computes nothing, and is replayed
+from then on. What a capture has frozen is compared at every turn, and graphs that no longer hold
+are given up. A function that cannot be captured stays eager.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+
+from shtx.plan import HOOKS, any_global_hooks
+
+# in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
+# failed, so it stays eager.
+ONCE, NEVER = "once", "never"
+
+KEPT = ("_modules", "_parameters", "_buffers")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def run_aside(function: Callable, stream: torch.cuda.Stream) -> Any:
@@ -16,27 +37,156 @@ def run_aside(function: Callable, stream: torch.cuda.Stream) -> Any:
     return outputs
 
 
-def capture(
-    function: Callable, stream: torch.cuda.Stream, others: Iterable[torch.cuda.CUDAGraph]
-) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of a call, and what the call returned, which a replay writes.
+class Graphs:
+    """The graphs of one owner, by key.
+
+    They share memory: a replay of one may write over what another has left.
 
     Args:
-        function: has run aside on `stream`.
-        stream: of the capture.
-        others: captured on it before; the graph takes memory from their pool, so that a replay of
-            one may write over what another has left.
+        device: on which they run.
+        limit: how many keys may have a graph; further ones run eagerly.
     """
-    graph, others = torch.cuda.CUDAGraph(), list(others)
-    # the outer context leaves the stream even where the end of a failed capture raises
-    with (
-        torch.cuda.stream(stream),
-        torch.cuda.graph(
-            graph,
-            pool=others[0].pool() if others else None,
-            stream=stream,
-            capture_error_mode="thread_local",  # a loader's thread may pin memory meanwhile
-        ),
-    ):
-        outputs = function()
-    return graph, outputs
+
+    def __init__(self, device: torch.device, limit: int | None = None):
+        self.limit = limit
+        self.stream = torch.cuda.Stream(device)  # of eager first turns and captures
+        self.pool = torch.cuda.graph_pool_handle()
+        self.kept, self.structure, self.more, self._warned = {}, None, None, False
+
+    def hold(self, model: Module, more: object = None) -> bool:
+        """Whether what graphs froze of the model, and more of their owner's, is as it was; if not,
+        it is from now on what it is now, and all graphs are given up."""
+        structure = self.structure
+        if structure is not None and structure.holds() and more == self.more:
+            return True
+        self.structure, self.more = Structure(model), more
+        self.kept.clear()
+        return False
+
+    def get(self, key: Hashable, make: Callable[[], Any], name: str) -> Any:
+        """What `make` has captured for the key; None where the function has to run eagerly.
+
+        Args:
+            key: of the function.
+            make: captures it, by `capture`, and returns what is to be kept.
+            name: of the function, for warnings.
+        """
+        state = self.kept.get(key)
+        if state is None:
+            if self.limit is None or len(self.kept) < self.limit:
+                self.kept[key] = ONCE
+            elif not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{name}: {self.limit} others have a CUDA graph each, further ones run eagerly",
+                    stacklevel=4,
+                )
+            return None
+        if state == ONCE:
+            try:
+                state = make()
+            except RuntimeError as error:
+                warnings.warn(f"{name} goes on without a CUDA graph: {error}", stacklevel=4)
+                state = NEVER
+            self.kept[key] = state
+        return None if state == NEVER else state
+
+    def capture(self, function: Callable) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of a call, and what the call returned, which a replay writes.
+
+        Args:
+            function: has run aside on `stream`.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # a loader's thread may pin memory meanwhile
+        options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            # the outer context leaves the stream even where the end of a failed capture raises
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, **options):
+                outputs = function()
+        except BaseException:
+            self._put_right()
+            raise
+        return graph, outputs
+
+    def _put_right(self):
+        """A capture that CUDA itself breaks off leaves the allocator and the generator of random
+        numbers as if it went on; the end of one that succeeds is what the generator waits for.
+        """
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError), torch.cuda.stream(self.stream):
+            spare = torch.zeros(1, device=self.stream.device)
+            with torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"
+            ):
+                spare.add_(1)
+
+
+def comparable(value: Any) -> Any:
+    """A value of an optimizer's group, such that == neither waits for a device nor raises."""
+    if isinstance(value, Tensor):
+        return "tensor", id(value), value.data_ptr()
+    if isinstance(value, (list, tuple)):
+        return [comparable(v) for v in value]
+    return value
+
+
+class Structure:
+    """What a graph of a model's forward and backward has frozen of the model and of PyTorch's
+    modes. A step compares it each time, so it is read by few calls for all modules together."""
+
+    def __init__(self, model: Module):
+        self.core = getattr(model, "module", model)
+        self.states = [vars(module) for module in model.modules()]
+        self.modules = list(model.modules())
+        self.parameters = list(model.parameters())
+        self.alive = list(self.children())  # so that no other takes the place of one that went
+        self.seen = self.read()
+
+    def read(self) -> list:
+        core, matmul = self.core, torch.backends.cuda.matmul
+        return [
+            list(map(type, self.modules)),
+            list(map(itemgetter("training"), self.states)),
+            list(map(id, self.children())),
+            [*map(Tensor.data_ptr, self.parameters)],
+            [*map(attrgetter("requires_grad", "dtype"), self.parameters)],
+            (core.impl, core.ignore_index, core.loss_weights, core.checkpointing),
+            matmul_modes(),
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_fp16_reduced_precision_reduction,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_default_dtype(),
+        ]
+
+    def children(self) -> Iterator:
+        """Modules, parameters and buffers."""
+        dicts = (map(itemgetter(kind), self.states) for kind in KEPT)
+        return chain.from_iterable(map(dict.values, chain.from_iterable(dicts)))
+
+    def holds(self) -> bool:
+        return self.read() == self.seen
+
+    def hooked(self) -> str | None:
+        """What runs Python that a replay would leave out; None if nothing does."""
+        if any_global_hooks():
+            return "there are global hooks of modules"
+        for kind in HOOKS:
+            if any(map(itemgetter(kind), self.states)):
+                return f"the model has {kind[1:].replace('_', ' ')}"
+        for kind in PARAMETER_HOOKS:
+            if any(map(attrgetter(kind), self.parameters)):
+                return "a parameter has hooks"
+        return None
+
+
+def matmul_modes() -> tuple:
+    """Both of PyTorch's ways to allow TF32: reading one may raise once the other was used."""
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = None
+    backend = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return legacy, backend, getattr(torch.backends, "fp32_precision", None)

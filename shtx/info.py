@@ -141,11 +141,12 @@ def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     torch.manual_seed(0)
     for arguments in MODELS:
         model = HierarchicalTransformer(num_tokens=256, depth=1, seq_len=64, heads=2, **arguments)
-        model.to(device).ops_for = lambda device: namespace
+        model.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            model(torch.randint(0, 256, (2, 64), device=device), return_loss=True)
+            ids = torch.randint(0, 256, (2, 64), device=device)
+            model(ids, return_loss=True, plan=model.plan(namespace))
         for batch in (1, 2):  # for which there are different kernels
-            decoder = Decoder(model, batch, 64, dtype)
+            decoder = Decoder(model, batch, 64, dtype, namespace)
             noise = torch.rand(batch, 4, 256, device=device)
             for _ in range(5):  # to the second token of a level that has every fourth
                 logits = decoder.step()

@@ -1,18 +1,24 @@
 """The parts of a level: compressor, block (attention, feed-forward), merge.
 
-A layer holds parameters under the names of simple-hierarchical-transformer 0.2.0; what it computes
-is written in the ops that `forward` is handed, on (B, M, D) tensors of level tokens.
+A layer holds parameters under the names of simple-hierarchical-transformer 0.2.0. Its `forward` is
+upstream's, module by module. `run` computes the same on (B, M, D) tensors of level tokens by the
+ops of a plan, which read the weights of plain modules; whatever else is in a module's place is
+called (see plan.py).
 """
 
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
 from local_attention import LocalMHA
 from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
 
 from shtx.levels import Level
-from shtx.ops import product_dtype
+from shtx.ops import cross_entropy, hierarchical_cat, product_dtype, rms_norm, token_shift, windows
+from shtx.plan import Layer, Plan
 
 
 def exists(v):
@@ -24,13 +30,36 @@ class RMSNorm(Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return rms_norm(x.to(wide), self.gamma).to(x.dtype)
 
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor, ops: SimpleNamespace, branch: Tensor | None = None) -> Tensor:
-        # the residual streams begin here, in the dtype of products: under autocast, every pass over
-        # a stream moves half of the bytes that fp32 would
-        weights = self.weight, self.bias, branch
-        return ops.norm_token_shift(x, *weights, norm="layer", dtype=product_dtype(x))[1]
+
+def norm_args(norm: Module) -> dict:
+    """The arguments of `norm_token_shift` that a norm holds."""
+    if isinstance(norm, RMSNorm):
+        return dict(gamma=norm.gamma)
+    return dict(gamma=norm.weight, beta=norm.bias, norm="layer")
+
+
+def add(x: Tensor, branch: Tensor | None) -> Tensor:
+    """A residual stream keeps its dtype."""
+    return x if branch is None else (x + branch).to(x.dtype)
+
+
+def dense(x: Tensor) -> Tensor:
+    """What a module returned, as ops take it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def end_norm(norm: Module, x: Tensor, branch: Tensor | None, plan: Plan) -> Tensor:
+    """The norm of a level before its first layer, or after its last."""
+    # the residual streams begin here, in the dtype of products: under autocast, every pass over
+    # a stream moves half of the bytes that fp32 would
+    dtype = product_dtype(x)
+    if plan.reads(norm):
+        return plan.ops.norm_token_shift(x, branch=branch, **norm_args(norm), dtype=dtype)[1]
+    return norm(add(x, branch)).to(dtype)
 
 
 class CausalConv(Module):
@@ -38,8 +67,11 @@ class CausalConv(Module):
         super().__init__()
         self.conv = nn.Conv1d(dim_in, dim_out, kernel_size, stride=stride)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (self.conv.kernel_size[0] - 1, 0)))
 
-class Compress(Module):
+
+class Compress(Layer):
     """Token ids to level embeddings: the embedding itself (1x), or a causal convolution over it."""
 
     def __init__(self, level: Level, dim_embed: int, num_tokens: int, should_recon: bool):
@@ -50,24 +82,49 @@ class Compress(Module):
         if level.compress == 1:
             same = dim_embed == level.dim
             self.compress_fn = nn.Identity() if same else Linear(dim_embed, level.dim, bias=False)
-            return
+        else:
+            self.compress_fn = nn.Sequential(
+                Rearrange("b n d -> b d n"),
+                CausalConv(dim_embed, dim_inner, level.compress, level.stride),
+                nn.SiLU(),
+                nn.Conv1d(dim_inner, level.dim, 1),
+                Rearrange("b d n -> b n d"),
+            )
+            if should_recon:
+                self.to_recon = Linear(level.dim, level.compress * num_tokens, bias=False)
+        self.remember()
 
-        self.compress_fn = nn.Sequential(
-            nn.Identity(),
-            CausalConv(dim_embed, dim_inner, level.compress, level.stride),
-            nn.SiLU(),
-            nn.Conv1d(dim_inner, level.dim, 1),
-        )
-        if should_recon:
-            self.to_recon = Linear(level.dim, level.compress * num_tokens, bias=False)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) embeddings of tokens to (B, M, d) of the level."""
+        return self.compress_fn(x)
 
-    def forward(self, ids: Tensor, embedding: Tensor, ops: SimpleNamespace) -> Tensor:
+    def is_read(self, plan: Plan) -> bool:
+        """Whether `run` may read its weights."""
+        return plan.reads(self) and plan.reads_all(self.compress_fn)
+
+    def run(self, ids: Tensor, embedding: Tensor, plan: Plan) -> Tensor:
+        """(B, N) ids, (V, D) embedding to (B, M, d)."""
         if self.level.compress == 1:
-            return ops.token_embedding(ids, embedding, getattr(self.compress_fn, "weight", None))
+            weight = getattr(self.compress_fn, "weight", None)
+            return plan.ops.token_embedding(ids, embedding, weight)
         conv, out = self.compress_fn[1].conv, self.compress_fn[3]
-        return ops.causal_compress(
-            ids, embedding, conv.weight, conv.bias, out.weight, out.bias, stride=self.level.stride
-        )
+        weights = conv.weight, conv.bias, out.weight, out.bias
+        return plan.ops.causal_compress(ids, embedding, *weights, stride=self.level.stride)
+
+    def recon(self, h: Tensor, ids: Tensor, plan: Plan | None = None, reduction: str = "mean"):
+        """The loss of telling from (B, M, d) of the level, after its last layer, the (B, N) ids."""
+        plan, c, stride = plan or self.plan(h), self.level.compress, self.level.stride
+        if plan.reads(self.to_recon):
+            options = dict(compress=c, stride=stride, reduction=reduction)
+            return plan.ops.reconstruction_loss(h, self.to_recon.weight, ids, **options)
+        logits = self.to_recon(h).unflatten(-1, (c, -1))
+        return cross_entropy(logits, windows(ids, c, stride), reduction=reduction)
+
+
+def rotate(t: Tensor, angles: Tensor, factors: Tensor) -> Tensor:
+    """(B, H, N, E) by (N, E), upstream's apply_rotary_pos_emb."""
+    a, b = t.chunk(2, dim=-1)
+    return t * angles.cos() * factors + torch.cat((-b, a), dim=-1) * angles.sin() * factors
 
 
 class RotaryEmbedding(Module):
@@ -75,12 +132,19 @@ class RotaryEmbedding(Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        channel = arange(0, dim, 2).float()
+        channel = arange(0, dim, 2, dtype=torch.float32)
         self.register_buffer("inv_freq", 1.0 / (10000 ** (channel / dim)))
         self.register_buffer("scale", (channel + 0.4 * dim) / (1.4 * dim))
 
+    def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Angles and xpos factors (seq_len, E), as upstream makes them."""
+        t = arange(seq_len, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
+        power = (t - (seq_len // 2)) / 512
+        angles, factors = t[:, None] * self.inv_freq, self.scale ** power[:, None]
+        return torch.cat((angles, angles), dim=-1), torch.cat((factors, factors), dim=-1)
 
-class Attention(Module):
+
+class Attention(Layer):
     """Full causal attention, rotary embedding with xpos."""
 
     def __init__(self, level: Level):
@@ -91,19 +155,39 @@ class Attention(Module):
         self.rotary_emb = RotaryEmbedding(level.dim_head)
         self.to_qkv = Linear(level.dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, level.dim, bias=False)
+        self.remember()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D), sequences of a level."""
+        plan, y = self.plan(x), self.norm(x)
+        if plan.reads(self.rotary_emb):
+            return self.run(y, plan)
+        return self.to_out(self.attend(self.to_qkv(y)))
 
     @property
-    def norm_args(self) -> dict:
-        return dict(gamma=self.norm.gamma)
+    def prenorm(self) -> Module:
+        return self.norm
 
-    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
-        level = self.level
-        qkv = ops.linear(x, self.to_qkv.weight)
-        out = ops.rotary_attention(qkv, level.heads, dilation=level.dilation, xpos=True)
-        return ops.linear(out, self.to_out.weight)
+    def is_read(self, plan: Plan) -> bool:
+        """Whether `run` does what `forward` does."""
+        return plan.reads(self, self.rotary_emb)
+
+    def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
+        """y (B, M, D) is normalized."""
+        qkv = plan.linear(self.to_qkv, y)
+        out = plan.ops.rotary_attention(qkv, self.level.heads, dilation=dilation, xpos=True)
+        return plan.linear(self.to_out, out)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention by what `rotary_emb` returns, whatever it has become."""
+        q, k, v = rearrange(qkv, "b n (qkv h e) -> qkv b h n e", qkv=3, h=self.level.heads)
+        angles, factors = self.rotary_emb(qkv.shape[1])
+        q, k = rotate(q, angles, factors).to(v.dtype), rotate(k, angles, 1 / factors).to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return rearrange(out, "b h n e -> b n (h e)")
 
 
-class WindowAttention(LocalMHA):
+class WindowAttention(Layer, LocalMHA):
     """Attention to the `window` tokens before, plain rotary: local-attention's parameters."""
 
     def __init__(self, level: Level):
@@ -116,19 +200,31 @@ class WindowAttention(LocalMHA):
             prenorm=True,
         )
         self.level = level
+        self.remember()
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(B, N, D), sequences of a level; other arguments as local-attention's."""
+        plan = self.plan(x)
+        if args or kwargs or not plan.reads_all(self.attn_fn):
+            return LocalMHA.forward(self, x, *args, **kwargs)
+        return self.run(self.norm(x), plan)
 
     @property
-    def norm_args(self) -> dict:
-        return dict(gamma=self.norm.weight, beta=self.norm.bias, norm="layer")
+    def prenorm(self) -> Module:
+        return self.norm
 
-    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
-        level = self.level
-        qkv = ops.linear(x, self.to_qkv.weight)
-        out = ops.rotary_attention(qkv, level.heads, window=level.window, dilation=level.dilation)
-        return ops.linear(out, self.to_out.weight)
+    def is_read(self, plan: Plan) -> bool:
+        """Whether `run` does what `forward` does."""
+        return plan.reads(self) and plan.reads_all(self.attn_fn)
+
+    def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
+        """y (B, M, D) is normalized."""
+        level, qkv = self.level, plan.linear(self.to_qkv, y)
+        out = plan.ops.rotary_attention(qkv, level.heads, window=level.window, dilation=dilation)
+        return plan.linear(self.to_out, out)
 
 
-class FeedForward(Module):
+class FeedForward(Layer):
     def __init__(self, level: Level):
         super().__init__()
         dim_inner = int(level.dim * level.ff_mult)
@@ -138,21 +234,47 @@ class FeedForward(Module):
             nn.GELU(),
             Linear(dim_inner, level.dim, bias=False),
         )
+        self.remember()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D)"""
+        return self.net(x)
 
     @property
-    def norm_args(self) -> dict:
-        return dict(gamma=self.net[0].gamma)
+    def prenorm(self) -> Module:
+        return self.net[0]
 
-    def forward(self, x: Tensor, ops: SimpleNamespace) -> Tensor:
-        return ops.feed_forward(x, self.net[1].weight, self.net[3].weight)
+    def is_read(self, plan: Plan) -> bool:
+        """Whether `run` does what `forward` does."""
+        return plan.reads(self, self.net)
+
+    def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
+        """y (B, M, D) is normalized; tokens do not meet."""
+        _, to_inner, gelu, to_out = self.net
+        if plan.reads(to_inner, gelu, to_out):
+            return plan.ops.feed_forward(y, to_inner.weight, to_out.weight)
+        return to_out(gelu(to_inner(y)))
 
 
-class HierarchicalBlock(Module):
+def along_classes(x: Tensor, dilation: int, layer: Callable) -> Tensor:
+    """What a layer makes of (B, M, D) in upstream's axial layout: every `dilation`-th token is a
+    sequence of its own."""
+    if dilation == 1:
+        return dense(layer(x))
+    M = x.shape[1]
+    x = F.pad(x, (0, 0, 0, -M % dilation))
+    y = layer(rearrange(x, "b (n a) d -> (b a) n d", a=dilation))
+    return rearrange(y, "(b a) n d -> b (n a) d", a=dilation)[:, :M]
+
+
+class HierarchicalBlock(Layer):
     """x = x + attn(norm(shift(x))); x = x + ff(norm(shift(x)))
 
-    A sum is made by the norm that reads it: a block is handed x with a branch to add, or None, and
-    hands on its own last sum like that.
+    A sum is made by the norm that reads it: `run` is handed x with a branch to add, or None, and
+    hands on its own last sum like that, as a call with a plan does.
     """
+
+    takes_plan = True
 
     def __init__(self, level: Level):
         super().__init__()
@@ -161,22 +283,39 @@ class HierarchicalBlock(Module):
         if level.window != 0:
             self.attn = WindowAttention(level) if exists(level.window) else Attention(level)
         self.ff = FeedForward(level)
+        self.remember()
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None, ops: SimpleNamespace
-    ) -> tuple[Tensor, Tensor]:
-        # a norm writes what the product after it reads
-        shift = dict(dilation=self.level.dilation, dtype=product_dtype(x))
-        if exists(self.attn):
-            x, y = ops.norm_token_shift(x, branch=branch, **self.attn.norm_args, **shift)
-            branch = self.attn(y, ops)
-        x, y = ops.norm_token_shift(x, branch=branch, **self.ff.norm_args, **shift)
-        return x, self.ff(y, ops)
+    def forward(self, x: Tensor, branch: Tensor | None = None, plan: Plan | None = None):
+        """(B, M, D)"""
+        return self.run(x, branch, plan) if plan else add(*self.run(x, None, self.plan(x)))
+
+    def run(self, x: Tensor, branch: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+        for layer in filter(exists, (self.attn, self.ff)):
+            x, branch = self.residual(layer, x, branch, plan)
+        return x, branch
+
+    def residual(self, layer: Module, x: Tensor, branch: Tensor | None, plan: Plan):
+        """x with its branch added, and what the layer has to add to it."""
+        dilation = self.level.dilation
+        if not (plan.reads(layer) and layer.is_read(plan)):
+            x = add(x, branch)
+            return x, along_classes(x, dilation, lambda x: layer(token_shift(x, 1)))
+        if plan.reads(layer.prenorm):
+            # a norm writes what the product after it reads
+            options = dict(dilation=dilation, dtype=product_dtype(x))
+            norm = norm_args(layer.prenorm)
+            x, y = plan.ops.norm_token_shift(x, branch=branch, **norm, **options)
+        else:
+            x = add(x, branch)
+            y = layer.prenorm(token_shift(x, dilation))
+        return x, layer.run(y, plan, dilation)
 
 
-class HierarchicalMerge(Module):
+class HierarchicalMerge(Layer):
     """All levels, with their branches added, and what two linear layers make of them at token
     rate, for the residual stream(s) to add."""
+
+    takes_plan = True
 
     def __init__(self, levels: tuple[Level, ...], dim_out: int):
         super().__init__()
@@ -188,10 +327,26 @@ class HierarchicalMerge(Module):
             nn.SiLU(),
             Linear(dim_out * 2, dim_out),
         )
+        self.remember()
 
     def forward(
-        self, tokens: list[Tensor], branches: list[Tensor | None], ops: SimpleNamespace
+        self,
+        tokens: list[Tensor],
+        branches: list[Tensor | None] | None = None,
+        plan: Plan | None = None,
+    ):
+        """(B, ceil(N / stride), D) of every level to (B, N, D_out); `run` with a plan."""
+        if plan:
+            return self.run(tokens, branches, plan)
+        return self.net(hierarchical_cat(tokens, self.strides))
+
+    def run(
+        self, tokens: list[Tensor], branches: list[Tensor | None], plan: Plan
     ) -> tuple[list[Tensor], Tensor]:
+        if not (plan.reads(self) and plan.reads_all(self.net)):
+            tokens = [add(x, branch) for x, branch in zip(tokens, branches, strict=True)]
+            return tokens, self(tokens)
         norm, w_in, _, w_out = self.net
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias
-        return ops.hierarchical_merge(tokens, self.strides, norm.gamma, *weights, branches)
+        merge = plan.ops.hierarchical_merge
+        return merge(tokens, self.strides, norm.gamma, *weights, branches)

@@ -6,19 +6,22 @@ convolution and each with its own transformer blocks. After every layer they are
 level that predicts the next token.
 """
 
+import warnings
 from itertools import zip_longest
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Linear, Module, ModuleList
+from torch.nn import Linear, ModuleList
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from shtx import ops
 from shtx.generate import generate
-from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, LayerNorm, exists
+from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
+from shtx.ops import REFERENCE, cosine_distance, cross_entropy
+from shtx.plan import Layer, Plan, make_plan, unfused
 
 
 @torch.library.custom_op("shtx::checked_ids", mutates_args=())
@@ -40,7 +43,7 @@ def _(ids, num_tokens):
     return torch.empty_like(ids, dtype=torch.long)
 
 
-class HierarchicalTransformer(Module):
+class HierarchicalTransformer(Layer):
     """A causal language model over several compressed copies of its sequence.
 
     Arguments, defaults, returns and checkpoints are those of simple-hierarchical-transformer
@@ -103,16 +106,17 @@ class HierarchicalTransformer(Module):
         impl="auto",
     ):
         super().__init__()
-        self.impl = impl
         self.checked = False
         self.checkpointing = False
-        self.num_tokens = integer("num_tokens", num_tokens, at_least=1)
+        num_tokens = integer("num_tokens", num_tokens, at_least=1)
         self.seq_len = integer("seq_len", seq_len, at_least=1)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.recon_loss_weight = number("recon_loss_weight", recon_loss_weight)
         self.hierarchical_ar_loss_weight = number(
             "hierarchical_ar_loss_weight", hierarchical_ar_loss_weight
         )
+        self.has_hierarchical_ar_loss = hierarchical_ar_loss_weight > 0
+        self.should_recon = recon_loss_weight > 0
         self.hierarchy_merge_all = hierarchy_merge_all
         self.predict_use_all_hierarchy = predict_use_all_hierarchy
 
@@ -126,38 +130,44 @@ class HierarchicalTransformer(Module):
             ff_mult=ff_mult,
             seq_len=self.seq_len,
         )
-        self.dims = dims = [level.dim for level in levels]
-        self.predict_index = self.index_of(predict_hierarchy)
-        predicting = levels[self.predict_index]
+        self.hierarchies = tuple(level.compress for level in levels)
+        self.h_strides = tuple(level.stride for level in levels)
+        self.dims = dims = tuple(level.dim for level in levels)
+        self.predict_hierarchy_index = self.index_of(predict_hierarchy)
+        self.need_hierarchical_merge = len(levels) > 1
+        predicting = levels[self.predict_hierarchy_index]
 
         # in upstream's order, so that a seed gives upstream's initial weights
 
-        self.token_emb = nn.Embedding(self.num_tokens, max(dims))
+        self.token_emb = nn.Embedding(num_tokens, max(dims))
         self.to_hierarchical_preds = ModuleList(
             Linear(level.dim, level.dim) if level.compress > 1 else None for level in levels
         )
         self.compressors = ModuleList(
-            Compress(level, max(dims), self.num_tokens, should_recon=recon_loss_weight > 0)
+            Compress(level, max(dims), num_tokens, should_recon=self.should_recon)
             for level in levels
         )
-        self.post_token_emb_norms = ModuleList(LayerNorm(d) for d in dims)
+        self.post_token_emb_norms = ModuleList(nn.LayerNorm(d) for d in dims)
 
         self.layers = ModuleList()
         self.hierarchical_merges = ModuleList()
         for _ in range(integer("depth", depth, at_least=0)):
             self.layers.append(ModuleList(HierarchicalBlock(level) for level in levels))
-            if len(levels) > 1:
+            if self.need_hierarchical_merge:
                 dim_out = sum(dims) if hierarchy_merge_all else predicting.dim
                 self.hierarchical_merges.append(HierarchicalMerge(levels, dim_out))
 
-        self.norms = ModuleList(LayerNorm(d) for d in dims)
+        self.norms = ModuleList(nn.LayerNorm(d) for d in dims)
         dim_logits = sum(dims) if predict_use_all_hierarchy else predicting.dim
-        self.to_logits = Linear(dim_logits, self.num_tokens, bias=False)
+        self.to_logits = Linear(dim_logits, num_tokens, bias=False)
+        self.remember()
+        self.impl = impl
+        self._told = False  # which of its modules run unfused
 
     generate = generate
 
     def index_of(self, predict_hierarchy: int | None) -> int:
-        compressions = [level.compress for level in self.levels]
+        compressions = list(self.hierarchies)
         predict_hierarchy = min(compressions) if predict_hierarchy is None else predict_hierarchy
         if predict_hierarchy not in compressions:
             raise ValueError(
@@ -165,7 +175,7 @@ class HierarchicalTransformer(Module):
                 f" got {predict_hierarchy}"
             )
         index = compressions.index(predict_hierarchy)
-        stride = self.levels[index].stride
+        stride = self.h_strides[index]
         if stride != 1 and not self.hierarchy_merge_all:
             raise ValueError(
                 f"hierarchical_stride must be 1 for the predicting hierarchy, {predict_hierarchy},"
@@ -180,17 +190,48 @@ class HierarchicalTransformer(Module):
     @impl.setter
     def impl(self, impl: str):
         self._impl = ops.check_impl(impl)
+        for module in self.modules():
+            if isinstance(module, Layer) and module is not self:
+                module.impl = impl
+
+    @property
+    def num_tokens(self) -> int:
+        """V, as the embedding has it."""
+        return self.token_emb.num_embeddings
 
     @property
     def device(self) -> torch.device:
-        return self.token_emb.weight.device
+        return next(self.parameters()).device
 
     def ops_for(self, device: torch.device) -> SimpleNamespace:
         """The ops every layer calls, for tensors on `device`."""
         return ops.resolve(self.impl, device)
 
-    def check_ids(self, ids: Tensor, return_loss: bool) -> Tensor:
-        """ids as int64, or an error that says what is wrong with them."""
+    def plan(self, ops: SimpleNamespace | None = None, checked: bool = False) -> Plan:
+        """How a forward runs, in the autocast region that is open.
+
+        Args:
+            ops: in place of those of `impl`.
+            checked: whether ids are known to be in range, so that nothing waits for the device.
+        """
+        plan = make_plan(self, ops or self.ops_for(self.device), checked)
+        if plan.called and not self._told and not torch.compiler.is_compiling():
+            self._told = True
+            if plan.ops is not REFERENCE and (names := unfused(self)):
+                first, reason = next(iter(names.items()))
+                warnings.warn(
+                    f"{len(names)} modules run by themselves, and not within a fused op: {first}"
+                    f" {reason}; shtx.plan.unfused(model) has all of them",
+                    stacklevel=3,
+                )
+        return plan
+
+    def check_ids(self, ids: Tensor, return_loss: bool, checked: bool = False) -> Tensor:
+        """ids as int64, or an error that says what is wrong with them.
+
+        Args:
+            checked: whether they are known to be in range.
+        """
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids must be a tensor of integers, got {type(ids).__name__}")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -206,16 +247,23 @@ class HierarchicalTransformer(Module):
                 f"ids must have {least} to {most} tokens (seq_len {self.seq_len}{asked}),"
                 f" got {ids.shape[1]}"
             )
-        if ids.device.type == "cpu" or self.checked:
+        if not checked and (ids.device.type == "cpu" or self.checked):
             return checked_ids(ids, self.num_tokens)
         return ids.long()
 
-    def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, ops):
+    def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, plan: Plan):
+        def run(x, branch):
+            with plan.narrow_weights():  # again, as backward is in a thread of its own
+                if block in plan.sharded:
+                    return block(x, branch, plan)
+                if plan.reads(block):
+                    return block.run(x, branch, plan)
+                return dense(block(add(x, branch))), None
+
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            return block(x, branch, ops)
+            return run(x, branch)
         # no state of random numbers, which a block has no use for and a CUDA graph cannot read
-        options = dict(use_reentrant=False, preserve_rng_state=False)
-        return checkpoint(lambda x, branch: block(x, branch, ops), x, branch, **options)
+        return checkpoint(run, x, branch, use_reentrant=False, preserve_rng_state=False)
 
     def branches_of(self, merged: Tensor) -> list[Tensor | None]:
         """What was merged, (B, N, D), as what the predicting level or every one has to add."""
@@ -223,7 +271,7 @@ class HierarchicalTransformer(Module):
             split = zip(merged.split(self.dims, dim=-1), self.levels, strict=True)
             return [m[:, :: level.stride] for m, level in split]
         branches = [None] * len(self.levels)
-        branches[self.predict_index] = merged
+        branches[self.predict_hierarchy_index] = merged
         return branches
 
     def forward(
@@ -234,6 +282,8 @@ class HierarchicalTransformer(Module):
         return_hierarchical_embeds=False,
         ablate_hierarchical_merge=False,
         loss_reduction="mean",
+        *,
+        plan=None,
     ):
         """Logits, or the loss of predicting each token from those before it.
 
@@ -246,6 +296,7 @@ class HierarchicalTransformer(Module):
             ablate_hierarchical_merge: leave the merges out.
             loss_reduction: "mean", or "sum": return sums and counts in place of the loss, so that
                 batches of unequal counts can add up to one. See `loss_weights`.
+            plan: how to run, what `self.plan()` returns; made for this call by default.
 
         Returns:
             (B, N, V) logits; or the 0-dim loss and its parts (next token, reconstruction,
@@ -259,41 +310,65 @@ class HierarchicalTransformer(Module):
         """
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
-        ids = self.check_ids(ids, return_loss)
+        plan = plan or self.plan()
+        ids = self.check_ids(ids, return_loss, plan.checked)
+        labels = None
         if return_loss:
             ids, labels = ids[:, :-1], ids[:, 1:]
-        ops = self.ops_for(ids.device)
+        with plan.narrow_weights():
+            tokens = self.embed(ids, plan)
+            if return_hierarchical_token_embeds:
+                return tokens
+            embeds = self.transform(tokens, plan, ablate_hierarchical_merge)
+            if return_hierarchical_embeds:
+                return embeds
+            embed = embeds[self.predict_hierarchy_index]
+            if self.predict_use_all_hierarchy:
+                embed = plan.ops.hierarchical_cat(embeds, self.h_strides)
+            if not return_loss:
+                return self.to_logits(embed)
+            losses = self.losses(embed, embeds, ids, labels, plan)
+        return self.sums(*losses) if loss_reduction == "sum" else self.means(*losses)
 
-        tokens = [
-            norm(compress(ids, self.token_emb.weight, ops), ops)
-            for compress, norm in zip(self.compressors, self.post_token_emb_norms, strict=True)
+    def embed(self, ids: Tensor, plan: Plan) -> list[Tensor]:
+        """The levels as they enter the first layer."""
+        read = [
+            plan.reads(self.token_emb) and plan.reads(c) and c.is_read(plan)
+            for c in self.compressors
         ]
-        if return_hierarchical_token_embeds:
-            return tokens
+        x = None if all(read) else self.token_emb(ids)
+        tokens = [
+            compress.run(ids, self.token_emb.weight, plan) if is_read else dense(compress(x))
+            for compress, is_read in zip(self.compressors, read, strict=True)
+        ]
+        parts = zip(self.post_token_emb_norms, tokens, strict=True)
+        return [end_norm(norm, t, None, plan) for norm, t in parts]
 
+    def transform(self, tokens: list[Tensor], plan: Plan, ablate_merge: bool) -> list[Tensor]:
+        """The levels as they leave the last layer, normalized."""
         branches = [None] * len(tokens)  # what the next norm is to add
         for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
             parts = zip(layer, tokens, branches, strict=True)
-            results = (self.run_block(block, t, b, ops) for block, t, b in parts)
+            results = (self.run_block(block, t, b, plan) for block, t, b in parts)
             tokens, branches = zip(*results, strict=True)
-            if exists(merge) and not ablate_hierarchical_merge:
-                tokens, merged = merge(tokens, branches, ops)
-                branches = self.branches_of(merged)
-
+            if not exists(merge) or ablate_merge:
+                continue
+            if merge in plan.sharded:
+                tokens, merged = merge(tokens, branches, plan)
+            elif plan.reads(merge):
+                tokens, merged = merge.run(tokens, branches, plan)
+            else:
+                tokens = list(map(add, tokens, branches))
+                merged = dense(merge(tokens))
+            branches = self.branches_of(merged)
         parts = zip(self.norms, tokens, branches, strict=True)
-        embeds = [norm(t, ops, branch) for norm, t, branch in parts]
-        if return_hierarchical_embeds:
-            return embeds
+        return [end_norm(norm, t, branch, plan) for norm, t, branch in parts]
 
-        embed = embeds[self.predict_index]
-        if self.predict_use_all_hierarchy:
-            embed = ops.hierarchical_cat(embeds, [level.stride for level in self.levels])
-        if not return_loss:
-            return self.to_logits(embed)
-        ce, recon, hierarchical_ar = self.losses(embed, embeds, ids, labels, ops)
-        if loss_reduction == "sum":
-            sums, counts = zip(ce, *recon, *hierarchical_ar, strict=True)
-            return torch.stack(sums), torch.stack(counts)
+    def sums(self, ce: tuple, recon: list, hierarchical_ar: list) -> tuple[Tensor, Tensor]:
+        sums, counts = zip(ce, *recon, *hierarchical_ar, strict=True)
+        return torch.stack(sums), torch.stack(counts)
+
+    def means(self, ce: tuple, recon: list, hierarchical_ar: list) -> tuple[Tensor, tuple]:
         zero = ce[0].new_zeros(())
         ce, recon, hierarchical_ar = (
             sum((total / count.clamp(min=1) for total, count in pairs), start=zero)
@@ -323,7 +398,7 @@ class HierarchicalTransformer(Module):
             counts.append(ids.new_full((), len(ids) * successors))
         return torch.stack(counts)
 
-    def losses(self, embed: Tensor, embeds: list[Tensor], ids: Tensor, labels: Tensor, ops):
+    def losses(self, embed: Tensor, embeds: list[Tensor], ids: Tensor, labels: Tensor, plan: Plan):
         """Sum and count of the next-token loss, and of the two others of each compressed level."""
         if embed.shape[1] != labels.shape[1]:
             raise ValueError(
@@ -339,19 +414,17 @@ class HierarchicalTransformer(Module):
         for h, level, compressor, predict in reversed(list(parts)):
             if level.compress == 1:
                 continue
-            if self.recon_loss_weight > 0:
-                pair = ops.reconstruction_loss(
-                    h,
-                    compressor.to_recon.weight,
-                    ids,
-                    compress=level.compress,
-                    stride=level.stride,
-                    reduction="sum",
-                )
-                recon.append(pair)
-            pair = ops.hierarchical_ar_loss(h, predict.weight, predict.bias, reduction="sum")
+            if self.should_recon:
+                recon.append(compressor.recon(h, ids, plan, reduction="sum"))
+            if plan.reads(predict):
+                args = h, predict.weight, predict.bias
+                pair = plan.ops.hierarchical_ar_loss(*args, reduction="sum")
+            else:
+                pair = cosine_distance(predict(h)[:, :-1], h, reduction="sum")
             hierarchical_ar.append(pair)
-        ce = ops.linear_cross_entropy(
-            embed, self.to_logits.weight, labels, self.ignore_index, reduction="sum"
-        )
+        options = dict(ignore_index=self.ignore_index, reduction="sum")
+        if plan.reads(self.to_logits):
+            ce = plan.ops.linear_cross_entropy(embed, self.to_logits.weight, labels, **options)
+        else:
+            ce = cross_entropy(self.to_logits(embed), labels, **options)
         return ce, recon[::-1], hierarchical_ar[::-1]

@@ -17,9 +17,16 @@ from shtx_kernels._groups import Lookup as Lookup
 from shtx_kernels._groups import Norm as Norm
 from shtx_kernels._groups import Part as Part
 from shtx_kernels._groups import Projection as Projection
-from shtx_kernels._products import narrow_weights_kept as narrow_weights_kept
+from shtx_kernels._products import narrow_copies as narrow_copies
+from shtx_kernels._products import narrow_weights as narrow_weights
 from shtx_kernels._products import product_dtype as product_dtype
+from shtx_kernels.reference import cosine_distance as cosine_distance
+from shtx_kernels.reference import cross_entropy as cross_entropy
 from shtx_kernels.reference import decode as reference_decode
+from shtx_kernels.reference import hierarchical_cat as hierarchical_cat
+from shtx_kernels.reference import rms_norm as rms_norm
+from shtx_kernels.reference import token_shift as token_shift
+from shtx_kernels.reference import windows as windows
 
 IMPLS = ("auto", "fused", "reference")
 REFERENCE_OPS = tuple(reference.__all__)

@@ -5,7 +5,6 @@ or of the copy of the weights. Each runs eagerly at first, once its kernels are 
 captured at its second turn, which computes nothing, and replayed.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,13 +14,12 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
 
 from shtx.decode import Decoder
-from shtx.graphs import capture, run_aside
+from shtx.graphs import Graphs, run_aside
 from shtx.ops import FUSED, compile_ahead
 from shtx.sampling import Sampling
 
 MAX_PROMPTS = 2  # lengths of a prompt, the latest, that a decoder has a graph for
 NOISE = 16  # tokens that noise is drawn for at once
-ONCE, NEVER = "once", "never"  # in place of a graph: it is captured next time; it cannot be
 
 
 class Sampler:
@@ -32,38 +30,41 @@ class Sampler:
         device = model.device
         with _plain(device):
             self.decoder = Decoder(model, batch, room, dtype)
-            self.noise = torch.empty(batch, NOISE, model.num_tokens, device=device)
+            self.noise = torch.empty(
+                batch, NOISE, model.num_tokens, dtype=torch.float32, device=device
+            )
             self.prompt = torch.empty(batch * room, dtype=torch.long, device=device)
         self.ids = self.decoder.ids
         self.generator = torch.Generator(device)
         self.sampling, self.drawn = None, 0
-        # of "step", "refresh", and lengths of a prompt, the latest last, with what these two read
-        self.graphs, self.read = {}, None
         self.compiled = False
-        self.stream = None  # of eager first runs and captures, which share its workspaces
+        self.graphs = None  # of "step", "refresh", and lengths of a prompt, the latest last
         # the reference is for reading, not for speed
         if device.type == "cuda" and model.ops_for(device) is FUSED:
-            self.stream = torch.cuda.Stream(device)
+            self.graphs = Graphs(device)
 
     def start(self, model, rows: list[Tensor], sampling: Sampling, seed: int):
         """Take the prompts, of the weights that the model has, and sample their next tokens."""
         if sampling != self.sampling:
             self.sampling = sampling
-            self.graphs.pop("step", None)
+            if self.graphs is not None:
+                self.graphs.kept.pop("step", None)
         self.generator.manual_seed(seed)
         self.prefill(model, rows, refresh=True)
 
     def prefill(self, model, rows: list[Tensor], refresh: bool = False):
-        read = None if self.stream is None else _read_by_graphs(model)
-        if read != self.read:
-            self.graphs = {what: g for what, g in self.graphs.items() if what == "step"}
-            self.read = read
+        in_graphs = False
+        if self.graphs is not None:
+            step = self.graphs.kept.get("step")  # which reads the copies of the decoder alone
+            if not self.graphs.hold(model) and step is not None:
+                self.graphs.kept["step"] = step
+            in_graphs = not self.graphs.structure.hooked() and not sharded(model)
         with _plain(self.ids.device):
             if refresh:
-                self._run("refresh", lambda: self.decoder.refresh(model), read is not None)
-            if read is not None and not self.compiled:
+                self._run("refresh", lambda: self.decoder.refresh(model), in_graphs)
+            if in_graphs and not self.compiled:
                 self._compile(model, pad_sequence(rows, batch_first=True))
-            self._take(model, rows, read is not None)
+            self._take(model, rows, in_graphs)
             self.drawn = 0  # the slots of the tokens to come may have been used
             self._draw()
             self._sample()
@@ -89,17 +90,13 @@ class Sampler:
         torch.stack(rows, out=prompt)
         self._run(longest, lambda: self._prefill(model, prompt), in_graphs)
         if in_graphs:
-            self.graphs[longest] = self.graphs.pop(longest)
-            kept = [what for what in self.graphs if isinstance(what, int)]
-            for length in kept[:-MAX_PROMPTS]:
-                del self.graphs[length]
+            kept = self.graphs.kept
+            kept[longest] = kept.pop(longest)
+            for length in [what for what in kept if isinstance(what, int)][:-MAX_PROMPTS]:
+                del kept[length]
 
     def _prefill(self, model, prompt: Tensor, lengths: Tensor | None = None):
-        checked, model.checked = model.checked, False  # generate has, with a sync
-        try:
-            self.decoder.prefill(model, prompt, lengths)
-        finally:
-            model.checked = checked
+        self.decoder.prefill(model, prompt, lengths)
 
     def _draw(self):
         """Noise of the next tokens: every row takes a slot a token, whichever its position is."""
@@ -109,7 +106,7 @@ class Sampler:
 
     def step(self):
         self._draw()
-        self._run("step", self._step, self.stream is not None)
+        self._run("step", self._step, self.graphs is not None)
 
     def _step(self):
         self.decoder.step()
@@ -127,46 +124,25 @@ class Sampler:
             with _plain(self.ids.device):
                 function()
             return
-        if self.graphs.get(what) == ONCE:
-            self.graphs[what] = self._capture(what, function)
-        graph = self.graphs.get(what, NEVER)
-        if graph != NEVER:
-            with torch.cuda.device_of(self.ids):
-                graph.replay()
+        name = f"generate's {what}" if isinstance(what, str) else f"a prompt of {what} tokens"
+        graph = self.graphs.get(what, lambda: self._capture(what, function), name)
+        if graph is None:
+            self._run_aside(function)
             return
-        self._run_aside(function)
-        self.graphs.setdefault(what, ONCE)
+        with torch.cuda.device_of(self.ids):
+            graph.replay()
 
     def _run_aside(self, function: Callable):
         with _plain(self.ids.device):
-            run_aside(function, self.stream)
+            run_aside(function, self.graphs.stream)
 
-    def _capture(self, what: str | int, function: Callable):
-        """A CUDA graph, or NEVER, with a warning: whatever a capture meets, tokens are sampled."""
-        others = [g for g in self.graphs.values() if g not in (ONCE, NEVER)]
-        try:
-            with _plain(self.ids.device):  # what a graph leaves behind is in tensors made before
-                return capture(function, self.stream, others)[0]
-        except RuntimeError as error:
-            name = f"a prompt of {what} tokens" if isinstance(what, int) else f"its {what}"
-            warnings.warn(f"generate goes on without a CUDA graph of {name}: {error}", stacklevel=2)
-            return NEVER
+    def _capture(self, what: str | int, function: Callable) -> torch.cuda.CUDAGraph:
+        with _plain(self.ids.device):  # what a graph leaves behind is in tensors made before
+            return self.graphs.capture(function)[0]
 
 
-def _read_by_graphs(model) -> tuple | None:
-    """What graphs of a model hold on to, the places of its parameters and a mode of their products;
-    None where they would leave out what else happens, sharding or hooks.
-    """
-    places = []
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl:
-            return None
-        for p in module._parameters.values():
-            if p is not None:
-                if type(p) is not Parameter:
-                    return None
-                places.append(p.data_ptr())
-    return torch.get_float32_matmul_precision(), *places
+def sharded(model) -> bool:
+    return any(type(p) is not Parameter for p in model.parameters())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ second is captured, which computes nothing, and replayed. So every call is exact
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,21 +17,23 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
-from shtx.graphs import capture, run_aside
+from shtx.graphs import Graphs, comparable, run_aside
 from shtx.levels import integer
-from shtx.ops import FUSED, compile_ahead, narrow_weights_kept
+from shtx.ops import FUSED, compile_ahead
+from shtx.plan import Layer, Plan
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
 
 
 @dataclass
-class Graph:
-    """Of one shape of ids: where a replay reads them, and the outputs that it overwrites."""
+class Step:
+    """A captured step of one shape of ids: where a replay reads them, and the outputs that it
+    overwrites."""
 
     ids: Tensor
-    cuda_graph: torch.cuda.CUDAGraph | None = None
-    outputs: tuple = ()
+    graph: torch.cuda.CUDAGraph
+    outputs: tuple
 
 
 def _reads_tensors(group: dict) -> bool:
@@ -48,13 +50,15 @@ class TrainStep:
         optimizer: of the model's parameters. For a CUDA graph its groups must have fused=True or
             capturable=True. Learning rates may change between calls, in any way; fused and
             capturable groups read them in fp32 on CUDA, with a CUDA graph or without. Any other
-            change to a group costs an eager step and a capture.
+            change, of a group, of the model, of an attribute of this object or of PyTorch's modes,
+            costs an eager step and a capture.
         precision: "bf16-mixed" (autocast; fp32 parameters), "fp32", or "bf16" (bf16 parameters).
         grad_clip: greatest norm of all gradients together; None: any.
         accumulate: micro-batches that the batch of ids is split into, for less memory. Loss and
             gradients are those of the whole batch, whatever labels each of them ignores.
         cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. Hooks
-            of the optimizer's step do not run in a replay.
+            of the optimizer's step do not run in a replay. Of a model that has hooks, or that
+            cannot be captured, steps run eagerly, with a warning.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -73,34 +77,48 @@ class TrainStep:
         accumulate: int = 1,
         cuda_graph: bool = True,
     ):
+        if not isinstance(model, Module) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "TrainStep takes a model and its optimizer, in this order, got"
+                f" {type(model).__name__} and {type(optimizer).__name__}"
+            )
         if precision not in PARAMETERS:
             allowed = ", ".join(map(repr, PARAMETERS))
             raise ValueError(f"precision must be one of {allowed}, got {precision!r}")
         for name, p in model.named_parameters():
-            if p.dtype != PARAMETERS[precision]:
+            if p.is_floating_point() and p.dtype != PARAMETERS[precision]:
                 raise ValueError(
                     f"precision={precision!r} takes parameters of {PARAMETERS[precision]},"
                     f" got {p.dtype}: {name}"
                 )
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(f"grad_clip must be above 0 or None, got {grad_clip}")
+        trained = {p for p in model.parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("model must have a parameter that requires a gradient, got none")
+        if not any(p in trained for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer must have parameters of the model that require a gradient, got none of"
+                f" the {len(trained)}: it was made of another model's, or before they were replaced"
+            )
         self.model, self.optimizer = model, optimizer
         self.precision, self.grad_clip = precision, grad_clip
         self.accumulate = integer("accumulate", accumulate, at_least=1)
         self.grad_norm = None
         self._core = getattr(model, "module", model)  # what a wrapper wraps
-        self._parameters = list(model.parameters())
         self._device = self._core.device
         self._learning_rates = []  # a tensor a group, on CUDA
-        self._narrow_weights = {}  # all made anew at once, at the start of a step
-        self._graphs, self._constants, self._state = {}, None, None
-        self._warned = False
+        self._warned = False  # of hooks
         self._compiled = False
-        self._sharded = any(type(p) is not Parameter for p in self._parameters)
+        self._sharded = any(type(p).__name__ == "DTensor" for p in self._parameters)
         self._distributed = self._sharded or self._core is not model
-        self._stream = None  # of eager first steps and captures, which share its workspaces
+        self._graphs = None
         if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
-            self._stream = torch.cuda.Stream(self._device)
+            self._graphs = Graphs(self._device, MAX_GRAPHS)
+
+    @property
+    def _parameters(self) -> list[Parameter]:
+        return list(self.model.parameters())
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """One step, of fresh gradients, which are gone after it.
@@ -123,7 +141,7 @@ class TrainStep:
         self.compile(ids)
         with torch.cuda.device_of(ids):
             self._write_learning_rates()
-            step = self._step if self._stream is None else self._graphed_step
+            step = self._step if self._graphs is None else self._graphed_step
             loss, parts, self.grad_norm = step(ids)
         return loss, parts
 
@@ -143,15 +161,15 @@ class TrainStep:
 
         def gradients():
             with self._autocast():
-                loss, _ = self._core(micro, return_loss=True)
+                loss, _ = self._core(micro, return_loss=True, plan=self._core.plan(checked=True))
                 with torch.autocast(self._device.type, enabled=False):
                     torch.autograd.grad(loss, trained, allow_unused=True)
 
         with torch.cuda.device_of(ids):
-            if self._stream is None:
+            if self._graphs is None:
                 compile_ahead(gradients)
             else:
-                run_aside(lambda: compile_ahead(gradients), self._stream)
+                run_aside(lambda: compile_ahead(gradients), self._graphs.stream)
         self._compiled = True
 
     def _check_ids(self, ids: Tensor) -> Tensor:
@@ -181,15 +199,16 @@ class TrainStep:
 
     def _forward_backward(self, ids: Tensor) -> tuple[Tensor, tuple]:
         with self._autocast():
+            plan = self._plan()
             if self.accumulate == 1:
-                loss, parts = self.model(ids, return_loss=True)
+                loss, parts = self.model(ids, return_loss=True, **plan)
                 self._backward(loss)
                 return loss.detach(), tuple(part.detach() for part in parts)
             weights, counts = self._core.loss_weights, self._core.loss_counts(ids).clamp(min=1)
             weighted = lambda losses: sum(w * x for w, x in zip(weights, losses, strict=True))
             totals = 0
             for micro in ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate)):
-                sums, _ = self.model(micro, return_loss=True, loss_reduction="sum")
+                sums, _ = self.model(micro, return_loss=True, loss_reduction="sum", **plan)
                 losses = sums / counts
                 self._backward(weighted(losses))
                 totals = totals + losses.detach()
@@ -198,15 +217,19 @@ class TrainStep:
             parts = totals[0], totals[1:split].sum(), totals[split:].sum()
             return weighted(totals), parts
 
+    def _plan(self) -> dict[str, Plan]:
+        """One for all micro-batches, so that weights are cast once; what is compiled or sharded
+        makes its own."""
+        compiled = self._core._compiled_call_impl or not isinstance(self._core, Layer)
+        return {} if compiled or self._sharded else dict(plan=self._core.plan(checked=True))
+
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        """One region, in which a weight is cast once; its casts are of this step alone."""
+        """One region, whose casts of weights are of this step alone."""
         torch.clear_autocast_cache()  # the caller's own region may be open
         mixed = self.precision == "bf16-mixed"
-        # FSDP's weights come and go
-        kept = nullcontext() if self._distributed else narrow_weights_kept(self._narrow_weights)
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed), kept:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
                 yield
         finally:
             torch.clear_autocast_cache()
@@ -261,47 +284,36 @@ class TrainStep:
     # the graphs
 
     def _graphed_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
-        self._give_up_graphs_that_no_longer_hold()
-        graph = self._graphs.get(ids.shape)
-        if graph is None and len(self._graphs) == MAX_GRAPHS:
+        graphs = self._graphs
+        graphs.hold(self._core, self._frozen())
+        if reason := graphs.structure.hooked():
             if not self._warned:
-                warnings.warn(
-                    f"ids of shape {tuple(ids.shape)}: {MAX_GRAPHS} other shapes have a CUDA graph"
-                    " each, further ones run eagerly",
-                    stacklevel=3,
-                )
                 self._warned = True
+                warnings.warn(f"steps run without a CUDA graph: {reason}", stacklevel=3)
+            graphs.kept.clear()
             return self._step(ids)
-        if graph is None:
-            graph = Graph(ids.clone(memory_format=torch.contiguous_format))
-            outputs = run_aside(lambda: self._step(graph.ids), self._stream)
-            self._graphs[ids.shape] = graph
-            return outputs
-        graph.ids.copy_(ids)
-        if graph.cuda_graph is None:
-            self._capture(graph)
+        name = f"a step of ids of shape {tuple(ids.shape)}"
+        step = graphs.get(ids.shape, lambda: self._capture(ids), name)
+        if step is None:
+            return run_aside(lambda: self._step(ids), graphs.stream)
+        step.ids.copy_(ids)
         self.model.zero_grad()
-        graph.cuda_graph.replay()
+        step.graph.replay()
         torch.clear_autocast_cache()  # a caller's region has the weights of before
-        return tree_map_only(Tensor, torch.clone, graph.outputs)
+        return tree_map_only(Tensor, torch.clone, step.outputs)
 
-    def _capture(self, graph: Graph) -> None:
-        others = [g.cuda_graph for g in self._graphs.values() if g.cuda_graph]
-        checked, self._core.checked = self._core.checked, False  # __call__ has, with a sync
-        try:
-            step = lambda: self._step(graph.ids)
-            graph.cuda_graph, graph.outputs = capture(step, self._stream, others)
-        finally:
-            self._core.checked = checked
+    def _capture(self, ids: Tensor) -> Step:
+        ids = ids.clone(memory_format=torch.contiguous_format)
+        return Step(ids, *self._graphs.capture(lambda: self._step(ids)))
 
-    def _give_up_graphs_that_no_longer_hold(self) -> None:
-        core, varying = self._core, ("params", "lr", "initial_lr")
-        constants = (
-            [{k: v for k, v in g.items() if k not in varying} for g in self.optimizer.param_groups],
-            [(p.data_ptr(), p.requires_grad) for p in self._parameters],
-            (core.impl, core.ignore_index, core.loss_weights, core.checkpointing),
-        )
+    def _frozen(self) -> list:
+        """What a graph of a step has frozen besides the model."""
+        varying = ("params", "lr", "initial_lr")
+        groups = [
+            {name: comparable(value) for name, value in group.items() if name not in varying}
+            for group in self.optimizer.param_groups
+        ]
+        stepped = [list(map(id, group["params"])) for group in self.optimizer.param_groups]
         # load_state_dict puts another state in the place of the one whose memory graphs update
-        if constants != self._constants or self.optimizer.state is not self._state:
-            self._graphs.clear()
-            self._constants, self._state = constants, self.optimizer.state
+        options = self.precision, self.grad_clip, self.accumulate, id(self.optimizer.state)
+        return [groups, stepped, options]

@@ -1,12 +1,14 @@
 """What ops with matrix products share: their dtype, narrow weights, sums in a wider dtype."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-_kept: dict | None = None  # within `narrow_weights_kept`
+_here = threading.local()  # narrow copies of weights, within `narrow_weights`
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -17,32 +19,38 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-@contextmanager
-def narrow_weights_kept(copies: dict) -> Iterator[None]:
-    """Within, a weight has one narrow copy, which goes into `copies`.
-
-    Handed in again, all copies that are there are made anew at once: of the same weights.
-    """
-    global _kept
+def narrow_copies(weights: list[Parameter], dtype: torch.dtype) -> dict:
+    """A copy in `dtype` of each weight, made in one call, for `narrow_weights`."""
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     with torch.no_grad():
-        if copies:
-            weights, narrow = map(list, zip(*copies.values(), strict=True))
-            torch._foreach_copy_(narrow, weights)
-    before, _kept = _kept, copies
+        torch._foreach_copy_(copies, weights)
+    keys = ((id(weight), dtype) for weight in weights)
+    return dict(zip(keys, zip(weights, copies, strict=True), strict=True))
+
+
+@contextmanager
+def narrow_weights(copies: dict) -> Iterator[None]:
+    """Within, in this thread, ops take the narrow copies of weights from `copies`; what is missing
+    there is made once, and added. The weights must stay as they are until `copies` is gone.
+    """
+    before, _here.copies = getattr(_here, "copies", None), copies
     try:
         yield
     finally:
-        _kept = before
+        _here.copies = before
 
 
 def narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`."""
-    if torch.compiler.is_compiling() or weight.dtype == dtype or _kept is None:
+    if weight.dtype == dtype or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    copies = getattr(_here, "copies", None)
+    if copies is None or type(weight) is not Parameter:  # what is computed is another one each time
         return weight.to(dtype)
     key = id(weight), dtype
-    if key not in _kept:
-        _kept[key] = weight, weight.detach().to(dtype)
-    return _kept[key][1]
+    if key not in copies:
+        copies[key] = weight, weight.detach().to(dtype)
+    return copies[key][1]
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, start: bool):

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from generation import build, continued, draw
-from helpers import DEVICE, without_launches
+from helpers import DEVICE, without_a_gpu, without_launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx.decode import Decoder
 from shtx.generate import _decoders
-from shtx.sampler import MAX_PROMPTS, NEVER, ONCE, Sampler
+from shtx.graphs import NEVER, ONCE
+from shtx.sampler import MAX_PROMPTS, Sampler
 
 
 class Tape(TorchDispatchMode):
@@ -41,7 +42,7 @@ class Tape(TorchDispatchMode):
 @pytest.fixture(params=["tapes", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
 def captured(request, monkeypatch):
     """What was captured, in its order."""
-    kept, init, capture = [], Sampler.__init__, Sampler._capture
+    kept, init, capture, graphs = [], Sampler.__init__, Sampler._capture, without_a_gpu
 
     def note(sampler, what, function):
         kept.append(what)
@@ -54,7 +55,7 @@ def captured(request, monkeypatch):
     if request.param == "tapes":
         monkeypatch.setattr(Sampler, "_run_aside", lambda sampler, function: function())
         monkeypatch.setattr(
-            Sampler, "__init__", lambda s, *args: init(s, *args) or setattr(s, "stream", "no GPU")
+            Sampler, "__init__", lambda s, *args: init(s, *args) or setattr(s, "graphs", graphs())
         )
     return kept
 
@@ -74,7 +75,7 @@ def test_all_has_a_graph_from_its_second_turn_on(captured):
     model.generate(prompt, 40, top_k=3)  # which a graph of the step has in it
     assert captured == ["step", 8, "refresh", 5, "step"]
     (sampler,) = _decoders[model].values()
-    assert NEVER not in sampler.graphs.values() and model.checked
+    assert NEVER not in sampler.graphs.kept.values() and model.checked
 
 
 def test_a_call_that_only_compiles_leaves_no_trace(captured, monkeypatch):
@@ -144,16 +145,15 @@ def test_weights_may_be_replaced_in_a_stream(captured):
     assert torch.equal(*outs)
 
 
-def test_hooks_run_in_every_forward(captured):
+def test_a_model_with_hooks_runs_whole_for_every_token(captured):
     model, lengths = build(), []
     model.generate(draw(), 30)
-    model.generate(draw(), 30)
     captured.clear()
-    expected = model.generate(draw(), 30, seed=1)
+    expected = model.generate(draw(), 8, temperature=0, use_cache=False)
     model.layers[0][0].register_forward_hook(lambda _, args, __: lengths.append(len(args[0][0])))
-    for _ in range(3):
-        assert torch.equal(model.generate(draw(), 30, seed=1), expected)
-    assert lengths == [5, 8, 8] * 3 and not captured
+    with pytest.warns(UserWarning, match=r"without a cache, as layers\.0\.0 has forward hooks"):
+        tokens = model.generate(draw(), 8, temperature=0)
+    assert torch.equal(tokens, expected) and lengths == list(range(5, 13)) and not captured
 
 
 def test_prompts_of_unequal_length_have_no_graph(captured):
@@ -168,7 +168,7 @@ def test_few_lengths_have_a_graph(captured):
     for tokens in [1, 2, 3, 1, 2, 3, 3, 4, 3]:
         model.generate(draw(tokens), 2)
     (sampler,) = _decoders[model].values()
-    kept = {what: graph for what, graph in sampler.graphs.items() if isinstance(what, int)}
+    kept = {what: graph for what, graph in sampler.graphs.kept.items() if isinstance(what, int)}
     assert list(kept) == [4, 3] and len(kept) == MAX_PROMPTS
     assert kept[4] == ONCE and kept[3] != ONCE
     assert captured == ["refresh", "step", 3]
@@ -194,9 +194,9 @@ def test_graphs_sample_what_runs_without_them_do(options, dtype):
     tokens = [model.generate(draw(), 30, seed=seed, **options) for seed in (1, 2, 1)]
     assert torch.equal(tokens[0], tokens[2])
     (sampler,) = _decoders[model].values()
-    assert sampler.graphs.keys() == {"step", "refresh", 5, 8}
-    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in sampler.graphs.values())
-    sampler.stream = None
+    assert sampler.graphs.kept.keys() == {"step", "refresh", 5, 8}
+    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in sampler.graphs.kept.values())
+    sampler.graphs = None
     assert torch.equal(model.generate(draw(), 30, seed=1, **options), tokens[0])
 
 
@@ -230,10 +230,10 @@ def test_a_capture_that_fails_loses_nothing(monkeypatch, what):
 
     monkeypatch.setattr(Decoder, what, fail)
     _decoders.clear()
-    with pytest.warns(UserWarning, match="without a CUDA graph of .*: as asked"):
+    with pytest.warns(UserWarning, match="without a CUDA graph: as asked"):
         tokens = [model.generate(draw(), 30, seed=seed) for seed in range(4)]
     assert all(map(torch.equal, tokens, expected))
     (sampler,) = _decoders[model].values()
-    captured = {n for n, g in sampler.graphs.items() if isinstance(g, torch.cuda.CUDAGraph)}
+    captured = {n for n, g in sampler.graphs.kept.items() if isinstance(g, torch.cuda.CUDAGraph)}
     failed = {5, 8} if what == "prefill" else {what}
     assert captured == {"step", "refresh", 5, 8} - failed

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DEVICE, without_launches
+from helpers import DEVICE, without_a_gpu, without_launches
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
 from training import LR, adamw, assert_same, build, draw, pair
 
 from shtx import TrainStep
-from shtx.train_step import MAX_GRAPHS
+from shtx.train_step import MAX_GRAPHS, Step
 
 
 @pytest.fixture(params=["replayed steps", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
@@ -23,18 +23,21 @@ def captured(request, monkeypatch):
     """The shapes of ids that were captured, in their order."""
     shapes, capture = [], TrainStep._capture
 
-    def replay_a_step(step, graph):
+    def replay_a_step(step, ids):
+        step_of_shape = Step(ids.clone(), None, ())
+
         def replay():
-            outputs = step._step(graph.ids)
-            graph.outputs = graph.outputs or outputs
-            for a, b in zip(tree_leaves(graph.outputs), tree_leaves(outputs), strict=True):
+            outputs = step._step(step_of_shape.ids)
+            step_of_shape.outputs = step_of_shape.outputs or outputs
+            for a, b in zip(tree_leaves(step_of_shape.outputs), tree_leaves(outputs), strict=True):
                 assert (a is None and b is None) or a.copy_(b) is a
 
-        graph.cuda_graph = SimpleNamespace(replay=replay)
+        step_of_shape.graph = SimpleNamespace(replay=replay)
+        return step_of_shape
 
-    def note(step, graph):
-        shapes.append(tuple(graph.ids.shape))
-        (capture if request.param == "CUDA graphs" else replay_a_step)(step, graph)
+    def note(step, ids):
+        shapes.append(tuple(ids.shape))
+        return (capture if request.param == "CUDA graphs" else replay_a_step)(step, ids)
 
     monkeypatch.setattr(TrainStep, "_capture", note)
     if request.param == "replayed steps":
@@ -44,8 +47,8 @@ def captured(request, monkeypatch):
 
 def graphed(model, **options):
     step, optimizer = pair(model, **options)
-    if step._stream is None:
-        step._stream = "no GPU"
+    if step._graphs is None:
+        step._graphs = without_a_gpu(MAX_GRAPHS)
     return step, optimizer
 
 
@@ -93,8 +96,8 @@ def test_shapes_past_the_limit_run_eagerly(captured):
             other_step(draw(n, 2, tokens))
     told = [str(w.message) for w in caught if "have a CUDA graph" in str(w.message)]
     assert told == [
-        f"ids of shape (2, {5 + MAX_GRAPHS}): {MAX_GRAPHS} other shapes have a CUDA graph each,"
-        " further ones run eagerly"
+        f"a step of ids of shape (2, {5 + MAX_GRAPHS}): {MAX_GRAPHS} others have a CUDA graph"
+        " each, further ones run eagerly"
     ]
     assert captured == [(2, tokens) for tokens in range(5, 5 + MAX_GRAPHS)]
     assert_same((ours, optimizer), (theirs, other_optimizer))
@@ -181,7 +184,7 @@ def test_a_replay_is_the_eager_step_and_waits_for_nothing(impl, precision, accum
         assert torch.equal(step.grad_norm, other_step.grad_norm)
         for scheduler in schedulers:
             scheduler.step()
-    assert step._graphs[batches[0].shape].cuda_graph
+    assert step._graphs.kept[batches[0].shape].graph
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 

@@ -202,9 +202,15 @@ def _reduce(total: Tensor, count: Tensor, reduction: str) -> Tensor | tuple[Tens
     return (total, count) if reduction == "sum" else total / count.clamp(min=1)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, reduction: str):
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = 0, reduction: str = "mean"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Of logits (..., V) with as many targets: mean, or sum and count of those that count."""
     total = F.cross_entropy(
-        _widen(logits), targets.flatten(), ignore_index=ignore_index, reduction="sum"
+        _widen(logits).flatten(0, -2),
+        targets.flatten(),
+        ignore_index=ignore_index,
+        reduction="sum",
     )
     return _reduce(total, (targets != ignore_index).sum(), reduction)
 
@@ -217,7 +223,12 @@ def linear_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of x (B, N, D) @ weight^T (V, D) with targets (B, N)."""
-    return _cross_entropy(F.linear(x, weight).flatten(0, 1), targets, ignore_index, reduction)
+    return cross_entropy(F.linear(x, weight), targets, ignore_index, reduction)
+
+
+def windows(ids: Tensor, compress: int, stride: int) -> Tensor:
+    """(B, M, C) ids behind every level token of (B, N), 0 left of the start."""
+    return F.pad(ids, (compress - 1, 0)).unfold(-1, compress, stride)
 
 
 def reconstruction_loss(
@@ -234,9 +245,8 @@ def reconstruction_loss(
     x (B, M, D), weight (C V, D), ids (B, N): tap i of the level token at position p predicts
     ids[p - (C - 1) + i]. Index 0 stands left of the start and is ignored everywhere.
     """
-    targets = F.pad(ids, (compress - 1, 0)).unfold(-1, compress, stride)
-    logits = rearrange(F.linear(x, weight), "b m (c v) -> (b m c) v", c=compress)
-    return _cross_entropy(logits, targets, 0, reduction)
+    logits = F.linear(x, weight).unflatten(-1, (compress, -1))
+    return cross_entropy(logits, windows(ids, compress, stride), 0, reduction)
 
 
 def hierarchical_ar_loss(
@@ -246,7 +256,16 @@ def hierarchical_ar_loss(
 
     A single token has no successor: 0.
     """
-    predicted = F.normalize(_widen(F.linear(h[:, :-1], weight, bias)), dim=-1)
+    return cosine_distance(F.linear(h[:, :-1], weight, bias), h, reduction)
+
+
+def cosine_distance(
+    predicted: Tensor, h: Tensor, reduction: str = "mean"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """1 - cos(predicted[t], h[t + 1]) for predicted (B, M - 1, D), h (B, M, D): mean, or sum and
+    count.
+    """
+    predicted = F.normalize(_widen(predicted), dim=-1)
     cosine = (predicted * F.normalize(_widen(h[:, 1:]), dim=-1)).sum(dim=-1)
     count = torch.full((), cosine.numel(), device=h.device)
     return _reduce((1 - cosine).sum(), count, reduction)

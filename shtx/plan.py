@@ -1,0 +1,222 @@
+"""How a forward runs: by which ops, and which modules it has to call.
+
+Layers hand the weights of their modules to ops, which do in one pass what the modules would do in
+several. That is right only while a module is *plain*: of the type that its layer made, with the
+same options, without hooks, without sharding of its own, its weight an ordinary tensor. Whatever a
+tool has changed (an adaptor in its place, a hook, a quantized weight) is *called*: the op that the
+module belongs to runs as its reference, module by module, and everything else stays as it is.
+Parametrized modules are plain: the value of their weight is what counts.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Module, Parameter
+from torch.nn.modules import module as global_hooks
+
+from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+HEADS = ("to_recon", "to_logits")  # whose losses cast a vocabulary at a time
+ORDINARY = (Parameter, Tensor, type(None))
+
+# what else decides on the result of calling a module
+OPTIONS = {
+    nn.Linear: lambda m: m._parameters.get("bias") is None,
+    nn.Embedding: lambda m: (m.padding_idx, m.max_norm, m.scale_grad_by_freq, m.sparse),
+    nn.LayerNorm: lambda m: (m.eps, m.normalized_shape, m._parameters.get("bias") is None),
+    nn.Conv1d: lambda m: (
+        (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode),
+        m._parameters.get("bias") is None,
+    ),
+    nn.GELU: lambda m: m.approximate,
+    nn.Dropout: lambda m: m.p,
+    nn.Sequential: len,
+}
+no_options = lambda m: None
+
+
+class Made(NamedTuple):
+    """A module as its layer made it."""
+
+    path: tuple[str, ...]  # from the layer
+    kind: type
+    options: object
+
+
+class Layer(Module):
+    """A module whose `forward` is upstream's, module by module, and which knows how it was made.
+
+    Attributes:
+        impl: of its own calls; "auto" unless the model it belongs to has another.
+    """
+
+    impl = "auto"
+    takes_plan = False  # as another argument of `forward`
+
+    def remember(self):
+        """At the end of a constructor: what is plain from now on is what is here."""
+        self.made = [
+            Made(path, type(module), OPTIONS.get(type(module), no_options)(module))
+            for path, module in descendants(self)
+        ]
+
+    def plan(self, x: Tensor) -> "Plan":
+        """How a call of this layer alone runs."""
+        return Plan(resolve(self.impl, x.device), look(self))
+
+
+def any_global_hooks() -> bool:
+    return any(getattr(global_hooks, name) for name in GLOBAL_HOOKS)
+
+
+def descendants(layer: Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Module]]:
+    """The modules below, down to those that are layers themselves."""
+    for name, module in layer._modules.items():
+        if module is not None:
+            yield (*path, name), module
+            if not isinstance(module, Layer):
+                yield from descendants(module, (*path, name))
+
+
+class Found(NamedTuple):
+    """What looking at a tree of modules has found."""
+
+    called: dict[Module, str]  # with the reason
+    sharded: dict[Layer, str]  # by FSDP2, and nothing else: called, too, but with the plan
+    weights: list[Parameter]  # of plain modules, which products read
+
+
+def look(layer: Layer) -> Found:
+    """Which modules below a layer have to be called, and the weights of the others."""
+    found = Found({}, {}, [])
+    _look(layer, found, "is seen by global hooks" if any_global_hooks() else None)
+    return found
+
+
+def _look(layer: Layer, found: Found, everything: str | None):
+    for path, kind, options in layer.made:
+        module = layer
+        for name in path:
+            module = module._modules.get(name)
+            if module is None:  # taken out, or below what has been replaced
+                break
+        else:
+            reason = everything or why_called(module, kind, options)
+            if reason is not None:
+                sharded = kind.__dict__.get("takes_plan") and not everything
+                if sharded and why_called(module, kind, options, sharded_is_plain=True) is None:
+                    found.sharded[module] = reason
+                else:
+                    found.called[module] = reason
+            elif kind in READ and path[-1] not in HEADS:
+                weight = module._parameters.get("weight")
+                if type(weight) is Parameter:
+                    found.weights.append(weight)
+            if isinstance(module, Layer):
+                _look(module, found, everything)
+
+
+READ = (nn.Linear, nn.Embedding)
+
+
+def why_called(module: Module, kind: type, options, sharded_is_plain: bool = False) -> str | None:
+    """Why a module is not plain; None if it is."""
+    state, actual = module.__dict__, type(module)
+    if actual is not kind and not _is_variant(actual, kind, state, sharded_is_plain):
+        return f"is a {actual.__name__}, not the {kind.__name__} that it was made"
+    for name in HOOKS:
+        if state[name] and not (sharded_is_plain and all(map(_shards, state[name].values()))):
+            return f"has {name[1:].replace('_', ' ')}"
+    if "forward" in state:
+        return "has a forward of its own"
+    if state.get("_compiled_call_impl") is not None:
+        return "is compiled on its own"
+    if (get := OPTIONS.get(kind)) is not None and get(module) != options:
+        return f"has other options than it was made with: {module}"
+    for name, p in state["_parameters"].items():
+        # what is sharded is whole once the module around it has been called
+        if type(p) not in ORDINARY and type(p).__name__ != "DTensor":
+            return f"has a {name} that is a {type(p).__name__}"
+    if "weight" in state:
+        return "has a weight that is computed before each call"
+    return None
+
+
+def _is_variant(actual: type, kind: type, state: dict, sharded_is_plain: bool) -> bool:
+    """The classes that parametrizations, and FSDP2, put in the place of a module's."""
+    bases = actual.__mro__
+    if kind not in bases:
+        return False
+    between = bases[1 : bases.index(kind)]
+    if not between:
+        return "parametrizations" in state["_modules"]
+    return sharded_is_plain and between[0].__name__ == "FSDPModule"
+
+
+def _shards(hook) -> bool:
+    owner = getattr(hook, "__self__", None)
+    return type(owner).__module__.startswith("torch.distributed.")
+
+
+class Plan:
+    """How a forward runs.
+
+    Attributes:
+        ops: what layers call.
+        called: modules that have to be called, with the reason.
+        sharded: layers that have to be called with the plan.
+        copies: narrow copies of weights, which go with the plan.
+        checked: whether ids are known to be in range.
+    """
+
+    def __init__(
+        self,
+        ops: SimpleNamespace,
+        found: Found,
+        copies: dict | None = None,
+        checked: bool = False,
+    ):
+        self.ops, self.called, self.sharded = ops, found.called, found.sharded
+        self.copies, self.checked = copies, checked
+
+    def reads(self, *modules: Module) -> bool:
+        """Whether the weights of all of them may be read."""
+        return not self.called or self.called.keys().isdisjoint(modules)
+
+    def reads_all(self, module: Module) -> bool:
+        """Whether the weights of a module and of all below it may be read."""
+        return not self.called or self.called.keys().isdisjoint(module.modules())
+
+    def linear(self, module: Module, x: Tensor) -> Tensor:
+        """A linear layer without a bias."""
+        return self.ops.linear(x, module.weight) if self.reads(module) else module(x)
+
+    def narrow_weights(self) -> AbstractContextManager:
+        """Within, in this thread, ops take the narrow copies."""
+        return nullcontext() if self.copies is None else narrow_weights(self.copies)
+
+
+def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
+    """Of a whole model, whose weights are cast here, in one call, where fused ops ask for it."""
+    found = look(model)
+    copies = None
+    device = model.device.type
+    if ops is not REFERENCE and not torch.compiler.is_compiling():
+        copies = {}
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            wider = [w for w in found.weights if w.dtype == torch.float32 and w.dtype != dtype]
+            copies = narrow_copies(wider, dtype) if wider else {}
+    return Plan(ops, found, copies, checked)
+
+
+def unfused(model: Layer) -> dict[str, str]:
+    """The modules that a forward calls by themselves, by name, with the reason."""
+    names = {module: name for name, module in model.named_modules()}
+    return {names[module]: reason for module, reason in look(model).called.items()}
