@@ -249,12 +249,13 @@ def test_directory_with_files_of_others(text, tmp_path, capsys):
         assert tree(out) == {out / name: b"mine"}
 
 
-def test_run_of_an_older_version(run, tmp_path):
+def test_run_of_an_older_version(run, tmp_path, monkeypatch):
     part = of_an_older_version(copied(run, tmp_path / "part"))
-    assert resume(part / "checkpoints" / "step-000008") == 0
+    monkeypatch.chdir(tmp_path)
+    assert resume("part/checkpoints/step-000008") == 0
     assert rows(part) == rows(run)
     for step in ("14", "20"):  # and as the run that it has become
-        assert resume(part, "--steps", step) == 0
+        assert resume("part", "--steps", step) == 0
     assert sorted(os.listdir(part / "checkpoints")) == ["step-000016", "step-000020"]
 
 

@@ -232,7 +232,7 @@ def parse(
                 " checkpoints of its run: name where it is to go on with --out DIR"
             )
     run = replace(Config.from_json(run), out=home)
-    config = cli(default=run)
+    config = replace(cli(default=run), resume=asked.resume)
     _refuse_changes(run, config)
     return config, checkpoint
 
