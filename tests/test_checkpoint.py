@@ -1,7 +1,9 @@
 import json
 import os
 import pickle
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from hashlib import sha256
@@ -12,6 +14,7 @@ import torch
 
 from shtx.train import TrainError
 from shtx.train.checkpoint import FILES, load, save
+from shtx.train.home import Home
 
 CONFIG = {"run": {"lr": 0.1, "window_sizes": [8, None]}, "data": {"bytes": 3}}
 
@@ -51,6 +54,7 @@ def assert_is(checkpoint, step):
 
 def test_round_trip(tmp_path):
     path = save(tmp_path, 123, CONFIG, *contents(123))
+    assert path.stat().st_mode & 0o777 == tmp_path.joinpath("checkpoints").stat().st_mode & 0o777
     assert path == tmp_path / "checkpoints" / "step-000123"
     assert sorted(p.name for p in path.iterdir()) == sorted([*FILES, "manifest.json"])
     assert_is(load(path), 123)
@@ -68,7 +72,7 @@ def test_keeps_the_newest_two(tmp_path):
 
 def test_leftovers_are_ignored_then_removed(tmp_path):
     saved(tmp_path, 1)
-    for name in ("step-000002.tmp", "step-000009.tmp", "step-000001.old"):
+    for name in (".step-000002.01234567.tmp", ".step-000009.89abcdef.tmp"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / FILES[0]).write_bytes(b"half")
     assert_is(load(tmp_path), 1)
@@ -87,14 +91,55 @@ def test_resuming_an_older_step_gives_up_the_later_ones(tmp_path):
 
 
 def test_synced_before_it_is_named(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
     events, fsync, replace = [], os.fsync, os.replace
     where = lambda fd: Path(os.readlink(f"/proc/self/fd/{fd}"))
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(where(fd)), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append((a, b)), replace(a, b)))
-    path = save(tmp_path, 1, CONFIG, *contents(1))
-    temporary = path.with_name("step-000001.tmp")
+    path = save(tmp_path, 2, CONFIG, *contents(2))
+    temporary = events[0].parent
+    assert re.fullmatch(r"\.step-000002\.[0-9a-f]{8}\.tmp", temporary.name)
     files = [temporary / name for name in (*FILES, "manifest.json")]
     assert events == [*files, temporary, (temporary, path), path.parent]
+
+
+def test_directory_of_the_first_checkpoint_is_synced_too(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
+    )
+    with Home(tmp_path / "a" / "run"):
+        save(tmp_path / "a" / "run", 1, CONFIG, *contents(1))
+    assert synced[:3] == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "run")]
+
+
+def test_removal_that_was_interrupted(tmp_path, monkeypatch):
+    """What is left of a checkpoint is none, and the next save takes it away."""
+    saved(tmp_path, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 3)
+    left = [name for name in names(tmp_path) if name.startswith(".")]
+    assert len(left) == 1 and names(tmp_path)[1:] == ["step-000002", "step-000003"]
+    assert_is(load(tmp_path), 3)
+    assert names(saved(tmp_path, 4)) == ["step-000003", "step-000004"]
+
+
+def test_what_cannot_be_removed_ends_nothing(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2)
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "step-000001":
+            raise PermissionError(1, "Operation not permitted")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    saved(tmp_path, 3, 4)
+    assert [n for n in names(tmp_path) if n[0] != "."] == [
+        *("step-000001", "step-000003", "step-000004"),
+    ]
 
 
 def missing(file):

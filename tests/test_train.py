@@ -8,14 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, child_environment
+from running import TINY, resume, rows, train
 
 from shtx import HierarchicalTransformer
-from shtx.cli import main
 from shtx.train import TrainError
 from shtx.train.checkpoint import load
 from shtx.train.config import PRESETS, Config, Model, parse
@@ -26,36 +25,7 @@ from shtx.train.progress import printable
 from shtx.train.run import place
 from shtx.train.trainer import Trainer, build, learning_rate
 
-TINY = (
-    "--preset cpu --dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 32 --window-sizes 8 None"
-    " --batch-size 4 --steps 12 --log-every 5 --eval-every 6 --save-every 4 --eval-sequences 8"
-).split()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Lines with something to learn in them."""
-    path = tmp_path_factory.mktemp("data") / "text"
-    numbers = np.random.default_rng(0).integers(0, 1000, 2000)
-    path.write_text("".join(f"line {n} is followed by {n + 1}\n" for n in numbers))
-    return path
-
-
-def train(text, out, *arguments):
-    return main(["train", *TINY, "--data", str(text), "--out", str(out), *arguments])
-
-
-def resume(path, *arguments):
-    return main(["train", "--resume", str(path), *arguments])
-
-
-def rows(run):
-    """All that does not depend on time."""
-    return [
-        {k: v for k, v in row.items() if k != "tokens_per_second"}
-        for row in read(run / "metrics.jsonl")
-    ]
 
 
 def assert_same_end(run, other):
@@ -68,13 +38,6 @@ def assert_same_end(run, other):
 
 
 # what a run does
-
-
-@pytest.fixture(scope="module")
-def run(text, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert train(text, out) == 0
-    return out
 
 
 def test_metrics(run):
@@ -100,7 +63,8 @@ def test_plot(run):
 
 
 def test_raw_data_is_not_copied(run):
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
+    names = ["checkpoints", "loss.png", "metrics.jsonl", "run.json", "shtx.lock"]
+    assert sorted(p.name for p in run.iterdir()) == names
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000008", "step-000012"]
 
 
@@ -228,7 +192,6 @@ def test_resume_of_a_finished_run_changes_nothing(run, tmp_path, capsys):
         ("--dim 32", "--dim (32,) is not the run's (16,)"),
         ("--window-sizes None", "--window-sizes (None,) is not the run's (8, None)"),
         ("--seed 3", "--seed 3 is not the run's 0"),
-        ("--out /elsewhere", "--out /elsewhere is not the run's "),
         ("--steps 11", "--steps 11 is less than the run's 12"),
         ("--data missing", "--data missing: no such file"),
     ],

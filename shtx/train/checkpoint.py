@@ -5,14 +5,18 @@
                                 config.json         step, settings of the run, identity of its data
                                 manifest.json       size and sha256 of the others
 
-A directory is written and synced under a name that ends in .tmp, and renamed when it is whole.
+A directory is written and synced under a hidden name, `.step-000123.<8 digits>.tmp`, and renamed
+when it is whole. Nothing is deleted but what bears such a name, or is a checkpoint of the same run.
 """
 
 import hashlib
 import io
 import json
+import os
 import re
+import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +25,13 @@ import torch
 from torch import Tensor
 
 from shtx.train import TrainError
-from shtx.train.files import publish, sync
+from shtx.train.files import parse_json, publish, read, read_json, sync
 
 FILES = ("model.safetensors", "optimizer.pt", "config.json")
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
 KEEP = 2
+TEMPORARY = re.compile(r"\.step-\d+\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,18 @@ class Checkpoint:
 
 
 def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: dict) -> Path:
-    """Write a checkpoint and remove all but it and the one before it.
+    """Write a checkpoint, and remove those of the same run but it and the one before it.
 
     Args:
-        run: the directory of the run.
+        run: the directory of the run, which exists.
         step: how many steps were done.
-        config: JSON values.
+        config: JSON values; "id" is the run's, without it the run has none.
         weights: name to tensor, on any device.
         state: dicts, lists, numbers and tensors: whatever torch.load takes with weights_only=True.
 
     Returns:
-        the directory of the checkpoint.
+        the directory of the checkpoint. What had its name and is not a checkpoint of the run has
+        got another name, which ends in .kept.
 
     Raises:
         OSError: it could not be written; what was there before still is.
@@ -71,21 +78,25 @@ def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: 
     manifest = {name: _fingerprint(content) for name, content in contents.items()}
     contents[MANIFEST] = _json(manifest)
 
-    path = run / "checkpoints" / f"step-{step:06d}"
-    temporary = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        folder.mkdir()
+        sync(run)
+    path = folder / f"step-{step:06d}"
+    temporary = _temporary(path)
     try:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
             sync(temporary / name)
-        if path.exists():  # of the future that resuming an older step gave up
+        if _is_of(path, config.get("id")):  # of the future that resuming an older step gave up
             _remove(path)
+        elif os.path.lexists(path):
+            set_aside(path, "kept")
         publish(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _prune(path)
+    _prune(path, config.get("id"))
     return path
 
 
@@ -98,19 +109,28 @@ def load(path: Path) -> Checkpoint:
     Raises:
         TrainError: there is none, or a file of it is missing or damaged; it names the file.
     """
-    if _step(path) is None:
-        if not (steps := _steps(path / "checkpoints")):
+    if step_of(path) is None:
+        if not (steps := find_steps(path / CHECKPOINTS)):
             raise TrainError(f"{path}: no checkpoint there")
         path = steps[-1]
-    manifest = _parse(path / MANIFEST, _read(path / MANIFEST))
+    try:
+        return _load(path)
+    except TrainError as error:
+        older = [other for other in find_steps(path.parent) if step_of(other) < step_of(path)]
+        hint = f"an older step is {older[-1]}" if older else "no older step is left"
+        raise TrainError(f"{error}; {hint}") from error
+
+
+def _load(path: Path) -> Checkpoint:
+    manifest = parse_json(path / MANIFEST, _read(path / MANIFEST))
     contents = {name: _read(path / name) for name in FILES}
     for name, content in contents.items():
         if (listed := manifest.get(name)) != _fingerprint(content):
             size = listed.get("bytes") if isinstance(listed, dict) else None
             what = "sha256" if size == len(content) else "size"
-            raise _damaged(path / name, f"damaged: its {what} is not that in {MANIFEST}")
+            raise TrainError(f"{path / name}: damaged: its {what} is not that in {MANIFEST}")
     weights, optimizer, config = (contents[name] for name in FILES)
-    config = json.loads(config)
+    config = parse_json(path / FILES[-1], config)
     return Checkpoint(
         path=path,
         step=config.pop("step"),
@@ -118,6 +138,13 @@ def load(path: Path) -> Checkpoint:
         weights=safetensors.torch.load(weights),
         state=torch.load(io.BytesIO(optimizer), weights_only=True, map_location="cpu"),
     )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read(file)
+    except FileNotFoundError:
+        raise TrainError(f"{file}: missing") from None
 
 
 def _json(value: dict) -> bytes:
@@ -128,55 +155,62 @@ def _fingerprint(content: bytes) -> dict:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _read(file: Path) -> bytes:
+def step_of(path: Path) -> int | None:
+    """The step that the name of a checkpoint says; None for any other name."""
+    digits = path.name.removeprefix("step-")
+    exact = digits.isascii() and digits.isdigit() and path.name == f"step-{int(digits):06d}"
+    return int(digits) if exact else None
+
+
+def find_steps(folder: Path) -> list[Path]:
+    """The complete checkpoints in a directory, oldest first."""
+    steps = (path for path in folder.glob("step-*") if step_of(path) is not None)
+    return sorted((path for path in steps if path.is_dir()), key=step_of)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Give what is not a good checkpoint of the run another name; its bytes stay."""
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        aside = path.with_name(f"{path.name}.{why}{suffix}")
+        if not os.path.lexists(aside):
+            break
+    os.rename(path, aside)
+    return aside
+
+
+def _is_of(path: Path, id: str | None) -> bool:
+    """Whether this is a checkpoint that the run wrote, with no file of anybody else in it."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    if not {file.name for file in path.iterdir()} <= {*FILES, MANIFEST}:
+        return False
     try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise _damaged(file, "missing") from None
+        written = read_json(path / FILES[-1])
+    except (TrainError, OSError):
+        return False
+    return written.get("id") == id and written.get("step") == step_of(path)
 
 
-def _parse(file: Path, content: bytes) -> dict:
-    try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise _damaged(file, "damaged: not the JSON that was written")
-    return value
-
-
-def _damaged(file: Path, what: str) -> TrainError:
-    step = file.parent
-    older = [path for path in _steps(step.parent) if _step(path) < _step(step)]
-    hint = f"an older step is {older[-1]}" if older else "no older step is left"
-    return TrainError(f"{file}: {what}; {hint}")
-
-
-def _step(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return int(match[1]) if match else None
-
-
-def _steps(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(
-        (path for path in checkpoints.glob("step-*") if _step(path) is not None), key=_step
-    )
+def _temporary(path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    return temporary
 
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint; half of it never bears a checkpoint's name."""
-    doomed = path.with_name(f"{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = _temporary(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def _prune(newest: Path) -> None:
-    steps = _steps(newest.parent)
-    keep = steps[: steps.index(newest) + 1][-KEEP:]
-    for path in steps:
+def _prune(newest: Path, id: str | None) -> None:
+    for leftover in newest.parent.glob(".step-*.tmp"):
+        if TEMPORARY.fullmatch(leftover.name) and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+    ours = [path for path in find_steps(newest.parent) if _is_of(path, id)]
+    keep = ours[: ours.index(newest) + 1][-KEEP:]
+    for path in ours:
         if path not in keep:
-            _remove(path)
-    for leftover in newest.parent.glob("step-*.*"):
-        shutil.rmtree(leftover)
+            with suppress(OSError):  # what cannot be removed is no reason to end
+                _remove(path)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import tyro
 
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint, load
+from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
+from shtx.train.home import origin, settings
 
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
@@ -91,10 +93,12 @@ class Config:
     device: str
     """cpu, cuda, cuda:1, ..."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where metrics, checkpoints and the plot go; by default runs/ and the time."""
+    """Where metrics, checkpoints and the plot go; by default runs/ and the time, or where the run
+    that is resumed is."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Continue the run in this directory from its newest checkpoint, or from this checkpoint of it,
-    giving up the later ones. The settings are those of the run; --steps may be raised."""
+    giving up the later ones; with another --out there, leaving the run as it is. The settings are
+    those of the run; --steps may be raised."""
     log_every: int = 10
     """Steps between lines of progress."""
     eval_every: int
@@ -175,6 +179,24 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What of the arguments decides where settings come from: seen before all of them are read."""
+
+    preset: str | None
+    resume: Path | None
+    out: Path | None
+
+
+def look(argv: list[str]) -> Asked:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?")
+    for name in ("--resume", "--out"):
+        first.add_argument(name, nargs="?", type=lambda path: Path(os.path.abspath(path)))
+    chosen, _ = first.parse_known_args(argv)
+    return Asked(**vars(chosen))
+
+
 def parse(
     argv: list[str], prog: str = "shtx train", description: str = DESCRIPTION
 ) -> tuple[Config, Checkpoint | None]:
@@ -184,34 +206,46 @@ def parse(
         argv: the arguments.
         prog, description: for the help.
 
+    Returns:
+        a resumed run without a checkpoint yet has none here, either: it starts again.
+
     Raises:
         TrainError: no such checkpoint, or a setting that a resumed run cannot change.
         SystemExit: wrong usage, or help.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", nargs="?")
-    first.add_argument("--resume", nargs="?", type=Path)
-    chosen, _ = first.parse_known_args(argv)
+    asked = look(argv)
     cli = partial(tyro.cli, Config, args=argv, prog=prog, description=description)
 
-    if chosen.resume is None:
-        base = PRESETS.get(chosen.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
+    if asked.resume is None:
+        base = PRESETS.get(asked.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
         return cli(default=base), None
 
-    checkpoint = load(chosen.resume.resolve())
-    run = replace(Config.from_json(checkpoint.config["run"]), out=checkpoint.path.parents[1])
-    config = cli(default=run)
+    begun = settings(asked.resume) if step_of(asked.resume) is None else None
+    if begun and not find_steps(asked.resume / CHECKPOINTS):  # it ended before its first one
+        run, checkpoint, home = begun["run"], None, asked.resume
+    else:
+        checkpoint = load(asked.resume)
+        run, home = checkpoint.config["run"], origin(asked.resume, checkpoint)
+        if home is None and asked.out is None:
+            raise TrainError(
+                f"--resume {asked.resume}: {checkpoint.path.name} is a copy, not among the"
+                " checkpoints of its run: name where it is to go on with --out DIR"
+            )
+    run = replace(Config.from_json(run), out=home)
+    config = replace(cli(default=run), resume=asked.resume)
     _refuse_changes(run, config)
     return config, checkpoint
 
 
+FREE = ("steps", "data", "out", "resume", "model")
+
+
 def _refuse_changes(run: Config, config: Config) -> None:
-    """The data may have moved, what it is gets checked later."""
+    """What a resumed run may not change. Its data may have moved; what it is gets checked later."""
     if config.steps < run.steps:
         raise TrainError(f"--steps {config.steps} is less than the run's {run.steps}")
     was, asked = ({**vars(c), **vars(c.model)} for c in (run, config))
-    asked["out"] = asked["out"] and asked["out"].resolve()
-    for name in was.keys() - {"model", "steps", "data", "resume"}:
+    for name in was.keys() - FREE:
         if asked[name] != was[name]:
             raise TrainError(
                 f"{flag(name)} {asked[name]} is not the run's {was[name]}: resuming keeps it"

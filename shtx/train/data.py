@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from shtx.train import TrainError
-from shtx.train.files import publish, sha256
+from shtx.train.files import BLOCK, publish, sha256
 
 PACKED = (".gz", ".zip")
-BLOCK = 1 << 20  # bytes
 
 
 class Corpus:
@@ -60,7 +59,13 @@ class Corpus:
         return np.stack([data[int(start) : int(start) + self.seq_len + 1] for start in starts])
 
 
-def prepare(source: Path | None, out: Path, seq_len: int, expected: dict | None = None) -> Corpus:
+def prepare(
+    source: Path | None,
+    out: Path,
+    seq_len: int,
+    expected: dict | None = None,
+    former: Path | None = None,
+) -> Corpus:
     """The corpus of a run. What has no file of its own is written to `out`/data.bin, or not at all.
 
     Args:
@@ -69,21 +74,38 @@ def prepare(source: Path | None, out: Path, seq_len: int, expected: dict | None 
         out: the directory of the run, which exists.
         seq_len: see Corpus.
         expected: the identity that the corpus had when the run began, for one that is resumed.
+        former: the directory of the run that this one goes on with, if it is another.
 
     Raises:
         TrainError: no such file, not a file, empty, too short, corrupt, or not what is expected.
     """
     kept = out / "data.bin"
+    copies = [kept, former / "data.bin"] if former else [kept]
+    copies = [path for path in copies if expected is not None and path.is_file()]
     if source is not None and not source.is_file():
+        if copies and not source.exists():  # unpacked from what is gone
+            return _kept(copies, out, seq_len, expected)
         raise TrainError(f"--data {source}: {'not a file' if source.exists() else 'no such file'}")
     if source is not None and source.suffix.lower() not in PACKED:
         return _open(source, seq_len, expected)
-    if source is None and expected is not None and kept.is_file():
-        return _open(kept, seq_len, expected)  # this Python may be another one
-    temporary = out / "data.bin.tmp"
+    if source is None and copies:  # this Python may be another one
+        return _kept(copies, out, seq_len, expected)
+    return _write(
+        _standard_library() if source is None else _unpack(source), out, seq_len, expected
+    )
+
+
+def _kept(copies: list[Path], out: Path, seq_len: int, expected: dict) -> Corpus:
+    """What a run has unpacked, in the run's own directory."""
+    corpus = _open(copies[0], seq_len, expected)
+    return corpus if copies[0].parent == out else _write(_blocks(copies[0]), out, seq_len, expected)
+
+
+def _write(blocks: Iterator[bytes], out: Path, seq_len: int, expected: dict | None) -> Corpus:
+    temporary, kept = out / "data.bin.tmp", out / "data.bin"
     try:
         with open(temporary, "wb") as file:
-            for block in _standard_library() if source is None else _unpack(source):
+            for block in blocks:
                 file.write(block)
         corpus = _open(temporary, seq_len, expected)
         publish(temporary, kept)
@@ -111,6 +133,12 @@ def _standard_library() -> Iterator[bytes]:
     if not names:
         raise TrainError(f"this Python has no library sources under {root}: give --data FILE")
     return ((root / name).read_bytes() for name in names)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            yield block
 
 
 def _unpack(source: Path) -> Iterator[bytes]:

@@ -1,8 +1,14 @@
 """Files that a crash leaves whole: either as they were or as they are meant to be."""
 
 import hashlib
+import json
 import os
+import stat
 from pathlib import Path
+
+from shtx.train import TrainError
+
+BLOCK = 1 << 20  # bytes
 
 
 def sync(path: Path) -> None:
@@ -14,6 +20,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make(path: Path) -> None:
+    """Make a directory and those above it, where they are missing, to stay after a crash."""
+    if path.is_dir():
+        return
+    if not path.parent.exists():
+        make(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a finished file or directory its name, which nothing or a file has so far."""
     sync(temporary)
@@ -21,9 +37,31 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def read(path: Path) -> bytes:
+    """The bytes of a regular file; a TrainError for what is none, as a pipe, which never ends."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise TrainError(f"{path}: damaged: not a regular file")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; a TrainError that names the file for anything else."""
+    return parse_json(path, read(path))
+
+
+def parse_json(path: Path, content: bytes) -> dict:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise TrainError(f"{path}: damaged: not the JSON that was written")
+    return value
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -3,7 +3,6 @@
 import math
 import signal
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from shtx import __version__
 from shtx.train import TrainError
 from shtx.train.checkpoint import save
+from shtx.train.home import Home
 from shtx.train.metrics import Metrics
 from shtx.train.progress import Display
 from shtx.train.trainer import Trainer, learning_rate
@@ -34,8 +34,13 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def fit(trainer: Trainer, done: int, display: Display, out: Path) -> int:
+def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int:
     """Train from step `done` to the end, or to a signal; record and save on the way.
+
+    Args:
+        trainer: as it is after `done` steps.
+        display: what the user sees.
+        home: where the first process records and saves; None for the others.
 
     Returns:
         the number of the signal, 0 at the end.
@@ -44,9 +49,10 @@ def fit(trainer: Trainer, done: int, display: Display, out: Path) -> int:
         TrainError: the loss or a gradient is not finite any more. Checkpoints are from before.
         OSError: something cannot be written. The checkpoints before are whole.
     """
-    config, first = trainer.config, trainer.rank == 0
-    metrics = Metrics(out / "metrics.jsonl", done) if first else None
+    config, first = trainer.config, home is not None
+    metrics = Metrics(home.metrics, done) if first else None
     description = {
+        "id": home and home.id,
         "run": config.to_json(),
         "data": trainer.corpus.identity,
         "versions": {"shtx": __version__, "torch": torch.__version__},
@@ -81,13 +87,16 @@ def fit(trainer: Trainer, done: int, display: Display, out: Path) -> int:
                 f"step {done}: a weight is not finite: stopped, nothing of it is saved"
             )
         if first:
+            home.check()
             metrics.sync()
-            save(out, done, description, weights, trainer.state())
+            save(home.path, done, description, weights, trainer.state())
 
     with Stop() as stop:
         trainer.compile()
         if done == 0:
             validate()
+        elif first and not home.holds_checkpoints():  # what is resumed lies elsewhere
+            keep()
         losses, signum, clock = [], 0, time.perf_counter()
         while done < config.steps and not signum:
             losses.append(trainer.step(done))

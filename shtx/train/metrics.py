@@ -13,11 +13,11 @@ class Metrics:
 
     Args:
         path: the file; rows of steps after `step`, which a resumed run does again, are dropped.
-        step: the steps already done.
+        step: the steps already done; at 0 the run begins, and so does the file.
     """
 
     def __init__(self, path: Path, step: int):
-        rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
+        rows = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text("".join(map(_line, rows)))
         publish(temporary, path)

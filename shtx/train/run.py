@@ -1,16 +1,20 @@
 """`shtx train`, from its arguments to what a run leaves."""
 
 import os
-from datetime import datetime
+import shlex
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from shtx import __version__, ops
+from shtx import HierarchicalTransformer, __version__, ops
 from shtx.train import OUT_OF_MEMORY, TrainError
-from shtx.train.config import Config, parse
+from shtx.train.checkpoint import Checkpoint
+from shtx.train.config import Config, look, parse
 from shtx.train.data import Corpus, prepare
+from shtx.train.home import METRICS, Home, home_of, new_id, origin
 from shtx.train.loop import fit
 from shtx.train.metrics import plot
 from shtx.train.progress import Display, printable
@@ -26,13 +30,41 @@ def main(argv: list[str]) -> int:
     Raises:
         TrainError, OSError: in one line what went wrong.
     """
-    config, checkpoint = parse(argv)
-    device, rank, world = place(config)
-    model = build(config, device)
-    expected = checkpoint and checkpoint.config["data"]
-    out = corpus = None
-    if rank == 0:
-        out, corpus = open_run(config, expected)
+    with ExitStack() as stack:
+        home, path = None, resumed_home(argv)
+        first = int(os.environ.get("RANK", 0)) == 0
+        if first and path:
+            home = stack.enter_context(Home(path, "--resume"))
+        config, checkpoint = parse(argv)
+        device, rank, world = place(config)
+        model = build(config, device)
+        if first and home is None:
+            home = stack.enter_context(Home(config.out))
+            home.refuse_what_is_not_ours()
+        return run(config, checkpoint, home, model, rank, world)
+
+
+def resumed_home(argv: list[str]) -> Path | None:
+    """The directory of a run that the arguments continue there: it is locked, then read."""
+    asked = look(argv)
+    home = asked.resume and home_of(asked.resume)
+    if not home or not home.is_dir() or {"-h", "--help"} & {*argv}:
+        return None
+    return home if asked.out in (None, home) else None
+
+
+def run(
+    config: Config,
+    checkpoint: Checkpoint | None,
+    home: Home | None,
+    model: HierarchicalTransformer,
+    rank: int,
+    world: int,
+) -> int:
+    """Train into `home`, which the first process has; see `main`."""
+    corpus = None
+    if home:
+        corpus = open_run(config, checkpoint, home)
     if world > 1:
         path = [corpus and corpus.path]
         dist.broadcast_object_list(path)
@@ -44,21 +76,24 @@ def main(argv: list[str]) -> int:
         done = checkpoint.step
 
     display = Display(config.steps, done, quiet=rank > 0)
-    display.say(summary(trainer, out))
+    display.say(summary(trainer, home))
     try:
         with display:
-            signum = fit(trainer, done, display, out)
+            signum = fit(trainer, done, display, home)
     except torch.OutOfMemoryError as error:
         raise TrainError(OUT_OF_MEMORY) from error
-    if signum:
-        display.say(f"stopped and saved; to go on: shtx train --resume {out}")
-    elif rank == 0:
-        plot(out / "metrics.jsonl", out / "loss.png")
+    if signum and home:
+        display.say(
+            f"stopped and saved; to go on: shtx train --resume {shlex.quote(str(home.path))}"
+        )
+    elif home:
+        home.check()
+        plot(home.metrics, home.plot)
         prompt, text = trainer.sample()
         display.say(
             f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
         )
-        display.say(f"metrics, checkpoints and loss.png: {out}")
+        display.say(f"metrics, checkpoints and loss.png: {home.path}")
     trainer.close()
     return 128 + signum if signum else 0
 
@@ -101,31 +136,21 @@ def find_device(name: str, hint: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def open_run(config: Config, expected: dict | None) -> tuple[Path, Corpus]:
-    """The directory of the run and its data; no trace of either if one of them cannot be had."""
-    out = config.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    if config.resume is None and any(
-        (out / name).exists() for name in ("metrics.jsonl", "checkpoints")
-    ):
-        raise TrainError(
-            f"--out {out}: holds a run; continue it with --resume {out}, or name another"
-        )
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainError(f"--out {out}: {error.strerror}") from error
-    try:
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise TrainError(f"--out {out}: not writable")
-        return out, prepare(config.data, out, config.model.seq_len, expected)
-    except BaseException:
-        if made:
-            out.rmdir()
-        raise
+def open_run(config: Config, checkpoint: Checkpoint | None, home: Home) -> Corpus:
+    """The data of a run, whose directory from here on is `home`."""
+    expected = id = former = None
+    if checkpoint:
+        expected, former = checkpoint.config["data"], origin(config.resume, checkpoint)
+        if former == home.path:
+            id, former = checkpoint.config.get("id"), None
+    corpus = prepare(config.data, home.path, config.model.seq_len, expected, former)
+    if former and (former / METRICS).is_file():
+        shutil.copyfile(former / METRICS, home.metrics)
+    home.begin(config.to_json(), id if checkpoint and not former else new_id())
+    return corpus
 
 
-def summary(trainer: Trainer, out: Path | None) -> str:
+def summary(trainer: Trainer, home: Home | None) -> str:
     config, corpus, device = trainer.config, trainer.corpus, trainer.device
     name = (
         torch.cuda.get_device_name(device)
@@ -140,5 +165,5 @@ def summary(trainer: Trainer, out: Path | None) -> str:
         f"{parameters / 1e6:.2f}M parameters, {config.batch_size} sequences of"
         f" {config.model.seq_len} bytes a step\n"
         f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.val) / 1e6:.1f} MB for"
-        f" validation; results go to {out}"
+        f" validation; results go to {home and home.path}"
     )
