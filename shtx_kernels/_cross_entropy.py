@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._autograd import first_order
 from ._products import add_product, product_dtype
-from ._register import register
+from ._register import is_plain, register
 
 # bytes of a chunk's logits: as many as the gradient of the weight takes, within these; each chunk
 # reads and writes all of that gradient
@@ -206,7 +206,7 @@ def _scale_kernel(ptr, factor_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, unless the graph is kept for another backward: gradients are large."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(gradient.dtype)
     with torch.cuda.device_of(gradient):
         _scale_kernel[(triton.cdiv(gradient.numel(), 4096),)](

@@ -12,9 +12,9 @@ _kept: dict | None = None  # within `narrow_weights_kept`
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are made: autocast's where it is on, but for fp64."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def matmul_precision() -> str:
