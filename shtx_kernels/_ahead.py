@@ -23,7 +23,7 @@ def compile_ahead(function: Callable) -> None:
 
     if triton.knobs.runtime.interpret:
         return
-    caller, run = threading.get_ident(), JITFunction.run
+    caller, run = threading.get_ident(), None
 
     def compile_alone(kernel, *args, warmup, **options):
         warmup = warmup or threading.get_ident() == caller
@@ -36,6 +36,7 @@ def compile_ahead(function: Callable) -> None:
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
         triton.AsyncCompileMode(threads, ignore_errors=True),
     ):
+        run = JITFunction.run  # once no other thread has its own in this place
         JITFunction.run = compile_alone
         try:
             with suppress(Exception):

@@ -92,3 +92,25 @@ def test_nothing_is_called_where_triton_interprets(launches, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     compile_ahead(lambda: launch("never"))
     assert not launches
+
+
+def test_two_threads_that_compile_leave_launches_as_they_were(launches):
+    """The second waits for the first, and puts back what launched before both."""
+    run, inside, other_is_at_it = JITFunction.run, [], threading.Event()
+
+    def second():
+        other_is_at_it.set()
+        compile_ahead(lambda: launch("second"))
+
+    def first():
+        inside.append(threading.Thread(target=second))
+        inside[0].start()
+        other_is_at_it.wait()
+        inside[0].join(0.2)  # long enough to come to the lock
+        launch("first")
+
+    compile_ahead(first)
+    inside[0].join()
+    assert JITFunction.run is run
+    launch("later")
+    assert [seen[:2] for seen in launches] == [("first", True), ("second", True), ("later", False)]
