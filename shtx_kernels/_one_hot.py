@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
 
@@ -28,9 +29,11 @@ def _one_hot_kernel(
 def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:
     """(V C, B M), whose rows are apart by a multiple of 16, as cuBLAS likes them."""
     R = len(ids) * M
-    out = torch.empty(V * taps, -(-R // 16) * 16, dtype=dtype, device=ids.device)
+    # the interpreter of Triton 3.6 writes numbers of bf16 as integers
+    made = torch.float32 if knobs.runtime.interpret else dtype
+    out = torch.empty(V * taps, -(-R // 16) * 16, dtype=made, device=ids.device)
     grid = triton.cdiv(R, TILE["BLOCK_R"]), triton.cdiv(V, TILE["BLOCK_V"]), taps
     _one_hot_kernel[grid](
         ids, out, ids.shape[1], M, R, V, out.shape[1], STRIDE=stride, C=taps, **TILE
     )
-    return out[:, :R]
+    return out[:, :R].to(dtype)

@@ -124,9 +124,8 @@ def test_second_derivative_is_refused(path):
     ids, weights = draw(*CASES[1])
     weights = [t.requires_grad_() for t in weights]
     y = causal_compress(ids, *weights, stride=2)
-    (grad,) = torch.autograd.grad(y.square().sum(), weights[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match='causal_compress .*use impl="reference"'):
+        torch.autograd.grad(y.square().sum(), weights[0], create_graph=True)
 
 
 @pytest.mark.parametrize("table", PATHS.values(), ids=PATHS)

@@ -277,7 +277,7 @@ def test_parametrized_weights_stay_fused_and_cached():
     parametrizations.weight_norm(ours.layers[0][0].ff.net[1])
     assert not look(ours).called
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         ours.generate(draw(tokens=9), 2)
 
 
@@ -287,7 +287,7 @@ def test_one_warning_a_model():
     with pytest.warns(UserWarning, match="1 modules run by themselves.*to_logits is a Scaled"):
         ours(draw(), return_loss=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         ours(draw(), return_loss=True)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, arange, cat
 from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 __all__ = [
     "causal_compress",
@@ -103,7 +103,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
-        with torch.enable_grad():  # views, as q and v may come of each other, but these do not
+        keep = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint has q, k, v to remake
+        # views, as q and v may come of each other, but these do not
+        with torch.enable_grad(), keep:
             qkv = [t.view_as(t) for t in (q, k, v)]
             out = F.scaled_dot_product_attention(
                 *qkv, attn_mask=mask, is_causal=mask is None, scale=scale
