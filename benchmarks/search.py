@@ -31,6 +31,7 @@ from shtx_kernels import reference
 from shtx_kernels.rotary_attention import library, tiles
 
 NORM = sys.modules["shtx_kernels.norm_token_shift"]
+ATTENTION = sys.modules["shtx_kernels.rotary_attention"]
 FORWARDS = FORWARD, FORWARD_BY_TILES = "forward", "forward_by_tiles"
 BY_TILES = "backward_by_tiles"
 BY_KEYS, BY_QUERIES = "backward_by_keys", "backward_by_queries"
@@ -107,9 +108,10 @@ def compile_only(job: tuple[str, Case, dict]) -> str | None:
     setattr(tiles, kernel, lambda *_: sizes)
     qkv = torch.empty(case.B, case.M, 3 * case.H * case.E, dtype=torch.bfloat16)
     try:
-        out, lse, _ = torch.ops.shtx.rotary_attention(qkv, *case.options)
+        table = ATTENTION.make_table(qkv, case.E, case.M)
+        out, lse, _ = torch.ops.shtx.rotary_attention(qkv, table, *case.options)
         if kernel not in FORWARDS:
-            torch.ops.shtx.rotary_attention_bwd(qkv, out, lse, out, *case.options)
+            torch.ops.shtx.rotary_attention_bwd(qkv, table, out, lse, out, *case.options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
     finally:
@@ -156,8 +158,11 @@ def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> di
     """Time of forward, or of the whole backward, and its relative error."""
     setattr(tiles, kernel, lambda *_: sizes)
     row = dict(kernel=kernel, **case._asdict(), **sizes)
-    forward = lambda qkv: torch.ops.shtx.rotary_attention(qkv, *case.options)
-    backward = lambda *saved: torch.ops.shtx.rotary_attention_bwd(*saved, *case.options)
+    table = ATTENTION.make_table(sets[0][0], case.E, case.M)
+    forward = lambda qkv: torch.ops.shtx.rotary_attention(qkv, table, *case.options)
+    backward = lambda qkv, *saved: (
+        torch.ops.shtx.rotary_attention_bwd(qkv, table, *saved, *case.options)
+    )
     try:
         if kernel in FORWARDS:
             calls = [lambda s=s: forward(s[0])[0] for s in sets]

@@ -13,14 +13,17 @@ the gradient of the loss.
 Shared by linear_cross_entropy (C = 1) and reconstruction_loss.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._products import add_product, product_dtype
+from ._register import is_plain, register
 
 # bytes of a chunk's logits: as many as the gradient of the weight takes, within these; each chunk
 # reads and writes all of that gradient
@@ -174,21 +177,24 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
         return losses.sum(), counts.sum(), dx, dweight
 
 
-torch.library.define(
-    "shtx::linear_cross_entropy",
-    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx,"
-    " bool needs_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("shtx::linear_cross_entropy", ("CPU", "CUDA"), _cross_entropy)
-
-
-@torch.library.register_fake("shtx::linear_cross_entropy")
-def _(x, weight, targets, ignore_index, needs_dx, needs_dweight):
+def _fake(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     acc = torch.promote_types(x.dtype, torch.float32)
     dx = x.new_empty(x.shape if needs_dx else 0)
     dweight = x.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     count = targets.new_empty((), dtype=torch.int64)
     return x.new_empty((), dtype=acc), count, dx, dweight
+
+
+_forward = register(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx,"
+    " bool needs_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
+    _cross_entropy,
+    _fake,
+    flops=lambda x, weight, targets, ignore_index, *needs, **_: (
+        2 * prod(x) * weight[0] * (1 + sum(needs))
+    ),
+)
 
 
 @triton.jit
@@ -200,7 +206,7 @@ def _scale_kernel(ptr, factor_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, unless the graph is kept for another backward: gradients are large."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(gradient.dtype)
     with torch.cuda.device_of(gradient):
         _scale_kernel[(triton.cdiv(gradient.numel(), 4096),)](
@@ -213,7 +219,7 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, needs_dx, needs_dweight):
-        total, count, dx, dweight = torch.ops.shtx.linear_cross_entropy.default(
+        total, count, dx, dweight = _forward(
             x.to(dtype), weight, targets, ignore_index, needs_dx, needs_dweight
         )
         ctx.save_for_backward(dx, dweight)
@@ -222,7 +228,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total, count
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear_cross_entropy or reconstruction_loss")
     def backward(ctx, dtotal, _):
         return *(
             _times(gradient, dtotal).to(dtype) if needed else None

@@ -20,7 +20,8 @@ def _one_hot_kernel(
     position = row % M * STRIDE + (k - C + 1)
     known = (row < R) & (position >= 0)
     ids = tl.load(ids_ptr + row // M * N + position, mask=known, other=-1)
-    out = (ids[None, :] == v[:, None]).to(out_ptr.dtype.element_ty)
+    # by way of fp32: the interpreter makes bf16 of integers wrong
+    out = (ids[None, :] == v[:, None]).to(tl.float32).to(out_ptr.dtype.element_ty)
     mask = (v < V)[:, None] & (row < R)[None, :]
     tl.store(out_ptr + (v * C + k)[:, None] * width + row[None, :], out, mask=mask)
 

@@ -1,4 +1,4 @@
-"""What ops with matrix products share: their dtype, narrow weights, sums in a wider dtype."""
+"""What ops with products share: their dtype, precision, narrow weights, sums in a wider dtype."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,18 @@ _kept: dict | None = None  # within `narrow_weights_kept`
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are made: autocast's where it is on, but for fp64."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def matmul_precision() -> str:
+    """How products of fp32 are made on a GPU: "ieee", or "tf32" where the user allows that.
+
+    It is what both torch.set_float32_matmul_precision and torch.backends.*.fp32_precision say;
+    PyTorch's getter of the first raises once the second was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @contextmanager

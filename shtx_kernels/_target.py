@@ -2,17 +2,24 @@
 
 from functools import lru_cache
 
+import torch
 from triton import knobs
 from triton.runtime import driver
 
 
 @lru_cache
-def capability() -> int:
-    """Compute capability times ten, 0 where there is none; the interpreter runs what Hopper would.
+def capability(device: torch.device) -> int:
+    """Compute capability times ten; 0 where there is none, as on a GPU of AMD.
 
-    Of the current device: a machine's GPUs are taken to be alike.
+    The interpreter runs what Hopper would. Tensors on a CPU are compiled for Triton's current
+    target.
     """
     if knobs.runtime.interpret:
         return 90
-    target = driver.active.get_current_target()
-    return target.arch if target.backend == "cuda" else 0
+    if device.type != "cuda":
+        target = driver.active.get_current_target()
+        return target.arch if target.backend == "cuda" else 0
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

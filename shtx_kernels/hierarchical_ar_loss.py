@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._products import add_product, narrow, product_dtype
+from ._register import register
 from ._rows import MAX_D, columns, row_sum, tile
 from ._sums import column_sums
 
@@ -83,7 +84,7 @@ def _rows(h: Tensor) -> Tensor:
     return h if h.stride(-1) == 1 else h.contiguous()
 
 
-def _hierarchical_ar_loss(h, weight, bias):
+def _hierarchical_ar_loss_fwd(h, weight, bias):
     M, h = h.shape[1], _rows(h)
     with torch.autocast(h.device.type, enabled=False):
         p = torch.addmm(bias, h.to(weight.dtype), weight.T)
@@ -105,30 +106,41 @@ def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, nee
     return dh, dweight, dbias
 
 
-torch.library.define(
-    "shtx::hierarchical_ar_loss", "(Tensor h, Tensor weight, Tensor bias) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "shtx::hierarchical_ar_loss_bwd",
-    "(Tensor dtotal, Tensor p, Tensor h, Tensor weight, bool needs_dh, bool needs_dweight,"
-    " bool needs_dbias) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("shtx::hierarchical_ar_loss", ("CPU", "CUDA"), _hierarchical_ar_loss)
-torch.library.impl("shtx::hierarchical_ar_loss_bwd", ("CPU", "CUDA"), _hierarchical_ar_loss_bwd)
-
-
-@torch.library.register_fake("shtx::hierarchical_ar_loss")
-def _(h, weight, bias):
+def _fake_fwd(h, weight, bias):
     p = weight.new_empty(h.shape[0] * h.shape[1], h.shape[2])
     return p.new_empty((), dtype=torch.promote_types(p.dtype, torch.float32)), p
 
 
-@torch.library.register_fake("shtx::hierarchical_ar_loss_bwd")
-def _(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
+def _fake_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
     acc = torch.promote_types(p.dtype, torch.float32)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     dbias = p.new_empty(p.shape[-1] if needs_dbias else 0, dtype=acc)
     return h.new_empty(h.shape if needs_dh else 0), dweight, dbias
+
+
+def _product_flops(h) -> int:
+    """Of a product with one row for each token that has a successor."""
+    B, M, D = h
+    return 2 * B * max(0, M - 1) * D * D
+
+
+_forward = register(
+    "hierarchical_ar_loss",
+    "(Tensor h, Tensor weight, Tensor bias) -> (Tensor, Tensor)",
+    _hierarchical_ar_loss_fwd,
+    fake=_fake_fwd,
+    flops=lambda h, *_, **__: _product_flops(h),
+)
+_backward = register(
+    "hierarchical_ar_loss_bwd",
+    "(Tensor dtotal, Tensor p, Tensor h, Tensor weight, bool needs_dh, bool needs_dweight,"
+    " bool needs_dbias) -> (Tensor, Tensor, Tensor)",
+    _hierarchical_ar_loss_bwd,
+    fake=_fake_bwd,
+    flops=lambda dtotal, p, h, weight, needs_dh, needs_dweight, *_, **__: (
+        (needs_dh + needs_dweight) * _product_flops(h)
+    ),
+)
 
 
 class _HierarchicalARLoss(torch.autograd.Function):
@@ -136,17 +148,15 @@ class _HierarchicalARLoss(torch.autograd.Function):
     def forward(ctx, h, weight, bias, dtype):
         ctx.dtypes = weight.dtype, bias.dtype
         weight = narrow(weight, dtype)
-        total, p = torch.ops.shtx.hierarchical_ar_loss.default(h, weight, bias.to(dtype))
+        total, p = _forward(h, weight, bias.to(dtype))
         ctx.save_for_backward(p, h, weight)
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order("hierarchical_ar_loss")
     def backward(ctx, dtotal):
         needs = ctx.needs_input_grad[:3]
-        dh, dweight, dbias = torch.ops.shtx.hierarchical_ar_loss_bwd.default(
-            dtotal, *ctx.saved_tensors, *needs
-        )
+        dh, dweight, dbias = _backward(dtotal, *ctx.saved_tensors, *needs)
         gradients = dh, dweight.to(ctx.dtypes[0]), dbias.to(ctx.dtypes[1])
         return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), None
 

@@ -7,11 +7,14 @@ dtype of the product under autocast and widens it again. The products are cuBLAS
 Reference: reference.linear
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._products import add_product, narrow, product_dtype
+from ._register import register
 
 
 def _new_gradients(x, weight, needs_dx, needs_dweight) -> tuple[Tensor, Tensor]:
@@ -21,8 +24,12 @@ def _new_gradients(x, weight, needs_dx, needs_dweight) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_dx else 0), dweight
 
 
-def _linear(x, weight):
-    y = x.new_empty(*x.shape[:2], len(weight))
+def _new_output(x, weight) -> Tensor:
+    return x.new_empty(*x.shape[:2], len(weight))
+
+
+def _linear_fwd(x, weight):
+    y = _new_output(x, weight)
     with torch.autocast(x.device.type, enabled=False):
         torch.mm(x.flatten(0, 1), weight.T, out=y.flatten(0, 1))
     return y
@@ -39,23 +46,20 @@ def _linear_bwd(dy, x, weight, needs_dx, needs_dweight):
     return dx, dweight
 
 
-torch.library.define("shtx::linear", "(Tensor x, Tensor weight) -> Tensor")
-torch.library.define(
-    "shtx::linear_bwd",
-    "(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight) -> (Tensor, Tensor)",
+_forward = register(
+    "linear",
+    "(Tensor x, Tensor weight) -> Tensor",
+    _linear_fwd,
+    fake=_new_output,
+    flops=lambda x, weight, **_: 2 * prod(x) * weight[0],
 )
-torch.library.impl("shtx::linear", ("CPU", "CUDA"), _linear)
-torch.library.impl("shtx::linear_bwd", ("CPU", "CUDA"), _linear_bwd)
-
-
-@torch.library.register_fake("shtx::linear")
-def _(x, weight):
-    return x.new_empty(*x.shape[:2], len(weight))
-
-
-@torch.library.register_fake("shtx::linear_bwd")
-def _(dy, x, weight, needs_dx, needs_dweight):
-    return _new_gradients(x, weight, needs_dx, needs_dweight)
+_backward = register(
+    "linear_bwd",
+    "(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight) -> (Tensor, Tensor)",
+    _linear_bwd,
+    fake=lambda dy, *arguments: _new_gradients(*arguments),
+    flops=lambda dy, x, weight, *needs, **_: 2 * prod(x) * weight[0] * sum(needs),
+)
 
 
 class _Linear(torch.autograd.Function):
@@ -64,13 +68,13 @@ class _Linear(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype
         x, weight = x.to(dtype).contiguous(), narrow(weight, dtype).contiguous()
         ctx.save_for_backward(x, weight)
-        return torch.ops.shtx.linear.default(x, weight)
+        return _forward(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear")
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:2]
-        gradients = torch.ops.shtx.linear_bwd.default(dy.contiguous(), *ctx.saved_tensors, *needs)
+        gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *needs)
         triples = zip(gradients, ctx.dtypes, needs, strict=True)
         return *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
 

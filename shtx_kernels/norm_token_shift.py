@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
+from ._register import register
 from ._rows import MAX_D, columns, row_sum, tile
 from ._sums import column_sums
 
@@ -186,29 +187,29 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     return dx, dbranch, dweight.to(gamma.dtype)
 
 
-torch.library.define(
-    "shtx::norm_token_shift",
-    "(Tensor x, Tensor gamma, Tensor? beta, Tensor? branch, int dilation, ScalarType dtype)"
-    " -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "shtx::norm_token_shift_bwd",
-    "(Tensor r, Tensor gamma, Tensor? dr, Tensor dy, bool layer, int dilation,"
-    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("shtx::norm_token_shift", ("CPU", "CUDA"), _norm_token_shift_fwd)
-torch.library.impl("shtx::norm_token_shift_bwd", ("CPU", "CUDA"), _norm_token_shift_bwd)
-
-
-@torch.library.register_fake("shtx::norm_token_shift")
-def _(x, gamma, beta, branch, dilation, dtype):
+def _fake_fwd(x, gamma, beta, branch, dilation, dtype):
     return x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.register_fake("shtx::norm_token_shift_bwd")
-def _(r, gamma, dr, dy, layer, dilation, branch_dtype):
+def _fake_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
     return r.new_empty(r.shape), dbranch, gamma.new_empty(2 if layer else 1, r.shape[-1])
+
+
+_forward = register(
+    "norm_token_shift",
+    "(Tensor x, Tensor gamma, Tensor? beta, Tensor? branch, int dilation, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+    _norm_token_shift_fwd,
+    _fake_fwd,
+)
+_backward = register(
+    "norm_token_shift_bwd",
+    "(Tensor r, Tensor gamma, Tensor? dr, Tensor dy, bool layer, int dilation,"
+    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)",
+    _norm_token_shift_bwd,
+    _fake_bwd,
+)
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -219,7 +220,7 @@ def _rows(t: Tensor | None) -> Tensor | None:
 class _NormTokenShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, branch, dilation, dtype):
-        r, y = torch.ops.shtx.norm_token_shift.default(x, gamma, beta, branch, dilation, dtype)
+        r, y = _forward(x, gamma, beta, branch, dilation, dtype)
         r = x if branch is None else r
         ctx.save_for_backward(r, gamma)
         ctx.dilation, ctx.layer = dilation, beta is not None
@@ -228,7 +229,7 @@ class _NormTokenShift(torch.autograd.Function):
         return r, y
 
     @staticmethod
-    @once_differentiable
+    @first_order("norm_token_shift")
     def backward(ctx, dr, dy):
         r, gamma = ctx.saved_tensors
         has_branch = ctx.branch_dtype is not None
@@ -236,7 +237,7 @@ class _NormTokenShift(torch.autograd.Function):
         if dy is None:
             dbranch = dr.to(dtype) if has_branch and dr is not None else None
             return dr, None, None, dbranch, None, None
-        dx, dbranch, dweight = torch.ops.shtx.norm_token_shift_bwd.default(
+        dx, dbranch, dweight = _backward(
             r, gamma, _rows(dr), _rows(dy), ctx.layer, ctx.dilation, dtype
         )
         dbranch = dx if dtype == r.dtype else dbranch

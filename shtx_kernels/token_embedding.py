@@ -8,13 +8,16 @@ product with the one-hot matrix of the ids, which sums in one order always; PyTo
 atomics. Reference: reference.token_embedding
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order
 from ._one_hot import one_hot
 from ._products import add_product, narrow, product_dtype
+from ._register import register
 
 ONE_HOT = 1024  # largest vocabulary summed by a product, of 2 KiB a token at most in 16 bits
 
@@ -24,11 +27,11 @@ def _rows_first(embedding: Tensor, weight: Tensor | None, ids: Tensor) -> bool:
     return weight is not None and len(embedding) <= min(ONE_HOT, ids.numel())
 
 
-def _new_outputs(ids, embedding, weight) -> Tensor:
+def _new_output(ids, embedding, weight) -> Tensor:
     return embedding.new_empty(*ids.shape, embedding.shape[1] if weight is None else len(weight))
 
 
-def _token_embedding(ids, embedding, weight):
+def _token_embedding_fwd(ids, embedding, weight):
     with torch.autocast(embedding.device.type, enabled=False):
         if _rows_first(embedding, weight, ids):
             return F.embedding(ids, embedding @ weight.T)
@@ -74,22 +77,27 @@ def _token_embedding_bwd(dy, ids, embedding, weight, needs_weight):
     return dembedding, dweight
 
 
-torch.library.define(
-    "shtx::token_embedding", "(Tensor ids, Tensor embedding, Tensor? weight) -> Tensor"
+def _product_flops(ids, weight) -> int:
+    return 0 if weight is None else 2 * prod(ids) * prod(weight)
+
+
+_forward = register(
+    "token_embedding",
+    "(Tensor ids, Tensor embedding, Tensor? weight) -> Tensor",
+    _token_embedding_fwd,
+    fake=_new_output,
+    flops=lambda ids, embedding, weight, **_: _product_flops(ids, weight),
 )
-torch.library.define(
-    "shtx::token_embedding_bwd",
+_backward = register(
+    "token_embedding_bwd",
     "(Tensor dy, Tensor ids, Tensor embedding, Tensor? weight, bool needs_weight)"
     " -> (Tensor, Tensor)",
+    _token_embedding_bwd,
+    fake=lambda dy, ids, *arguments: _new_gradients(*arguments),
+    flops=lambda dy, ids, embedding, weight, needs_weight, **_: (
+        (1 + needs_weight) * _product_flops(ids, weight)
+    ),
 )
-torch.library.impl("shtx::token_embedding", ("CPU", "CUDA"), _token_embedding)
-torch.library.impl("shtx::token_embedding_bwd", ("CPU", "CUDA"), _token_embedding_bwd)
-torch.library.register_fake("shtx::token_embedding", _new_outputs)
-
-
-@torch.library.register_fake("shtx::token_embedding_bwd")
-def _(dy, ids, embedding, weight, needs_weight):
-    return _new_gradients(embedding, weight, needs_weight)
 
 
 class _TokenEmbedding(torch.autograd.Function):
@@ -99,15 +107,13 @@ class _TokenEmbedding(torch.autograd.Function):
         embedding = narrow(embedding, dtype)
         weight = None if weight is None else narrow(weight, dtype)
         ctx.save_for_backward(ids, embedding, weight)
-        return torch.ops.shtx.token_embedding.default(ids, embedding, weight)
+        return _forward(ids, embedding, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order("token_embedding")
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[1:3]
-        gradients = torch.ops.shtx.token_embedding_bwd.default(
-            dy.contiguous(), *ctx.saved_tensors, needs[1]
-        )
+        gradients = _backward(dy.contiguous(), *ctx.saved_tensors, needs[1])
         triples = zip(gradients, ctx.dtypes, needs, strict=True)
         return None, *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
 

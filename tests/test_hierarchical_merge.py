@@ -271,14 +271,6 @@ def test_compiles_without_graph_break(branches):
     torch.testing.assert_close(forward_backward(compiled, inputs, torch.float32), eager)
 
 
-def test_second_derivative_is_refused():
-    inputs = [t.requires_grad_() for t in draw(SAME, False, 4, 2)]
-    merged = call(hierarchical_merge, SAME)(*inputs)[1]
-    (grad,) = torch.autograd.grad(merged.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.gpu  # memory is counted there
 def test_strided_levels_are_never_at_token_rate():
     levels, J, D_out, batch = [(4096, 32, 1), (64, 2048, 64)], 64, 32, 8

@@ -17,54 +17,71 @@ a copy of windows, over sequences padded to a multiple of q s tokens.
 Kept for backward: T or u, and narrow weights. Reference: reference.causal_compress
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import first_order
 from .._products import narrow, product_dtype
+from .._register import register
 from .kernels import taps_first, taps_inside
 from .paths import causal_compress_bwd, causal_compress_fwd, new_outputs, uses_table
 
-torch.library.define(
-    "shtx::causal_compress",
-    "(Tensor ids, Tensor embedding, Tensor taps, Tensor b_conv, Tensor w_out, Tensor b_out,"
-    " int stride, bool table) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "shtx::causal_compress_bwd",
-    "(Tensor ids, Tensor embedding, Tensor taps, Tensor b_conv, Tensor w_out, Tensor source,"
-    " Tensor dy, int stride, bool table) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("shtx::causal_compress", ("CPU", "CUDA"), causal_compress_fwd)
-torch.library.impl("shtx::causal_compress_bwd", ("CPU", "CUDA"), causal_compress_bwd)
-torch.library.define(
-    "shtx::causal_compress_taps", "(Tensor w, ScalarType dtype, bool table) -> Tensor"
-)
 
-
-@torch.library.impl("shtx::causal_compress_taps", ("CPU", "CUDA"))
-def _(w, dtype, table):
+def _causal_compress_taps(w, dtype, table):
     with torch.cuda.device_of(w):
         return (taps_first if table else taps_inside)(w, dtype)
 
 
-@torch.library.register_fake("shtx::causal_compress_taps")
-def _(w, dtype, table):
+def _fake_taps(w, dtype, table):
     J, D, C = w.shape
     return w.new_empty((C, J, D) if table else (J, C, D), dtype=dtype)
 
 
-@torch.library.register_fake("shtx::causal_compress")
-def _(ids, embedding, taps, b_conv, w_out, b_out, stride, table):
+def _fake_fwd(ids, embedding, taps, b_conv, w_out, b_out, stride, table):
     return new_outputs(ids, embedding, taps, w_out, stride, table)
 
 
-@torch.library.register_fake("shtx::causal_compress_bwd")
-def _(ids, embedding, taps, b_conv, w_out, source, dy, stride, table):
+def _fake_bwd(ids, embedding, taps, b_conv, w_out, source, dy, stride, table):
     acc = torch.promote_types(embedding.dtype, torch.float32)
     J, (V, D), C = len(b_conv), embedding.shape, taps.shape[0 if table else 1]
     shapes = (V, D), (J, D, C), (J,), w_out.shape, (len(w_out),)
     return tuple(embedding.new_empty(shape, dtype=acc) for shape in shapes)
+
+
+def _layer_flops(ids, taps, w_out, stride) -> int:
+    """Of the convolution and the linear layer."""
+    rows = ids[0] * -(-ids[1] // stride)
+    return 2 * rows * (prod(taps) + prod(w_out))
+
+
+_taps = register(
+    "causal_compress_taps",
+    "(Tensor w, ScalarType dtype, bool table) -> Tensor",
+    _causal_compress_taps,
+    _fake_taps,
+)
+_forward = register(
+    "causal_compress",
+    "(Tensor ids, Tensor embedding, Tensor taps, Tensor b_conv, Tensor w_out, Tensor b_out,"
+    " int stride, bool table) -> (Tensor, Tensor)",
+    causal_compress_fwd,
+    _fake_fwd,
+    flops=lambda ids, embedding, taps, b_conv, w_out, b_out, stride, *_, **__: _layer_flops(
+        ids, taps, w_out, stride
+    ),
+)
+_backward = register(
+    "causal_compress_bwd",
+    "(Tensor ids, Tensor embedding, Tensor taps, Tensor b_conv, Tensor w_out, Tensor source,"
+    " Tensor dy, int stride, bool table) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    causal_compress_bwd,
+    _fake_bwd,
+    flops=lambda ids, embedding, taps, b_conv, w_out, source, dy, stride, *_, **__: (
+        2 * _layer_flops(ids, taps, w_out, stride)
+    ),
+)
 
 
 class _CausalCompress(torch.autograd.Function):
@@ -73,19 +90,15 @@ class _CausalCompress(torch.autograd.Function):
         ctx.dtypes = [t.dtype for t in (embedding, w_conv, b_conv, w_out, b_out)]
         ctx.stride, ctx.table, ctx.w_shape = stride, table, w_out.shape
         embedding, w_out = narrow(embedding, dtype), narrow(w_out, dtype).flatten(1)
-        taps = torch.ops.shtx.causal_compress_taps.default(w_conv, dtype, table)
-        y, source = torch.ops.shtx.causal_compress.default(
-            ids, embedding, taps, b_conv, w_out, b_out, stride, table
-        )
+        taps = _taps(w_conv, dtype, table)
+        y, source = _forward(ids, embedding, taps, b_conv, w_out, b_out, stride, table)
         ctx.save_for_backward(ids, embedding, taps, b_conv, w_out, source)
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("causal_compress")
     def backward(ctx, dy):
-        gradients = torch.ops.shtx.causal_compress_bwd.default(
-            *ctx.saved_tensors, dy.contiguous(), ctx.stride, ctx.table
-        )
+        gradients = _backward(*ctx.saved_tensors, dy.contiguous(), ctx.stride, ctx.table)
         pairs = zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:6], strict=True)
         gradients = [g.to(dtype) if needed else None for g, dtype, needed in pairs]
         if gradients[3] is not None:

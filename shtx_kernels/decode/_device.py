@@ -67,7 +67,7 @@ def starts(programs: list[int]) -> tuple[int, ...]:
     return tuple(sum(programs[:i]) for i in range(len(programs) + 1))
 
 
-def ahead() -> dict:
+def ahead(device: torch.device) -> dict:
     """Launch options."""
-    hopper = capability() >= 90 and not triton.knobs.runtime.interpret
+    hopper = capability(device) >= 90 and not triton.knobs.runtime.interpret
     return dict(AHEAD=True, launch_pdl=True) if hopper else dict(AHEAD=False)

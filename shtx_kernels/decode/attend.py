@@ -142,5 +142,5 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
             RINGS_QKV=rings_of(qkv), RINGS_KV=rings_of(kv), RINGS_O=rings_of(out),
             BLOCK_L=tuple(min(MAX_KEYS, max(2, triton.next_power_of_2(n - 1))) for n in L),
             BLOCK_E=tuple(triton.next_power_of_2(e // 2) for e in E),
-            ACC=accumulator(qkv[0].dtype), **ahead(),
+            ACC=accumulator(qkv[0].dtype), **ahead(position.device),
         )  # fmt: skip

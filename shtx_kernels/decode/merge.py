@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dot import dot
 from .._groups import Part
 from ._device import accumulator, ahead, rings_of, row_of, starts, wait
 
@@ -80,7 +81,7 @@ def part_of_rows(
             w = tl.load(w_ptrs, mask=(offs_j < J)[:, None] & (offs < D)[None, :], other=0.0)
             x_ptrs = row_of(x_ptr, b, token, RINGS, I) + offs[None, :]
             x = tl.load(x_ptrs, mask=due & (offs < D)[None, :], other=0.0)
-            product = tl.dot(x, w.T, product, input_precision="ieee")
+            product = dot(x, w.T, product, tl.float32, "ieee")
             squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)[:, None]
     return product, squares
 
@@ -146,7 +147,7 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
             _merge_row_kernel[(triton.cdiv(J, BLOCK_J), B)](
                 position, x, weight, kept, bias, out, **constants,
                 BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(bias.dtype), num_warps=4,
-                **ahead(),
+                **ahead(position.device),
             )  # fmt: skip
             return
         BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))

@@ -50,5 +50,5 @@ def norm(position: Tensor, norms: list[Norm]) -> None:
             D=D, STRIDE=stride, RINGS_X=rings_of(x), RINGS_O=rings_of(out),
             NORM=("layer",) * len(norms),
             BLOCK_D=tuple(map(triton.next_power_of_2, D)),
-            ACC=accumulator(x[0].dtype), **ahead(),
+            ACC=accumulator(x[0].dtype), **ahead(position.device),
         )  # fmt: skip

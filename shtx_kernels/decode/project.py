@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dot import dot
 from .._groups import Projection
 from ._device import accumulator, activate, ahead, normalize, rings_of, row_of, starts, wait
 
@@ -160,7 +161,7 @@ def project_rows(
             w = tl.load(w_ptrs, mask=(offs_o < O)[:, None] & (offs_k < K)[None, :], other=0.0)
             x_ptrs = x_ptr + b * K + offs_k[None, :]
             x = tl.load(x_ptrs, mask=due & (offs_k < K)[None, :], other=0.0)
-            y = tl.dot(x, w.T, y, input_precision="ieee")
+            y = dot(x, w.T, y, tl.float32, "ieee")
         offs_o = offs_o[None, :]
         mask = due & (offs_o < O)
         if bias_ptr is not None:
@@ -202,7 +203,8 @@ def _project_row(position: Tensor, projections: list[Projection]) -> None:
         START=START, K=K, O=O, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps,
         NORM=each.norm, ACTIVATION=each.activation, RINGS_X=rings_of(each.x),
         RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), TILES=TILES, BLOCK_O=rows,
-        BLOCK_K=columns, ACC=accumulator(each.weight[0].dtype), num_warps=4, **ahead(),
+        BLOCK_K=columns, ACC=accumulator(each.weight[0].dtype), num_warps=4,
+        **ahead(position.device),
     )  # fmt: skip
 
 

@@ -8,15 +8,18 @@ that makes its argument, or the gradient of its result; elsewhere it is a pass o
 products of cuBLAS. All other products are cuBLAS's. Reference: reference.feed_forward
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import first_order
 from .._products import add_product, narrow, product_dtype
+from .._register import register
 from .kernels import backward, forward
 
 
-def _feed_forward(x, w_in, w_out):
+def _feed_forward_fwd(x, w_in, w_out):
     y, u = _new_outputs(x, w_in, w_out)
     with torch.autocast(x.device.type, enabled=False):
         a = forward(x.flatten(0, 1), w_in, u)
@@ -53,26 +56,26 @@ def _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
     return dx, dw_in, x.new_empty(w_out.shape if needs_dw_out else 0, dtype=acc)
 
 
-torch.library.define(
-    "shtx::feed_forward", "(Tensor x, Tensor w_in, Tensor w_out) -> (Tensor, Tensor)"
+def _bwd_flops(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out, **_) -> int:
+    of_in, of_out = (needs_dx + needs_dw_in) * prod(w_in), (1 + needs_dw_out) * prod(w_out)
+    return 2 * u[0] * (of_in + of_out)
+
+
+_forward = register(
+    "feed_forward",
+    "(Tensor x, Tensor w_in, Tensor w_out) -> (Tensor, Tensor)",
+    _feed_forward_fwd,
+    fake=_new_outputs,
+    flops=lambda x, w_in, w_out, **_: 2 * x[0] * x[1] * (prod(w_in) + prod(w_out)),
 )
-torch.library.define(
-    "shtx::feed_forward_bwd",
+_backward = register(
+    "feed_forward_bwd",
     "(Tensor dy, Tensor x, Tensor u, Tensor w_in, Tensor w_out, bool needs_dx, bool needs_dw_in,"
     " bool needs_dw_out) -> (Tensor, Tensor, Tensor)",
+    _feed_forward_bwd,
+    fake=lambda dy, x, u, *arguments: _new_gradients(x, *arguments),
+    flops=_bwd_flops,
 )
-torch.library.impl("shtx::feed_forward", ("CPU", "CUDA"), _feed_forward)
-torch.library.impl("shtx::feed_forward_bwd", ("CPU", "CUDA"), _feed_forward_bwd)
-
-
-@torch.library.register_fake("shtx::feed_forward")
-def _(x, w_in, w_out):
-    return _new_outputs(x, w_in, w_out)
-
-
-@torch.library.register_fake("shtx::feed_forward_bwd")
-def _(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
-    return _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -81,17 +84,15 @@ class _FeedForward(torch.autograd.Function):
         ctx.dtypes = x.dtype, w_in.dtype, w_out.dtype
         x = x.to(dtype).contiguous()
         w_in, w_out = (narrow(w, dtype).contiguous() for w in (w_in, w_out))
-        y, u = torch.ops.shtx.feed_forward.default(x, w_in, w_out)
+        y, u = _forward(x, w_in, w_out)
         ctx.save_for_backward(x, u, w_in, w_out)
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("feed_forward")
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:3]
-        gradients = torch.ops.shtx.feed_forward_bwd.default(
-            dy.contiguous(), *ctx.saved_tensors, *needs
-        )
+        gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *needs)
         triples = zip(gradients, ctx.dtypes, needs, strict=True)
         return *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
 

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._dot import dot
 from .._target import capability
 
 PASS = dict(TILE=2048, num_warps=4)  # elements of a program
@@ -101,9 +101,9 @@ def _product_gelu_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             if BACKWARD:
-                acc = tl.dot(x_desc.load([m, k]), w_desc.load([k, n]), acc)
+                acc = dot(x_desc.load([m, k]), w_desc.load([k, n]), acc, tl.float32, "ieee")
             else:
-                acc = tl.dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+                acc = dot(x_desc.load([m, k]), w_desc.load([n, k]).T, acc, tl.float32, "ieee")
 
         offs_m = m + tl.arange(0, BLOCK_M)[:, None]
         offs_n = n + tl.arange(0, BLOCK_N // 4)[None, :]
@@ -160,10 +160,8 @@ def _product_gelu(x: Tensor, w: Tensor, u: Tensor, da: Tensor | None = None) -> 
 
 def _within_product(x: Tensor, w: Tensor) -> bool:
     """Where it was measured to be faster, and the copy engine takes the factors."""
-    if knobs.runtime.interpret and x.dtype == torch.bfloat16:
-        return False  # it would multiply the bits as integers
     return (
-        (x.itemsize == 2 and capability() == 90)
+        (x.itemsize == 2 and capability(x.device) == 90)
         and (len(x) > 0 and min(w.shape) > 0 and all(size % 8 == 0 for size in w.shape))
         and (x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0)
     )

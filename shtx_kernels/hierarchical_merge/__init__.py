@@ -13,37 +13,23 @@ as wide as all levels is made at token rate for the strided ones. The gradient o
 gamma in it gives those of both. Products are cuBLAS's. Reference: reference.hierarchical_merge
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import first_order
 from .._products import narrow, product_dtype
+from .._register import register
 from .backward import _hierarchical_merge_bwd, new_gradients
 from .forward import _hierarchical_merge_fwd, groups_of, new_outputs
 
-torch.library.define(
-    "shtx::hierarchical_merge",
-    "(Tensor[] levels, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
-    " Tensor b_out, Tensor?[] branches) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "shtx::hierarchical_merge_bwd",
-    "(Tensor[] rs, Tensor[] side_by_side, int[] strides, Tensor gamma, Tensor w_in, Tensor w,"
-    " Tensor b_in, Tensor w_out, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout,"
-    " ScalarType branch_dtype, bool[] has_dbranch, bool needs_levels, bool needs_w_in,"
-    " bool needs_w_out) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("shtx::hierarchical_merge", ("CPU", "CUDA"), _hierarchical_merge_fwd)
-torch.library.impl("shtx::hierarchical_merge_bwd", ("CPU", "CUDA"), _hierarchical_merge_bwd)
 
-
-@torch.library.register_fake("shtx::hierarchical_merge")
-def _(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
+def _fake_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
     return new_outputs(levels, strides, w_in, w_out)
 
 
-@torch.library.register_fake("shtx::hierarchical_merge_bwd")
-def _(
+def _fake_bwd(
     rs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, drs, dout, branch_dtype,
     has_dbranch, needs_levels, needs_w_in, needs_w_out,
 ):  # fmt: skip
@@ -51,15 +37,41 @@ def _(
     new = lambda needed, *shape: norm.new_empty(shape if needed else 0)
     J, W = w_in.shape
     dgamma, dw_in, db_in = new(needs_w_in, W), new(needs_w_in, J, W), new(True, J)
-    return (
-        dxs,
-        dbranches,
-        dgamma,
-        dw_in,
-        db_in,
-        new(needs_w_out, *w_out.shape),
-        new(True, len(w_out)),
-    )
+    dw_out, db_out = new(needs_w_out, *w_out.shape), new(True, len(w_out))
+    return dxs, dbranches, dgamma, dw_in, db_in, dw_out, db_out
+
+
+def _fwd_flops(levels, strides, gamma, w_in, b_in, w_out, b_out, branches, **_) -> int:
+    tokens = min(x[1] * stride for x, stride in zip(levels, strides, strict=True))
+    return 2 * levels[0][0] * tokens * (prod(w_in) + prod(w_out))
+
+
+def _bwd_flops(
+    rs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, drs, dout, branch_dtype,
+    has_dbranch, needs_levels, needs_w_in, needs_w_out, **_,
+):  # fmt: skip
+    of_in, of_out = (needs_levels + needs_w_in) * prod(w_in), (1 + needs_w_out) * prod(w_out)
+    return 2 * prod(norm) * (of_in + of_out)
+
+
+_forward = register(
+    "hierarchical_merge",
+    "(Tensor[] levels, int[] strides, Tensor gamma, Tensor w_in, Tensor b_in, Tensor w_out,"
+    " Tensor b_out, Tensor?[] branches) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    _hierarchical_merge_fwd,
+    _fake_fwd,
+    _fwd_flops,
+)
+_backward = register(
+    "hierarchical_merge_bwd",
+    "(Tensor[] rs, Tensor[] side_by_side, int[] strides, Tensor gamma, Tensor w_in, Tensor w,"
+    " Tensor b_in, Tensor w_out, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout,"
+    " ScalarType branch_dtype, bool[] has_dbranch, bool needs_levels, bool needs_w_in,"
+    " bool needs_w_out) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _hierarchical_merge_bwd,
+    _fake_bwd,
+    _bwd_flops,
+)
 
 
 def _apart(side_by_side: list[Tensor], levels, strides) -> list[Tensor]:
@@ -79,7 +91,7 @@ class _HierarchicalMerge(torch.autograd.Function):
         ctx.branch_dtypes = [None if branch is None else branch.dtype for branch in branches]
         ctx.strides = strides
         w_out = narrow(w_out, dtype)
-        side_by_side, w, z, norm, merged = torch.ops.shtx.hierarchical_merge.default(
+        side_by_side, w, z, norm, merged = _forward(
             levels, strides, gamma, w_in, b_in, w_out, b_out, branches
         )
         rs = _apart(side_by_side, levels, strides)
@@ -89,7 +101,7 @@ class _HierarchicalMerge(torch.autograd.Function):
         return *(x if branch is None else r for x, branch, r in kept), merged
 
     @staticmethod
-    @once_differentiable
+    @first_order("hierarchical_merge")
     def backward(ctx, *gradients):
         *drs, dout = gradients
         count = len(drs)
@@ -102,7 +114,7 @@ class _HierarchicalMerge(torch.autograd.Function):
         rs, side_by_side = rest[:count], rest[count:]
         dtype = next(filter(None, ctx.branch_dtypes), rs[0].dtype)
         rows = dout.reshape(-1, len(w_out)).contiguous()
-        dxs, narrow, *weights = torch.ops.shtx.hierarchical_merge_bwd.default(
+        dxs, narrow, *weights = _backward(
             rs, side_by_side, ctx.strides, gamma, w_in, w, b_in, w_out, z, norm,
             [_rows(dr) for dr in drs], rows, dtype,
             [need and dtype != rs[0].dtype for need in needs_branches],

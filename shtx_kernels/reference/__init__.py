@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, arange, cat
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = [
     "causal_compress",
@@ -67,6 +69,8 @@ def norm_token_shift(
 
 # attention
 
+MOST_FP32 = 65536  # tokens, of which the factors of xpos are within the range of fp32
+
 
 def _rotation(n: int, E: int, xpos: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """cos, sin and xpos factor (n, E / 2); fp32 angles would be 4e-3 off at 65,536 tokens."""
@@ -84,7 +88,55 @@ def _rotate(t: Tensor, cos: Tensor, sin: Tensor, decay: Tensor) -> Tensor:
     return cat(((x * cos - y * sin) * decay, (y * cos + x * sin) * decay), dim=-1)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float):
+    """Attention as it is written; causal without a mask."""
+    if mask is None:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = (_widen(q) @ _widen(k).mT * scale).masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=-1) @ _widen(v)).to(v.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """PyTorch's attention, whose gradient has none, unless a graph of the gradient is asked for:
+    then it is made of `_softmax_attention`.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        with torch.enable_grad():  # views, as q and v may come of each other, but these do not
+            qkv = [t.view_as(t) for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(
+                *qkv, attn_mask=mask, is_causal=mask is None, scale=scale
+            )
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.inputs = scale, [get_gradient_edge(t) for t in qkv]
+        ctx.output = get_gradient_edge(out)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, dout):
+        *qkv, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.autocast(dout.device.type, enabled=False):
+                qkv = [t.view_as(t) for t in qkv]
+                out = _softmax_attention(*qkv, mask, ctx.scale)
+            return *torch.autograd.grad(out, qkv, dout, create_graph=True), None, None
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        return *torch.autograd.grad(ctx.output, ctx.inputs, dout, retain_graph=again), None, None
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Causal without a mask."""
+    if torch._C._are_functorch_transforms_active() or unpack_dual(q).tangent is not None:
+        return _softmax_attention(q, k, v, mask, scale)
+    if torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling():
+        return _Attention.apply(q, k, v, mask, scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Every query sees itself and the `window` keys before it: those of two buckets."""
     _, h, n, _ = q.shape
     pad = (0, 0, 0, -n % window)
@@ -94,7 +146,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None)
     i = arange(window, device=q.device)[:, None] + window
     j = arange(2 * window, device=q.device)
     mask = (j <= i) & (j >= i - window) & ((bucket > 0) | (j >= window))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
+    out = _attention(q, k, v, mask[None], scale)
     return rearrange(out, "(b h) g w e -> b h (g w) e", h=h)[:, :, :n]
 
 
@@ -109,6 +161,7 @@ def rotary_attention(
 ) -> Tensor:
     """(B, M, 3 H E) to (B, M, H E): causal attention within each residue class mod `dilation`."""
     M = qkv.shape[1]
+    dilation = min(dilation, max(1, M))
     q, k, v = rearrange(
         F.pad(qkv, (0, 0, 0, -M % dilation)),
         "b (n a) (qkv h e) -> qkv (b a) h n e",
@@ -117,13 +170,17 @@ def rotary_attention(
         h=heads,
     )
     n, E = q.shape[-2:]
-    # xpos factors leave fp16's range past 8 thousand tokens
-    dtype = torch.float32 if xpos and qkv.dtype == torch.float16 else qkv.dtype
-    cos, sin, decay = _rotation(n, E, xpos, _widen(q))
+    scale = E**-0.5 if scale is None else scale
+    dtype = qkv.dtype
+    if xpos and n > MOST_FP32:
+        dtype = torch.float64
+    elif xpos and dtype == torch.float16:  # its range ends at 8 thousand tokens
+        dtype = torch.float32
+    cos, sin, decay = _rotation(n, E, xpos, _widen(q.to(dtype)))
     q, k = _rotate(q, cos, sin, decay).to(dtype), _rotate(k, cos, sin, 1 / decay).to(dtype)
     with torch.autocast(qkv.device.type, enabled=False):
         if window is None or window >= n - 1:
-            out = F.scaled_dot_product_attention(q, k, v.to(dtype), is_causal=True, scale=scale)
+            out = _attention(q, k, v.to(dtype), None, scale)
         else:
             out = _windowed(q, k, v.to(dtype), window, scale)
     return rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M].to(qkv.dtype)

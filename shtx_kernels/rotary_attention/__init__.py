@@ -16,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import first_order
+from .._products import matmul_precision
+from .._register import is_plain, register
 from . import library, tiles
 from .backward import (
     _rotary_attention_bwd_dkdv_kernel,
@@ -35,7 +37,9 @@ MAX_E = 256
 MAX_BLOCK = 128  # rows of a tile
 LOG2_E = 1.4426950408889634  # the softmax is in base 2
 
-_TABLES = {}
+# by all that a table depends on. None is dropped, as CUDA graphs may read it: there are at most one
+# for each even E, power of two, accumulator and device, of 4 MiB for a million tokens of E 16
+_tables: dict[tuple, Tensor] = {}
 
 
 def _make_table(E: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -49,17 +53,23 @@ def _make_table(E: int, reach: int, dtype: torch.dtype, device: torch.device) ->
     return torch.cat((top, torch.cat((angle.cos(), angle.sin()), dim=1))).to(dtype)
 
 
-def _table(qkv: Tensor, E: int, n: int) -> Tensor:
-    reach = triton.next_power_of_2(n + MAX_BLOCK)  # the farthest that two tiles can be apart
-    key = E, reach, torch.promote_types(qkv.dtype, torch.float32), qkv.device
-    if key not in _TABLES:
-        table = _make_table(*key)
+def make_table(qkv: Tensor, E: int, n: int) -> Tensor:
+    """The table for classes of n tokens. Compiled graphs make their own, as do fake tensors."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    reach = n + MAX_BLOCK  # the farthest that two tiles can be apart
+    if not is_plain(qkv):
+        return _make_table(E, reach, dtype, qkv.device)
+    key = E, 1 << (reach - 1).bit_length(), dtype, qkv.device
+    table = _tables.get(key)
+    if table is None:
+        with torch.inference_mode(False):  # it may be saved for a backward
+            table = _make_table(*key)
         if qkv.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 return table  # it is the graph's, which fills it anew in every replay
             torch.cuda.current_stream(qkv.device).synchronize()  # other streams may use it next
-        _TABLES[key] = table
-    return _TABLES[key]
+        table = _tables.setdefault(key, table)
+    return table
 
 
 def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
@@ -77,15 +87,14 @@ def _constants(dtype, heads: int, E: int, window: int, dilation: int, xpos: bool
         WINDOW=window,
         XPOS=int(xpos),
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-        IP="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        IP=matmul_precision(),
         BLOCK_C=max(8, triton.next_power_of_2(E // 2)),
         BLOCK_E=max(16, triton.next_power_of_2(E)),
     )
 
 
-def _rotary_attention_fwd(qkv, heads, window, dilation, xpos, scale):
+def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, scale):
     B, M, E, n = _sizes(qkv, heads, dilation)
-    table = _table(qkv, E, n)
     if library.takes(qkv, E, window, n, xpos):
         return library.forward(qkv, table, heads, dilation, xpos, scale)
     acc = torch.promote_types(qkv.dtype, torch.float32)
@@ -101,7 +110,7 @@ def _rotary_attention_fwd(qkv, heads, window, dilation, xpos, scale):
 
     if not out.numel():
         return out, lse, qkv.new_empty(0)
-    arguments = E, window, qkv.itemsize
+    arguments = E, window, qkv.itemsize, qkv.device
     factor = scale * LOG2_E
     with torch.cuda.device_of(qkv):
         if config := tiles.forward_by_tiles(*arguments):  # q and k have a root of the factor each
@@ -113,9 +122,8 @@ def _rotary_attention_fwd(qkv, heads, window, dilation, xpos, scale):
     return out, lse, qkv.new_empty(0)
 
 
-def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, scale):
+def _rotary_attention_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, scale):
     if saved.ndim == 5:
-        table = _table(saved, saved.shape[-1], saved.shape[2])
         return library.backward(saved, table, out, lse, dout, dilation, xpos, scale)
     B, M, E, n = _sizes(saved, heads, dilation)
     dqkv = saved.new_empty(saved.shape)
@@ -124,14 +132,14 @@ def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, 
     def launch(kernel, config, rows, factor):
         count = triton.cdiv(n, config[rows])
         kernel[(B * heads * dilation * count,)](
-            saved, _table(saved, E, n), out, lse, dout, dqkv,
+            saved, table, out, lse, dout, dqkv,
             saved.stride(0), saved.stride(1), dout.stride(0), dout.stride(1),
             M, n, count, factor, **constants, **config,
         )  # fmt: skip
 
     if not dqkv.numel():
         return dqkv
-    arguments = E, window, saved.itemsize
+    arguments = E, window, saved.itemsize, saved.device
     factor = scale * LOG2_E
     with torch.cuda.device_of(saved):
         if config := tiles.backward_by_tiles(*arguments):
@@ -144,20 +152,7 @@ def _rotary_attention_bwd(saved, out, lse, dout, heads, window, dilation, xpos, 
     return dqkv
 
 
-OPTIONS = "int heads, int window, int dilation, bool xpos, float scale"
-torch.library.define(
-    "shtx::rotary_attention", f"(Tensor qkv, {OPTIONS}) -> (Tensor, Tensor, Tensor)"
-)
-torch.library.define(
-    "shtx::rotary_attention_bwd",
-    f"(Tensor saved, Tensor out, Tensor lse, Tensor dout, {OPTIONS}) -> Tensor",
-)
-torch.library.impl("shtx::rotary_attention", ("CPU", "CUDA"), _rotary_attention_fwd)
-torch.library.impl("shtx::rotary_attention_bwd", ("CPU", "CUDA"), _rotary_attention_bwd)
-
-
-@torch.library.register_fake("shtx::rotary_attention")
-def _(qkv, heads, window, dilation, xpos, scale):
+def _fake_fwd(qkv, table, heads, window, dilation, xpos, scale):
     B, M, E, n = _sizes(qkv, heads, dilation)
     acc = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(B, M, heads * E)
@@ -167,26 +162,54 @@ def _(qkv, heads, window, dilation, xpos, scale):
     return out, qkv.new_empty(B, heads, dilation, n, dtype=acc), qkv.new_empty(0)
 
 
-@torch.library.register_fake("shtx::rotary_attention_bwd")
-def _(saved, out, lse, dout, heads, window, dilation, xpos, scale):
+def _fake_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, scale):
     return out.new_empty(*out.shape[:2], 3 * out.shape[2])
+
+
+def _product_flops(out, window, dilation) -> int:
+    """Of queries with keys: of all, or of buckets as wide as the window with two of them."""
+    B, M, K = out
+    n = -(-M // dilation)
+    pairs = n * n if window < 0 else -(-n // window) * 2 * window * window
+    return 2 * B * dilation * K * pairs
+
+
+OPTIONS = "int heads, int window, int dilation, bool xpos, float scale"
+_forward = register(
+    "rotary_attention",
+    f"(Tensor qkv, Tensor table, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _rotary_attention_fwd,
+    _fake_fwd,
+    flops=lambda qkv, table, heads, window, dilation, *_, **__: (
+        2 * _product_flops((*qkv[:2], qkv[2] // 3), window, dilation)
+    ),
+)
+_backward = register(
+    "rotary_attention_bwd",
+    f"(Tensor saved, Tensor table, Tensor out, Tensor lse, Tensor dout, {OPTIONS}) -> Tensor",
+    _rotary_attention_bwd,
+    _fake_bwd,
+    flops=lambda saved, table, out, lse, dout, heads, window, dilation, *_, **__: (
+        5 * _product_flops(out, window, dilation)
+    ),
+)
 
 
 class _RotaryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, *options):
-        out, lse, rotated = torch.ops.shtx.rotary_attention.default(qkv, *options)
-        ctx.save_for_backward(rotated if rotated.ndim == 5 else qkv, out, lse)
+    def forward(ctx, qkv, table, *options):
+        out, lse, rotated = _forward(qkv, table, *options)
+        ctx.save_for_backward(rotated if rotated.ndim == 5 else qkv, table, out, lse)
         ctx.options = options
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("rotary_attention")
     def backward(ctx, dout):
         # the gradient of a sum is expanded, its last dimension too
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        dqkv = torch.ops.shtx.rotary_attention_bwd.default(*ctx.saved_tensors, dout, *ctx.options)
-        return dqkv, None, None, None, None, None
+        dqkv = _backward(*ctx.saved_tensors, dout, *ctx.options)
+        return dqkv, *[None] * 6
 
 
 def rotary_attention(
@@ -212,7 +235,7 @@ def rotary_attention(
 
     Returns:
         (B, M, H E) in the dtype of qkv, contiguous. For fp32, products are in TF32 where
-        torch.get_float32_matmul_precision() allows it.
+        torch.set_float32_matmul_precision or torch.backends.cuda.matmul allows it.
 
     Raises:
         ValueError: naming the argument whose shape, strides or value is not as above.
@@ -246,4 +269,5 @@ def rotary_attention(
     E, n = qkv.shape[-1] // (3 * heads), triton.cdiv(qkv.shape[1], dilation)
     window = -1 if window is None or window >= n - 1 else window
     scale = E**-0.5 if scale is None else float(scale)
-    return _RotaryAttention.apply(qkv, heads, window, dilation, xpos, scale)
+    table = make_table(qkv, E, n)
+    return _RotaryAttention.apply(qkv, table, heads, window, dilation, xpos, scale)

@@ -13,6 +13,7 @@ keeps Triton from moving the rotation behind the change of layout, where it woul
 import triton
 import triton.language as tl
 
+from .._dot import dot
 from .forward import (
     angles,
     load_halves,
@@ -44,13 +45,13 @@ def scores(
     IP: tl.constexpr,
 ):  # fmt: skip
     """Probabilities and gradient of the scores, [keys, queries]."""
-    qk = tl.dot(k, tl.trans(q), input_precision=IP, out_dtype=lse.dtype)
+    qk = dot(k, tl.trans(q), None, lse.dtype, IP)
     p = tl.exp2(qk - lse[None, :])
     if CAUSAL:
         p = tl.where(offs_i[None, :] >= offs_j[:, None], p, 0.0)
     if WINDOW > 0:
         p = tl.where(offs_i[None, :] <= offs_j[:, None] + WINDOW, p, 0.0)
-    dp = tl.dot(v, tl.trans(dout), input_precision=IP, out_dtype=lse.dtype)
+    dp = dot(v, tl.trans(dout), None, lse.dtype, IP)
     return p.to(v.dtype), (p * (dp - delta[None, :])).to(v.dtype)
 
 
@@ -75,8 +76,8 @@ def add_queries(
         out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, i0, local, n, offs_e, E
     )
     p, ds = scores(q, dout, lse, delta, k, v, i0 + local, offs_j, WINDOW, CAUSAL, IP)
-    dk = tl.dot(ds, q, dk, input_precision=IP, out_dtype=dk.dtype)
-    dv = tl.dot(p, dout, dv, input_precision=IP, out_dtype=dv.dtype)
+    dk = dot(ds, q, dk, dk.dtype, IP)
+    dv = dot(p, dout, dv, dv.dtype, IP)
     return dk, dv
 
 
@@ -91,12 +92,12 @@ def add_halo(
     v = load_rows(v_ptr, stride, j0, local, n, offs_e, E, False)
     offs_j = j0 + local
     offs_j = tl.where(offs_j >= 0, offs_j, -WINDOW - 1)  # nobody sees what is left of the start
-    qk = tl.dot(q, tl.trans(k), input_precision=IP, out_dtype=dq.dtype)
-    dp = tl.dot(dout, tl.trans(v), input_precision=IP, out_dtype=dq.dtype)
+    qk = dot(q, tl.trans(k), None, dq.dtype, IP)
+    dp = dot(dout, tl.trans(v), None, dq.dtype, IP)
     p = tl.exp2(qk - lse[:, None])
     p = tl.where(offs_i[:, None] <= offs_j[None, :] + WINDOW, p, 0.0)
     ds = (p * (dp - delta[:, None])).to(k.dtype)
-    return tl.dot(ds, k, dq, input_precision=IP, out_dtype=dq.dtype)
+    return dot(ds, k, dq, dq.dtype, IP)
 
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
@@ -142,12 +143,12 @@ def _rotary_attention_bwd_tile_kernel(
             c, s, offs_c, offs_e, E, WINDOW, IP,
         )  # fmt: skip
     p, ds = scores(q, dout, lse, delta, k, v, offs, offs, INNER, True, IP)
-    dq = tl.dot(tl.trans(ds), k, dq, input_precision=IP, out_dtype=ACC)
+    dq = dot(tl.trans(ds), k, dq, ACC, IP)
     c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale * LN2, HALF, XPOS, False)
     store_rotated_back(dqkv_ptr, 3 * stride_o, t0, local, n, dq, c, s, offs_c, E)
 
-    dv = tl.dot(p, dout, input_precision=IP, out_dtype=ACC)
-    dk = tl.dot(ds, q, input_precision=IP, out_dtype=ACC)
+    dv = dot(p, dout, None, ACC, IP)
+    dk = dot(ds, q, None, ACC, IP)
     for start in tl.static_range(BEFORE + BLOCK, BEFORE + BLOCK + BEFORE, HALO):
         c, s = angles(table_ptr, start + near, 0, offs_c, scale, HALF, XPOS, False)
         dk, dv = add_queries(
@@ -224,7 +225,7 @@ def add_keys(
     k = load_rotated(k_ptr, stride, j0, local, n, c, s, offs_c, E, not CAUSAL)
     v = load_rows(v_ptr, stride, j0, local, n, offs_e, E, not CAUSAL)
     _, ds = scores(q, dout, lse, delta, k, v, offs_i, j0 + local, WINDOW, CAUSAL, IP)
-    return tl.dot(tl.trans(ds), k, dq, input_precision=IP, out_dtype=dq.dtype)
+    return dot(tl.trans(ds), k, dq, dq.dtype, IP)
 
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])

@@ -9,6 +9,8 @@ class, and walks the keys that they see in blocks of BLOCK_N with an online soft
 import triton
 import triton.language as tl
 
+from .._dot import dot
+
 LOCAL = tl.constexpr(512)  # rows of the rotation table for positions in a tile and around it
 STEP = tl.constexpr(16)  # tokens between the rows behind them, for distances between tiles
 
@@ -113,7 +115,7 @@ def attend(
     """The online softmax past the keys of a block; WINDOW and CAUSAL are the limits to heed."""
     k = load_rotated(k_ptr, stride, first, local, n, cos, sin, offs_c, E, INSIDE)
     v = load_rows(v_ptr, stride, first, local, n, offs_e, E, INSIDE)
-    qk = tl.dot(q, tl.trans(k), input_precision=IP, out_dtype=m.dtype)
+    qk = dot(q, tl.trans(k), None, m.dtype, IP)
     offs_j = first + local
     if CAUSAL:
         qk = tl.where(offs_i[:, None] >= offs_j[None, :], qk, float("-inf"))
@@ -124,7 +126,7 @@ def attend(
     alpha = tl.exp2(m - m_new)
     p = tl.exp2(qk - m_new[:, None])
     l = l * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=IP, out_dtype=m.dtype)
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None], m.dtype, IP)
     return m_new, l, acc
 
 
@@ -218,17 +220,17 @@ def _rotary_attention_fwd_tile_kernel(
 
     offs_i, offs_j = t0 + local, t0 - HALO + near
     offs_j = tl.where(offs_j >= 0, offs_j, -WINDOW - 1)  # nobody sees what is left of the start
-    qk = tl.dot(q, tl.trans(k), input_precision=IP, out_dtype=ACC)
+    qk = dot(q, tl.trans(k), None, ACC, IP)
     qk = tl.where(offs_i[:, None] >= offs_i[None, :], qk, float("-inf"))
     if WINDOW < BLOCK - 1:
         qk = tl.where(offs_i[:, None] <= offs_i[None, :] + WINDOW, qk, float("-inf"))
-    halo_qk = tl.dot(q, tl.trans(halo_k), input_precision=IP, out_dtype=ACC)
+    halo_qk = dot(q, tl.trans(halo_k), None, ACC, IP)
     halo_qk = tl.where(offs_i[:, None] <= offs_j[None, :] + WINDOW, halo_qk, float("-inf"))
     m = tl.maximum(tl.max(qk, axis=1), tl.max(halo_qk, axis=1))  # finite: a row sees itself
     p, halo_p = tl.exp2(qk - m[:, None]), tl.exp2(halo_qk - m[:, None])
     l = tl.sum(p, axis=1) + tl.sum(halo_p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, input_precision=IP, out_dtype=ACC)
-    acc = tl.dot(halo_p.to(v.dtype), halo_v, acc, input_precision=IP, out_dtype=ACC)
+    acc = dot(p.to(v.dtype), v, None, ACC, IP)
+    acc = dot(halo_p.to(v.dtype), halo_v, acc, ACC, IP)
 
     out_ptr += (pid_b * M + r) * H * E + h * E
     store_rows(out_ptr, DILATION * H * E, t0, local, n, offs_e, E, acc * (1.0 / l)[:, None])

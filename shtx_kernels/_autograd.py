@@ -1,0 +1,29 @@
+"""The backward of a fused op: a function of numbers, of which nothing can be differentiated."""
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+
+
+def first_order(op: str) -> Callable[[Callable], Callable]:
+    """Makes the backward of `op` refuse to run where a graph of it is asked for.
+
+    PyTorch's own decorator for this refuses only if an incoming gradient requires grad. That of
+    a loss does not, so that a penalty of gradients would lose its share in silence.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def checked(ctx, *gradients):
+            # compiled graphs have a check of their own, when they run
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"the fused {op} has no gradients of gradients (create_graph=True): use"
+                    ' impl="reference" where they are needed'
+                )
+            return backward(ctx, *gradients)
+
+        return checked
+
+    return decorate
