@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._autograd import first_order
+from .._autograd import apply, first_order
 from .._products import narrow, product_dtype
 from .._register import register
 from .backward import _hierarchical_merge_bwd, new_gradients
@@ -214,7 +214,6 @@ def hierarchical_merge(
     dtypes = {branch.dtype for branch in branches if branch is not None}
     if len(dtypes) > 1:
         raise ValueError(f"branches must be of one dtype, got {sorted(map(str, dtypes))}")
-    *rs, merged = _HierarchicalMerge.apply(
-        tuple(strides), product_dtype(x), gamma, w_in, b_in, w_out, b_out, *levels, *branches
-    )
+    arguments = tuple(strides), product_dtype(x), gamma, w_in, b_in, w_out, b_out
+    *rs, merged = apply(_HierarchicalMerge, *arguments, *levels, *branches)
     return rs, merged
