@@ -63,17 +63,12 @@ def launch(kernel, grid: tuple, *args, **constants):
 
 def _is_watched() -> bool:
     """Whether others are to see launches, or they are to compile alone."""
-    return (
-        _compile_only.get()
-        or active_mode.get() is not None
-        or _is_set(knobs.runtime.launch_enter_hook)
-        or _is_set(knobs.runtime.launch_exit_hook)
-    )
-
-
-def _is_set(hook) -> bool:
-    """A hook is a function, or a chain of them."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+    if _compile_only.get() or active_mode.get() is not None:
+        return True
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a function, or a chain of some
+            return True
+    return False
 
 
 class Kernel:
@@ -115,7 +110,8 @@ class Kernel:
             compiled = self._launch(grid, tensors, numbers, descriptors)
             if len(self.found) >= KINDS:
                 self.found.clear()
-            self.found[kind] = compiled.run, compiled.function, compiled.packed_metadata
+            if compiled is not None:  # a hook may have kept Triton from compiling it
+                self.found[kind] = compiled.run, compiled.function, compiled.packed_metadata
             return
         run, function, metadata = found
         run(

@@ -114,6 +114,10 @@ ONE_PAGE = {
     "tl.dot(": "_dot.py",
     "fp32_precision": "_products.py",
     "get_float32_matmul_precision": None,
+    "cuda.device_of": "_launch.py",
+    "[grid](": "_launch.py",
+    "triton.cdiv": None,
+    "triton.next_power_of_2": None,
 }
 
 

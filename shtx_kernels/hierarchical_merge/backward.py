@@ -144,14 +144,14 @@ def _hierarchical_merge_weight_bwd_kernel(
 
 def new_gradients(rs, needs_levels, has_dbranch, branch_dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Of the levels, and of the branches that have one of their own: uninitialised."""
-    shapes = zip(rs, has_dbranch, strict=True)
-    dbranches = [r.new_empty(r.shape if has else 0, dtype=branch_dtype) for r, has in shapes]
-    return [r.new_empty(r.shape if needs_levels else 0) for r in rs], dbranches
+    shapes = [(r, r.shape if has else (0,)) for r, has in zip(rs, has_dbranch, strict=True)]
+    dbranches = [r.new_empty(*shape, dtype=branch_dtype) for r, shape in shapes]
+    return [r.new_empty(*(r.shape if needs_levels else (0,))) for r in rs], dbranches
 
 
 def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     dw = d.new_empty(d.shape[1], x.shape[1], dtype=dtype)
-    if not len(d):
+    if not d.shape[0]:
         return dw.zero_()
     add_product(dw, d.T, x, start=True)
     return dw
@@ -199,7 +199,7 @@ def _hierarchical_merge_bwd(
     _, groups = groups_of(rs, strides)
     acc = norm.dtype
     dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
-    kernel = _token_kernel(W, J, tuple(group.stride for group in groups), acc)
+    kernel = _token_kernel(W, J, tuple([group.stride for group in groups]), acc)
     tiles = cdiv(N, kernel.constants["BLOCK_M"])
     share = cdiv(B * tiles, _token_tile(J)[2])
     programs = cdiv(B * tiles, max(1, share))
@@ -218,14 +218,13 @@ def _hierarchical_merge_bwd(
         dz_g, slope_g = dz, slope
         if group.stride > 1:
             dz_g, slope_g = _summed(dz, slope, norm, group)
-        widths = [dims[level] for level in group.levels]
         if needs_w_in:
-            dw = _weight_gradient(dz_g, rows_of(r, group, z.dtype), acc)
-            dws |= zip(group.levels, dw.split(widths, dim=1), strict=True)
+            dw = _weight_gradient(dz_g, rows_of(r, group.tokens, z.dtype), acc)
+            dws |= zip(group.levels, dw.split_with_sizes(group.widths, 1), strict=True)
         if needs_levels:
-            dg = dz_g.new_empty(dz_g.shape[0], group.width)
+            dg = dz_g.new_empty(dz_g.shape[0], sum(group.widths))
             torch.mm(dz_g, columns_of(w, dims, group.levels), out=dg)
-            for level, part in zip(group.levels, dg.split(widths, dim=1), strict=True):
+            for level, part in zip(group.levels, dg.split_with_sizes(group.widths, 1), strict=True):
                 _level_bwd(
                     rs[level], part, slope_g, drs[level], dxs[level], dbranches[level],
                     group.tokens,
