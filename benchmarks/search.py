@@ -204,8 +204,8 @@ def search_norm() -> list[dict]:
                 sizes[f"{kernel.upper()}_TILE"] = tile
                 for name, value in sizes.items():
                     setattr(NORM, name, value)
-                NORM._fwd_kernel.cache_clear()
-                NORM._bwd_kernel.cache_clear()
+                NORM._kernel_of_fwd.cache_clear()
+                NORM._kernel_of_bwd.cache_clear()
                 row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D) | sizes
                 tried.append(row | dict(ms=time_ms(calls)))
             rows += sorted(tried, key=lambda row: row["ms"])
@@ -214,8 +214,8 @@ def search_norm() -> list[dict]:
                 print(f"  {row['ms']:7.4f} ms  { ({name: row.get(name) for name in names}) }")
     for name, value in shipped.items():
         setattr(NORM, name, value)
-    NORM._fwd_kernel.cache_clear()
-    NORM._bwd_kernel.cache_clear()
+    NORM._kernel_of_fwd.cache_clear()
+    NORM._kernel_of_bwd.cache_clear()
     return rows
 
 

@@ -131,7 +131,7 @@ def _sizes(logits_bytes: int, gradient_bytes: int, rows: int, C: int) -> tuple[i
 
 
 @lru_cache(KINDS)
-def _kernel(
+def _kernel_of(
     C: int,
     taps: int,
     V: int,
@@ -167,7 +167,7 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     counts = torch.zeros_like(losses, dtype=torch.int32)
     if needs_dx:
         summed = dx.view(rows, D) if taps == C else x.new_empty(rows, D, dtype=acc)
-    kernel = _kernel(C, taps, V, width, x.dtype, needs_dx or needs_dweight, tile, block)
+    kernel = _kernel_of(C, taps, V, width, x.dtype, needs_dx or needs_dweight, tile, block)
     for tap in range(0, C, taps):
         w = cast(weight[tap : tap + taps], x.dtype)
         if width > V:

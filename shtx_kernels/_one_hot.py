@@ -31,14 +31,14 @@ def _one_hot_kernel(
 
 
 @lru_cache
-def _kernel(stride: int, taps: int) -> Kernel:
+def _kernel_of(stride: int, taps: int) -> Kernel:
     return Kernel(_one_hot_kernel, STRIDE=stride, C=taps, **TILE)
 
 
 def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:
     """(V C, B M), whose rows are apart by a multiple of 16, as cuBLAS likes them."""
     B, N = ids.shape
-    R, kernel = B * M, _kernel(stride, taps)
+    R, kernel = B * M, _kernel_of(stride, taps)
     width = cdiv(R, 16) * 16
     out = torch.empty(V * taps, width, dtype=dtype, device=ids.device)
     grid = cdiv(R, TILE["BLOCK_R"]), cdiv(V, TILE["BLOCK_V"]), taps

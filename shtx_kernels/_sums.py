@@ -34,7 +34,7 @@ def _column_sums_kernel(
 
 
 @lru_cache
-def _kernel(few: bool, dtype: torch.dtype) -> Kernel:
+def _kernel_of(few: bool, dtype: torch.dtype) -> Kernel:
     return Kernel(_column_sums_kernel, ACC=accumulator(dtype), **(FEW if few else MANY))
 
 
@@ -50,8 +50,8 @@ def column_sums(x: Tensor) -> Tensor:
         programs = cdiv(rows, share)
         partial = x.new_empty(programs, D, dtype=acc)
         grid = programs, cdiv(D, MANY["BLOCK_C"])
-        _kernel(False, acc)(grid, (x, partial), rows, share, D)
+        _kernel_of(False, acc)(grid, (x, partial), rows, share, D)
         x, rows = partial, programs
     out = x.new_empty(D, dtype=acc)
-    _kernel(True, acc)((1, cdiv(D, FEW["BLOCK_C"])), (x, out), rows, rows, D)
+    _kernel_of(True, acc)((1, cdiv(D, FEW["BLOCK_C"])), (x, out), rows, rows, D)
     return out

@@ -64,7 +64,7 @@ def _hierarchical_ar_loss_kernel(
 
 
 @lru_cache(KINDS)
-def _kernel(D: int, dtype: torch.dtype, backward: bool) -> Kernel:
+def _kernel_of(D: int, dtype: torch.dtype, backward: bool) -> Kernel:
     constants = dict(D=D, ACC=accumulator(dtype), BACKWARD=backward)
     return Kernel(_hierarchical_ar_loss_kernel, **constants, **tile(D, TILE, WARP_TILE))
 
@@ -72,7 +72,7 @@ def _kernel(D: int, dtype: torch.dtype, backward: bool) -> Kernel:
 def launch(p, h, M, dtotal=None):
     """The losses' sums by program; given the gradient of their total, gradients of p and h."""
     (rows, D), backward = p.shape, dtotal is not None
-    kernel, acc = _kernel(D, p.dtype, backward), sum_dtype(p.dtype)
+    kernel, acc = _kernel_of(D, p.dtype, backward), sum_dtype(p.dtype)
     programs = cdiv(rows + 1, kernel.constants["BLOCK_M"])  # past h's last row is p's last
     loss = p.new_empty(0 if backward else programs, dtype=acc)
     dp = p.new_empty(p.shape if backward else 0)

@@ -149,13 +149,13 @@ def _constants(D: int, dtype: torch.dtype, elements: int, layer: bool) -> dict:
 
 
 @lru_cache(KINDS)
-def _fwd_kernel(D: int, dtype: torch.dtype, layer: bool, has_branch: bool) -> Kernel:
+def _kernel_of_fwd(D: int, dtype: torch.dtype, layer: bool, has_branch: bool) -> Kernel:
     constants = _constants(D, dtype, FWD_TILE, layer)
     return Kernel(_norm_token_shift_fwd_kernel, HAS_BRANCH=has_branch, **constants)
 
 
 @lru_cache(KINDS)
-def _bwd_kernel(D, dtype: torch.dtype, layer: bool, has_dr: bool, has_dbranch: bool) -> Kernel:
+def _kernel_of_bwd(D, dtype: torch.dtype, layer: bool, has_dr: bool, has_dbranch: bool) -> Kernel:
     constants = _constants(D, dtype, BWD_TILE, layer)
     constants |= dict(HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, STAGES=STAGES if D >= WIDE else 1)
     return Kernel(_norm_token_shift_bwd_kernel, **constants)
@@ -167,7 +167,7 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     # an op may not return its input
     r = x.new_empty(0) if branch is None else x.new_empty(B, M, D)
     if y.numel():
-        kernel = _fwd_kernel(D, x.dtype, beta is not None, branch is not None)
+        kernel = _kernel_of_fwd(D, x.dtype, beta is not None, branch is not None)
         b = x if branch is None else branch
         lag = min(dilation, M)
         # of a sequence's rows of s and its end
@@ -180,7 +180,7 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
 def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     B, M, D = r.shape
     has_dbranch = branch_dtype != r.dtype
-    kernel = _bwd_kernel(D, r.dtype, layer, dr is not None, has_dbranch)
+    kernel = _kernel_of_bwd(D, r.dtype, layer, dr is not None, has_dbranch)
     lag = min(dilation, M)
     tiles = cdiv(M + lag, kernel.constants["BLOCK_M"])
     share = cdiv(B * tiles, BWD_PROGRAMS)

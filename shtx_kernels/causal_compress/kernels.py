@@ -104,7 +104,7 @@ def _causal_compress_taps_kernel(
 
 
 @lru_cache(KINDS)
-def _kernel(kernel, stride: int, taps: int, J: int, rows: int, dtype: torch.dtype) -> Kernel:
+def _kernel_of(kernel, stride: int, taps: int, J: int, rows: int, dtype: torch.dtype) -> Kernel:
     columns = min(COLUMNS, next_power_of_2(J))
     constants = dict(STRIDE=stride, C=taps, J=J, ROWS=rows, ACC=accumulator(dtype))
     return Kernel(kernel, **constants, BLOCK_C=columns, **TILE)
@@ -120,7 +120,7 @@ def activate(source, ids, b_conv, M: int, stride: int, taps: int, rows: int) -> 
     (B, N), (J,) = ids.shape, b_conv.shape
     a = source.new_empty(B * M, J)
     if a.numel():
-        kernel = _kernel(_causal_compress_fwd_kernel, stride, taps, J, rows, source.dtype)
+        kernel = _kernel_of(_causal_compress_fwd_kernel, stride, taps, J, rows, source.dtype)
         kernel(_grid_of(kernel, B * M), (source, ids, b_conv, a), N, M, B * M)
     return a
 
@@ -130,7 +130,7 @@ def activate_backward(source, ids, b_conv, da, M: int, stride: int, taps: int, r
     (B, N), (R, J) = ids.shape, da.shape
     du = source.new_empty(B, rows or M, J)
     du[:, M:].zero_()
-    kernel = _kernel(_causal_compress_bwd_kernel, stride, taps, J, rows, source.dtype)
+    kernel = _kernel_of(_causal_compress_bwd_kernel, stride, taps, J, rows, source.dtype)
     grid = _grid_of(kernel, R)
     dbias = da.new_empty(grid[0], J, dtype=sum_dtype(da.dtype))
     if R:
@@ -139,7 +139,7 @@ def activate_backward(source, ids, b_conv, da, M: int, stride: int, taps: int, r
 
 
 @lru_cache(KINDS)
-def _copy_kernel(D: int, C: int, to_taps: bool) -> Kernel:
+def _kernel_of_copies(D: int, C: int, to_taps: bool) -> Kernel:
     columns = next_power_of_2(C)
     tile = dict(BLOCK_R=max(1, TAPS_ELEMENTS // columns), BLOCK_C=columns, num_warps=8)
     return Kernel(_causal_compress_taps_kernel, D=D, C=C, TO_TAPS=to_taps, **tile)
@@ -147,7 +147,7 @@ def _copy_kernel(D: int, C: int, to_taps: bool) -> Kernel:
 
 def _copy_taps(w: Tensor, taps: Tensor, stride_j: int, stride_c: int, to_taps: bool):
     J, D, C = w.shape
-    kernel = _copy_kernel(D, C, to_taps)
+    kernel = _kernel_of_copies(D, C, to_taps)
     grid = (cdiv(J * D, kernel.constants["BLOCK_R"]),)
     kernel(grid, (w, taps), J * D, stride_j, stride_c)
 

@@ -158,7 +158,7 @@ def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(KINDS)
-def _token_kernel(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
+def _kernel_of_tokens(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
     elements, warp_elements, _ = _token_tile(J)
     return Kernel(
         _hierarchical_merge_bwd_kernel, WIDTH=W, J=J, STRIDES=strides, ACC=accumulator(dtype),
@@ -171,7 +171,7 @@ def _token_tile(J: int) -> tuple[int, int, int]:
 
 
 @lru_cache(KINDS)
-def _sum_kernel(J: int, stride: int, dtype: torch.dtype) -> Kernel:
+def _kernel_of_sums(J: int, stride: int, dtype: torch.dtype) -> Kernel:
     of_level = tile_of(dtype, J, **LEVEL_TILE)
     return Kernel(
         _hierarchical_merge_sum_kernel, J=J, STRIDE=stride, ACC=of_level["ACC"],
@@ -180,13 +180,13 @@ def _sum_kernel(J: int, stride: int, dtype: torch.dtype) -> Kernel:
 
 
 @lru_cache(KINDS)
-def _level_kernel(D: int, dtype: torch.dtype, has_dr: bool, has_dbranch: bool) -> Kernel:
+def _kernel_of_level(D: int, dtype: torch.dtype, has_dr: bool, has_dbranch: bool) -> Kernel:
     constants = dict(D=D, HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, **tile_of(dtype, D, **LEVEL_TILE))
     return Kernel(_hierarchical_merge_level_bwd_kernel, **constants)
 
 
 @lru_cache
-def _weight_kernel(dtype: torch.dtype) -> Kernel:
+def _kernel_of_weight(dtype: torch.dtype) -> Kernel:
     tile = WEIGHT_TILE
     return Kernel(_hierarchical_merge_weight_bwd_kernel, ACC=accumulator(dtype), **tile)
 
@@ -199,7 +199,7 @@ def _hierarchical_merge_bwd(
     _, groups = groups_of(rs, strides)
     acc = norm.dtype
     dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
-    kernel = _token_kernel(W, J, tuple([group.stride for group in groups]), acc)
+    kernel = _kernel_of_tokens(W, J, tuple([group.stride for group in groups]), acc)
     tiles = cdiv(N, kernel.constants["BLOCK_M"])
     share = cdiv(B * tiles, _token_tile(J)[2])
     programs = cdiv(B * tiles, max(1, share))
@@ -233,7 +233,7 @@ def _hierarchical_merge_bwd(
         dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
         grid = cdiv(W, WEIGHT_TILE["BLOCK_C"]), cdiv(J, WEIGHT_TILE["BLOCK_R"])
         dgamma = norm.new_empty(grid[1], W)
-        _weight_kernel(acc)(grid, (dw_in, w_in, gamma, dgamma), J, W)
+        _kernel_of_weight(acc)(grid, (dw_in, w_in, gamma, dgamma), J, W)
         dgamma = column_sums(dgamma)
     return dxs, dbranches, dgamma, dw_in, column_sums(db_in), dw_out, column_sums(dout)
 
@@ -244,7 +244,7 @@ def _summed(dz: Tensor, slope: Tensor, norm: Tensor, group: Group) -> tuple[Tens
     rows = B * group.tokens
     out = dz.new_empty(rows, J), slope.new_empty(rows)
     if out[0].numel():
-        kernel = _sum_kernel(J, group.stride, norm.dtype)
+        kernel = _kernel_of_sums(J, group.stride, norm.dtype)
         grid = rows, cdiv(J, kernel.constants["BLOCK_C"])
         kernel(grid, (dz, slope, *out), N, group.tokens)
     return out
@@ -254,7 +254,7 @@ def _level_bwd(r, dg, slope, dr, dx, dbranch, tokens: int):
     B, M, D = r.shape
     if not r.numel():
         return
-    kernel = _level_kernel(D, slope.dtype, dr is not None, dbranch.numel() > 0)
+    kernel = _kernel_of_level(D, slope.dtype, dr is not None, dbranch.numel() > 0)
     dr = r if dr is None else dr
     tiles = cdiv(M, kernel.constants["BLOCK_R"])
     grid = B * tiles, cdiv(D, kernel.constants["BLOCK_C"])

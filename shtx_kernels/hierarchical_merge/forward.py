@@ -164,7 +164,7 @@ def tile_of(dtype: torch.dtype, width: int, columns: int, elements: int, num_war
 
 
 @lru_cache(KINDS)
-def _level_kernel(D: int, dtype: torch.dtype, has_branch: bool, first: bool) -> Kernel:
+def _kernel_of_level(D: int, dtype: torch.dtype, has_branch: bool, first: bool) -> Kernel:
     return Kernel(
         _hierarchical_merge_level_fwd_kernel, D=D, HAS_BRANCH=has_branch, FIRST=first,
         ALIGNED=_power_of_two_in(D), **tile_of(dtype, D, **LEVEL_TILE),
@@ -172,7 +172,7 @@ def _level_kernel(D: int, dtype: torch.dtype, has_branch: bool, first: bool) -> 
 
 
 @lru_cache(KINDS)
-def _token_kernel(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
+def _kernel_of_tokens(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
     constants = dict(WIDTH=W, J=J, STRIDES=strides)
     return Kernel(_hierarchical_merge_fwd_kernel, **constants, **tile_of(dtype, J, **TOKEN_TILE))
 
@@ -222,14 +222,14 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
             if not x.numel():
                 continue
             b, (_, M, D) = x if branch is None else branch, x.shape
-            kernel = _level_kernel(D, norm.dtype, branch is not None, level == group.levels[0])
+            kernel = _kernel_of_level(D, norm.dtype, branch is not None, level == group.levels[0])
             tiles = cdiv(M, kernel.constants["BLOCK_R"])
             numbers = *x.stride()[:2], *b.stride()[:2], r.stride(1), M, group.tokens, tiles
             kernel((B * tiles,), (x, b, r, square_g), *numbers)
         columns = columns_of(w, dims, group.levels)
         torch.mm(rows_of(side_by_side, group.tokens, z.dtype), columns.T, out=z_g)
     if a.numel():
-        kernel = _token_kernel(W, J, tuple([group.stride for group in groups]), norm.dtype)
+        kernel = _kernel_of_tokens(W, J, tuple([group.stride for group in groups]), norm.dtype)
         tiles = cdiv(N, kernel.constants["BLOCK_R"])
         kernel((B * tiles,), (z, square, b_in, norm, a), B, N, tiles)
     torch.addmm(cast(b_out, a.dtype), a, w_out.T, out=merged.flatten(0, 1))

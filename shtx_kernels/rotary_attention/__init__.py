@@ -80,7 +80,7 @@ def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
 
 
 @lru_cache(KINDS)
-def _kernel(kernel, dtype, heads, E, window, dilation, xpos: bool, precision: str, **config):
+def _kernel_of(kernel, dtype, heads, E, window, dilation, xpos: bool, precision: str, **config):
     return Kernel(
         kernel, DILATION=dilation, H=heads, E=E, WINDOW=window, XPOS=int(xpos),
         ACC=accumulator(dtype), IP=precision, BLOCK_C=max(8, next_power_of_2(E // 2)),
@@ -107,7 +107,7 @@ def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, scale):
     count = cdiv(n, rows)
     numbers = *qkv.stride()[:2], M, n, count, factor
     grid = (B * heads * dilation * count,)
-    _kernel(kernel, *options, **config)(grid, (qkv, table, out, lse), *numbers)
+    _kernel_of(kernel, *options, **config)(grid, (qkv, table, out, lse), *numbers)
     return out, lse, qkv.new_empty(0)
 
 
@@ -125,7 +125,7 @@ def _rotary_attention_bwd(saved, table, out, lse, dout, heads, window, dilation,
     def run(kernel, config, rows, factor):
         count = cdiv(n, config[rows])
         grid = (B * heads * dilation * count,)
-        _kernel(kernel, *options, **config)(grid, tensors, *strides, M, n, count, factor)
+        _kernel_of(kernel, *options, **config)(grid, tensors, *strides, M, n, count, factor)
 
     factor, sizes = scale * LOG2_E, (E, window, saved.itemsize, saved.device)
     config = tiles.backward_by_tiles(*sizes)

@@ -80,7 +80,7 @@ def _rotary_attention_rotate_kernel(
 
 
 @lru_cache(KINDS)
-def _rotate_kernel(dilation: int, H: int, E: int, xpos: bool, back: bool) -> Kernel:
+def _kernel_of_rotation(dilation: int, H: int, E: int, xpos: bool, back: bool) -> Kernel:
     return Kernel(
         _rotary_attention_rotate_kernel, DILATION=dilation, H=H, E=E, XPOS=int(xpos), BACK=back,
         BLOCK=BLOCK, BLOCK_C=next_power_of_2(E // 2), BLOCK_E=next_power_of_2(E), num_warps=4,
@@ -92,7 +92,7 @@ def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, back: bool):
     B, M, _ = qkv.shape
     _, n, H, E = classes[0].shape
     tiles = cdiv(n, BLOCK)
-    kernel = _rotate_kernel(dilation, H, E, bool(xpos), back)
+    kernel = _kernel_of_rotation(dilation, H, E, bool(xpos), back)
     numbers = *qkv.stride()[:2], M, n, tiles
     kernel((B * H * dilation * tiles,), (qkv, *classes, table), *numbers)
 
@@ -117,7 +117,7 @@ def _rotary_attention_regroup_kernel(
 
 
 @lru_cache(KINDS)
-def _regroup_kernel(dilation: int, H: int, E: int, back: bool) -> Kernel:
+def _kernel_of_regrouping(dilation: int, H: int, E: int, back: bool) -> Kernel:
     return Kernel(
         _rotary_attention_regroup_kernel, DILATION=dilation, H=H, E=E, BACK=back, BLOCK=BLOCK,
         BLOCK_E=next_power_of_2(E), num_warps=4,
@@ -131,7 +131,7 @@ def regroup(tokens: Tensor, classes: Tensor, dilation: int, back: bool):
     tiles = cdiv(n, BLOCK)
     numbers = *tokens.stride()[:2], M, n, tiles
     grid = (B * H * dilation * tiles,)
-    _regroup_kernel(dilation, H, E, back)(grid, (tokens, classes), *numbers)
+    _kernel_of_regrouping(dilation, H, E, back)(grid, (tokens, classes), *numbers)
 
 
 def by_class(t: Tensor, dilation: int, heads: int) -> Tensor:
