@@ -1,14 +1,11 @@
 """Kernels that compile side by side, ahead of the launches that need them."""
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
-
-_one_at_a_time = threading.Lock()
 
 
 def compile_ahead(function: Callable) -> None:
@@ -19,27 +16,17 @@ def compile_ahead(function: Callable) -> None:
     is nothing to compile, and no call.
     """
     import triton
-    from triton.runtime.jit import JITFunction
+
+    from ._launch import compile_only
 
     if triton.knobs.runtime.interpret:
         return
-    caller, run = threading.get_ident(), None
-
-    def compile_alone(kernel, *args, warmup, **options):
-        warmup = warmup or threading.get_ident() == caller
-        return run(kernel, *args, warmup=warmup, **options)
-
     with (
-        _one_at_a_time,
+        compile_only(),
         torch.autograd.set_multithreading_enabled(False),  # backward is in this thread, too
         torch.autograd.set_detect_anomaly(False),
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads,
         triton.AsyncCompileMode(threads, ignore_errors=True),
+        suppress(Exception),
     ):
-        run = JITFunction.run  # once no other thread has its own in this place
-        JITFunction.run = compile_alone
-        try:
-            with suppress(Exception):
-                function()
-        finally:
-            JITFunction.run = run
+        function()

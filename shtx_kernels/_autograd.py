@@ -1,4 +1,4 @@
-"""The backward of a fused op: a function of numbers, of which nothing can be differentiated."""
+"""What PyTorch differentiates as a whole: fused ops, whose gradients have none."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,10 +6,17 @@ from functools import wraps
 import torch
 
 
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args), without what it does for transforms of torch.func that are not on."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def first_order(op: str) -> Callable[[Callable], Callable]:
     """Makes the backward of `op` refuse to run where a graph of it is asked for.
 
-    PyTorch's own `once_differentiable` refuses only if an incoming gradient requires grad. That of
+    PyTorch's own decorator for this refuses only if an incoming gradient requires grad. That of
     a loss does not, so that a penalty of gradients would lose its share in silence.
     """
 

@@ -13,6 +13,7 @@ the gradient of the loss.
 Shared by linear_cross_entropy (C = 1) and reconstruction_loss.
 """
 
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -21,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._autograd import first_order
-from ._products import add_product, product_dtype
+from ._autograd import apply, first_order
+from ._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
+from ._products import add_product, cast, product_dtype, sum_dtype
 from ._register import is_plain, register
 
 # bytes of a chunk's logits: as many as the gradient of the weight takes, within these; each chunk
@@ -33,6 +35,7 @@ ENOUGH = 32 * ROUND  # rows of a chunk, before it gets more targets
 BLOCK_V = 8192  # logits of a row that a program holds at a time
 TILE = 2048  # logits that a program holds at least
 WARP_TILE = 1024  # logits that a warp holds at most
+SCALED = 4096  # numbers that a program multiplies by the gradient of the loss
 ALIGN = 16  # a vocabulary is padded to a multiple, as products of odd sizes are slow
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -123,62 +126,75 @@ def _sizes(logits_bytes: int, gradient_bytes: int, rows: int, C: int) -> tuple[i
     enough = workspace // (ENOUGH * logits_bytes)
     taps = max(taps for taps in range(1, C + 1) if C % taps == 0 and taps <= max(1, enough))
     fit = max(ROUND, workspace // (logits_bytes * taps) // ROUND * ROUND)
-    even = triton.cdiv(rows, triton.cdiv(rows, fit)) if rows else 1
-    return triton.cdiv(even, ROUND) * ROUND, taps
+    even = cdiv(rows, cdiv(rows, fit)) if rows else 1
+    return cdiv(even, ROUND) * ROUND, taps
+
+
+@lru_cache(KINDS)
+def _kernel_of(
+    C: int,
+    taps: int,
+    V: int,
+    width: int,
+    dtype: torch.dtype,
+    gradients: bool,
+    tile: int,
+    block: int,
+) -> Kernel:
+    return Kernel(
+        _cross_entropy_kernel, C=C, TAPS=taps, V=V, WIDTH=width, ACC=accumulator(dtype),
+        GRADIENTS=gradients, ROWS=tile, BLOCK_V=block,
+        num_warps=max(4, tile * block // WARP_TILE),
+    )  # fmt: skip
 
 
 def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     B, M, C = targets.shape
     rows, D, V = B * M, x.shape[-1], weight.shape[0] // C
-    width = triton.cdiv(V, ALIGN) * ALIGN
+    width = cdiv(V, ALIGN) * ALIGN
     x, weight = x.reshape(rows, D), weight.unflatten(0, (C, V))
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = sum_dtype(x.dtype)
     dx = x.new_empty((B, M, D) if needs_dx else 0)
     dweight = x.new_empty((C, width, D) if needs_dweight else 0, dtype=acc)
     if not rows:
         dweight.zero_()
     chunk, taps = _sizes(width * x.itemsize, dweight.nbytes, rows, C)
     logits = x.new_empty(chunk, taps * width)
-    block = min(BLOCK_V, triton.next_power_of_2(width))
+    block = min(BLOCK_V, next_power_of_2(width))
     tile = max(1, TILE // block)
-    programs = triton.cdiv(chunk * taps, tile)
-    losses = x.new_zeros(C // taps, triton.cdiv(rows, chunk), programs, dtype=acc)
+    programs = cdiv(chunk * taps, tile)
+    losses = x.new_zeros(C // taps, cdiv(rows, chunk), programs, dtype=acc)
     counts = torch.zeros_like(losses, dtype=torch.int32)
     if needs_dx:
         summed = dx.view(rows, D) if taps == C else x.new_empty(rows, D, dtype=acc)
-    # autocast would narrow the sums
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        for tap in range(0, C, taps):
-            w = weight[tap : tap + taps].to(x.dtype)
-            if width > V:
-                w = F.pad(w, (0, 0, 0, width - V))
-            w = w.flatten(0, 1)
-            for first in range(0, rows, chunk):
-                part = x[first : first + chunk]
-                scores = logits[: len(part)]
-                torch.mm(part, w.T, out=scores)
-                _cross_entropy_kernel[(triton.cdiv(len(part) * taps, tile),)](
-                    scores, targets, *(t[tap // taps, first // chunk] for t in (losses, counts)),
-                    *targets.stride(), first, len(part), M, tap, ignore_index,
-                    C=C, TAPS=taps, V=V, WIDTH=width,
-                    ACC=tl.float64 if acc == torch.float64 else tl.float32,
-                    GRADIENTS=needs_dx or needs_dweight, ROWS=tile, BLOCK_V=block,
-                    num_warps=max(4, tile * block // WARP_TILE),
-                )  # fmt: skip
-                if needs_dx:
-                    add_product(summed[first : first + chunk], scores, w, start=tap == 0)
-                if needs_dweight:
-                    dw = dweight[tap : tap + taps].flatten(0, 1)
-                    add_product(dw, scores.T, part, start=first == 0)
-        if needs_dx and taps < C:
-            dx.copy_(summed.view_as(dx))
-        if needs_dweight:
-            dweight = dweight[:, :V].flatten(0, 1)
-        return losses.sum(), counts.sum(), dx, dweight
+    kernel = _kernel_of(C, taps, V, width, x.dtype, needs_dx or needs_dweight, tile, block)
+    for tap in range(0, C, taps):
+        w = cast(weight[tap : tap + taps], x.dtype)
+        if width > V:
+            w = F.pad(w, (0, 0, 0, width - V))
+        w = w.flatten(0, 1)
+        for first in range(0, rows, chunk):
+            part = x[first : first + chunk]
+            here = part.shape[0]
+            scores = logits[:here]
+            torch.mm(part, w.T, out=scores)
+            sums = [t[tap // taps, first // chunk] for t in (losses, counts)]
+            numbers = *targets.stride(), first, here, M, tap, ignore_index
+            kernel((cdiv(here * taps, tile),), (scores, targets, *sums), *numbers)
+            if needs_dx:
+                add_product(summed[first : first + chunk], scores, w, start=tap == 0)
+            if needs_dweight:
+                dw = dweight[tap : tap + taps].flatten(0, 1)
+                add_product(dw, scores.T, part, start=first == 0)
+    if needs_dx and taps < C:
+        dx.copy_(summed.view_as(dx))
+    if needs_dweight:
+        dweight = dweight[:, :V].flatten(0, 1)
+    return losses.sum(), counts.sum(), dx, dweight
 
 
 def _fake(x, weight, targets, ignore_index, needs_dx, needs_dweight):
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = sum_dtype(x.dtype)
     dx = x.new_empty(x.shape if needs_dx else 0)
     dweight = x.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     count = targets.new_empty((), dtype=torch.int64)
@@ -204,15 +220,17 @@ def _scale_kernel(ptr, factor_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < n)
 
 
+@lru_cache
+def _scale(dtype: torch.dtype) -> Kernel:
+    return Kernel(_scale_kernel, ACC=accumulator(dtype), BLOCK=SCALED)
+
+
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, unless the graph is kept for another backward: gradients are large."""
     if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(gradient.dtype)
-    with torch.cuda.device_of(gradient):
-        _scale_kernel[(triton.cdiv(gradient.numel(), 4096),)](
-            gradient, factor, gradient.numel(),
-            ACC=tl.float64 if factor.dtype == torch.float64 else tl.float32, BLOCK=4096,
-        )  # fmt: skip
+    size = gradient.numel()
+    _scale(factor.dtype)((cdiv(size, SCALED),), (gradient, factor), size)
     return gradient
 
 
@@ -220,7 +238,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, dtype, needs_dx, needs_dweight):
         total, count, dx, dweight = _forward(
-            x.to(dtype), weight, targets, ignore_index, needs_dx, needs_dweight
+            cast(x, dtype), weight, targets, ignore_index, needs_dx, needs_dweight
         )
         ctx.save_for_backward(dx, dweight)
         ctx.dtypes = x.dtype, weight.dtype
@@ -231,7 +249,7 @@ class _CrossEntropy(torch.autograd.Function):
     @first_order("linear_cross_entropy or reconstruction_loss")
     def backward(ctx, dtotal, _):
         return *(
-            _times(gradient, dtotal).to(dtype) if needed else None
+            cast(_times(gradient, dtotal), dtype) if needed else None
             for gradient, dtype, needed in zip(
                 ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False
             )
@@ -257,5 +275,6 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
-    total, count = _CrossEntropy.apply(x, weight, targets, ignore_index, product_dtype(x), *wanted)
+    arguments = x, weight, targets, ignore_index, product_dtype(x), *wanted
+    total, count = apply(_CrossEntropy, *arguments)
     return (total, count) if reduction == "sum" else total / count.clamp(min=1)

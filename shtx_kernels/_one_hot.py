@@ -1,10 +1,13 @@
 """The one-hot matrix of ids, whose product with rows adds them up by id, in one order always."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
+
+from ._launch import Kernel, cdiv
 
 TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
 
@@ -21,19 +24,23 @@ def _one_hot_kernel(
     position = row % M * STRIDE + (k - C + 1)
     known = (row < R) & (position >= 0)
     ids = tl.load(ids_ptr + row // M * N + position, mask=known, other=-1)
-    out = (ids[None, :] == v[:, None]).to(out_ptr.dtype.element_ty)
+    # by way of fp32: the interpreter makes bf16 of integers wrong
+    out = (ids[None, :] == v[:, None]).to(tl.float32).to(out_ptr.dtype.element_ty)
     mask = (v < V)[:, None] & (row < R)[None, :]
     tl.store(out_ptr + (v * C + k)[:, None] * width + row[None, :], out, mask=mask)
 
 
+@lru_cache
+def _kernel_of(stride: int, taps: int) -> Kernel:
+    return Kernel(_one_hot_kernel, STRIDE=stride, C=taps, **TILE)
+
+
 def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:
     """(V C, B M), whose rows are apart by a multiple of 16, as cuBLAS likes them."""
-    R = len(ids) * M
-    # the interpreter of Triton 3.6 writes numbers of bf16 as integers
-    made = torch.float32 if knobs.runtime.interpret else dtype
-    out = torch.empty(V * taps, -(-R // 16) * 16, dtype=made, device=ids.device)
-    grid = triton.cdiv(R, TILE["BLOCK_R"]), triton.cdiv(V, TILE["BLOCK_V"]), taps
-    _one_hot_kernel[grid](
-        ids, out, ids.shape[1], M, R, V, out.shape[1], STRIDE=stride, C=taps, **TILE
-    )
-    return out[:, :R].to(dtype)
+    B, N = ids.shape
+    R, kernel = B * M, _kernel_of(stride, taps)
+    width = cdiv(R, 16) * 16
+    out = torch.empty(V * taps, width, dtype=dtype, device=ids.device)
+    grid = cdiv(R, TILE["BLOCK_R"]), cdiv(V, TILE["BLOCK_V"]), taps
+    kernel(grid, (ids, out), N, M, R, V, width)
+    return out[:, :R]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ._launch import next_power_of_2
+
 LANES = 256  # of a row are one warp's at a time, 16 bytes of 16-bit numbers a thread
 ROUNDS = 4  # at most, of a row; a wider one is shared by warps
 MAX_D = 8192  # a row is held in registers
@@ -21,7 +23,7 @@ def row_sum(t):
 
 def tile(D: int, elements: int, warp_elements: int) -> dict:
     """Sizes and warps of a tile of about `elements`, of which a warp holds `warp_elements`."""
-    block_d = triton.next_power_of_2(D)
+    block_d = next_power_of_2(D)
     block_m = max(1, elements // block_d)
     lanes = min(block_d, max(LANES, block_d // ROUNDS))
     return dict(

@@ -1,9 +1,14 @@
 """Sums of columns in a fixed order, as gradients of biases are."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._launch import Kernel, accumulator, cdiv
+from ._products import sum_dtype
 
 # The fastest of 72 choices on an H200:
 ALONE = 1100  # rows that one program adds up, at most
@@ -28,24 +33,25 @@ def _column_sums_kernel(
     tl.store(out_ptr + pid * D + offs_d, tl.sum(total, axis=0), mask=offs_d < D)
 
 
+@lru_cache
+def _kernel_of(few: bool, dtype: torch.dtype) -> Kernel:
+    return Kernel(_column_sums_kernel, ACC=accumulator(dtype), **(FEW if few else MANY))
+
+
 def column_sums(x: Tensor) -> Tensor:
     """(D,) of contiguous (rows, D), in fp32 or wider."""
     rows, D = x.shape
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = sum_dtype(x.dtype)
     if not x.numel():
         return x.new_zeros(D, dtype=acc)
     if rows > ALONE:
         block = MANY["BLOCK_R"]
-        x = _sums(x, acc, triton.cdiv(rows, PROGRAMS * block) * block, MANY)
-    return _sums(x, acc, len(x), FEW)[0]
-
-
-def _sums(x: Tensor, acc: torch.dtype, share: int, tile: dict) -> Tensor:
-    """Of `share` rows each."""
-    rows, D = x.shape
-    out = x.new_empty(triton.cdiv(rows, share), D, dtype=acc)
-    with torch.cuda.device_of(x):
-        _column_sums_kernel[(len(out), triton.cdiv(D, tile["BLOCK_C"]))](
-            x, out, rows, share, D, ACC=tl.float64 if acc == torch.float64 else tl.float32, **tile
-        )
+        share = cdiv(rows, PROGRAMS * block) * block
+        programs = cdiv(rows, share)
+        partial = x.new_empty(programs, D, dtype=acc)
+        grid = programs, cdiv(D, MANY["BLOCK_C"])
+        _kernel_of(False, acc)(grid, (x, partial), rows, share, D)
+        x, rows = partial, programs
+    out = x.new_empty(D, dtype=acc)
+    _kernel_of(True, acc)((1, cdiv(D, FEW["BLOCK_C"])), (x, out), rows, rows, D)
     return out

@@ -8,13 +8,16 @@ pairs row u of h with row u - 1 of p. It owns both in backward, where a first ro
 pair, and a last one's prediction get zeros. Reference: reference.hierarchical_ar_loss
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._autograd import first_order
-from ._products import add_product, narrow, product_dtype
+from ._autograd import apply, first_order
+from ._launch import KINDS, Kernel, accumulator, cdiv
+from ._products import add_product, cast, narrow, product_dtype, sum_dtype
 from ._register import register
 from ._rows import MAX_D, columns, row_sum, tile
 from ._sums import column_sums
@@ -60,22 +63,23 @@ def _hierarchical_ar_loss_kernel(
         tl.store(loss_ptr + pid, tl.sum(tl.where(paired, 1 - cosine, 0.0)))
 
 
+@lru_cache(KINDS)
+def _kernel_of(D: int, dtype: torch.dtype, backward: bool) -> Kernel:
+    constants = dict(D=D, ACC=accumulator(dtype), BACKWARD=backward)
+    return Kernel(_hierarchical_ar_loss_kernel, **constants, **tile(D, TILE, WARP_TILE))
+
+
 def launch(p, h, M, dtotal=None):
     """The losses' sums by program; given the gradient of their total, gradients of p and h."""
-    D, backward = p.shape[-1], dtotal is not None
-    sizes = tile(D, TILE, WARP_TILE)
-    programs = triton.cdiv(len(p) + 1, sizes["BLOCK_M"])  # past h's last row is p's last
-    acc = torch.promote_types(p.dtype, torch.float32)
+    (rows, D), backward = p.shape, dtotal is not None
+    kernel, acc = _kernel_of(D, p.dtype, backward), sum_dtype(p.dtype)
+    programs = cdiv(rows + 1, kernel.constants["BLOCK_M"])  # past h's last row is p's last
     loss = p.new_empty(0 if backward else programs, dtype=acc)
     dp = p.new_empty(p.shape if backward else 0)
     # a product is added to dh, in a dtype of its own or in the sums'
     dh = h.new_empty(h.shape if backward else 0, dtype=h.dtype if h.dtype == p.dtype else acc)
-    with torch.cuda.device_of(p):
-        _hierarchical_ar_loss_kernel[(programs,)](
-            p, h, dtotal if backward else loss, loss, dp, dh, h.stride(0), len(p), max(1, M),
-            D=D, ACC=tl.float64 if acc == torch.float64 else tl.float32, BACKWARD=backward,
-            **sizes,
-        )  # fmt: skip
+    tensors = p, h, dtotal if backward else loss, loss, dp, dh
+    kernel((programs,), tensors, h.stride(0), rows, max(1, M))
     return (dp, dh) if backward else loss
 
 
@@ -86,23 +90,22 @@ def _rows(h: Tensor) -> Tensor:
 
 def _hierarchical_ar_loss_fwd(h, weight, bias):
     M, h = h.shape[1], _rows(h)
-    with torch.autocast(h.device.type, enabled=False):
-        p = torch.addmm(bias, h.to(weight.dtype), weight.T)
+    p = weight.new_empty(h.shape)
+    torch.addmm(bias, cast(h, weight.dtype), weight.T, out=p)
     return launch(p, h, M).sum(), p
 
 
 def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
     shape, h = h.shape, _rows(h)
     dp, dh = launch(p, h, shape[1], dtotal)
-    acc = torch.promote_types(p.dtype, torch.float32)
+    acc = sum_dtype(p.dtype)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
-    with torch.autocast(h.device.type, enabled=False):
-        if needs_dh:
-            add_product(dh, dp, weight, start=False)
-        if needs_dweight:
-            add_product(dweight, dp.T, h.to(p.dtype), start=True)
+    if needs_dh:
+        add_product(dh, dp, weight, start=False)
+    if needs_dweight:
+        add_product(dweight, dp.T, cast(h, p.dtype), start=True)
     dbias = column_sums(dp) if needs_dbias else dp.new_empty(0, dtype=acc)
-    dh = dh.view(shape).to(h.dtype) if needs_dh else h.new_empty(0)
+    dh = cast(dh.view(shape), h.dtype) if needs_dh else h.new_empty(0)
     return dh, dweight, dbias
 
 
@@ -148,7 +151,7 @@ class _HierarchicalARLoss(torch.autograd.Function):
     def forward(ctx, h, weight, bias, dtype):
         ctx.dtypes = weight.dtype, bias.dtype
         weight = narrow(weight, dtype)
-        total, p = _forward(h, weight, bias.to(dtype))
+        total, p = _forward(h, weight, cast(bias, dtype))
         ctx.save_for_backward(p, h, weight)
         return total
 
@@ -157,7 +160,7 @@ class _HierarchicalARLoss(torch.autograd.Function):
     def backward(ctx, dtotal):
         needs = ctx.needs_input_grad[:3]
         dh, dweight, dbias = _backward(dtotal, *ctx.saved_tensors, *needs)
-        gradients = dh, dweight.to(ctx.dtypes[0]), dbias.to(ctx.dtypes[1])
+        gradients = dh, cast(dweight, ctx.dtypes[0]), cast(dbias, ctx.dtypes[1])
         return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), None
 
 
@@ -197,7 +200,7 @@ def hierarchical_ar_loss(
             )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    total = _HierarchicalARLoss.apply(h, weight, bias, product_dtype(h))
+    total = apply(_HierarchicalARLoss, h, weight, bias, product_dtype(h))
     count = B * max(0, M - 1)
     if reduction == "sum":
         return total, torch.full((), count, device=h.device)

@@ -12,37 +12,38 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ._autograd import first_order
-from ._products import add_product, narrow, product_dtype
+from ._autograd import apply, first_order
+from ._products import add_product, cast, narrow, product_dtype, sum_dtype
 from ._register import register
 
 
 def _new_gradients(x, weight, needs_dx, needs_dweight) -> tuple[Tensor, Tensor]:
     """Uninitialised, that of the weight in the dtype of sums; empty where not needed."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    dweight = x.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
-    return x.new_empty(x.shape if needs_dx else 0), dweight
+    dweight = weight.shape if needs_dweight else (0,)
+    return (
+        x.new_empty(*(x.shape if needs_dx else (0,))),
+        x.new_empty(*dweight, dtype=sum_dtype(x.dtype)),
+    )
 
 
 def _new_output(x, weight) -> Tensor:
-    return x.new_empty(*x.shape[:2], len(weight))
+    B, M, _ = x.shape
+    return x.new_empty(B, M, weight.shape[0])
 
 
 def _linear_fwd(x, weight):
     y = _new_output(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        torch.mm(x.flatten(0, 1), weight.T, out=y.flatten(0, 1))
+    torch.mm(x.flatten(0, 1), weight.T, out=y.flatten(0, 1))
     return y
 
 
 def _linear_bwd(dy, x, weight, needs_dx, needs_dweight):
     dx, dweight = _new_gradients(x, weight, needs_dx, needs_dweight)
     dy = dy.flatten(0, 1)
-    with torch.autocast(x.device.type, enabled=False):
-        if needs_dx:
-            torch.mm(dy, weight, out=dx.flatten(0, 1))
-        if needs_dweight:
-            add_product(dweight, dy.T, x.flatten(0, 1), start=True)
+    if needs_dx:
+        torch.mm(dy, weight, out=dx.flatten(0, 1))
+    if needs_dweight:
+        add_product(dweight, dy.T, x.flatten(0, 1), start=True)
     return dx, dweight
 
 
@@ -66,7 +67,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, dtype):
         ctx.dtypes = x.dtype, weight.dtype
-        x, weight = x.to(dtype).contiguous(), narrow(weight, dtype).contiguous()
+        x, weight = cast(x, dtype).contiguous(), narrow(weight, dtype).contiguous()
         ctx.save_for_backward(x, weight)
         return _forward(x, weight)
 
@@ -76,7 +77,7 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *needs)
         triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        return *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
+        return *(cast(g, dtype) if needed else None for g, dtype, needed in triples), None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -105,4 +106,4 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
             f"weight must be (D_out, {D}) on {x.device},"
             f" got {tuple(weight.shape)} on {weight.device}"
         )
-    return _Linear.apply(x, weight, product_dtype(x))
+    return apply(_Linear, x, weight, product_dtype(x))

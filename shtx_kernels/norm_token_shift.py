@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._autograd import first_order
+from ._autograd import apply, first_order
+from ._launch import KINDS, Kernel, accumulator, cdiv
+from ._products import cast, sum_dtype
 from ._register import register
 from ._rows import MAX_D, columns, row_sum, tile
 from ._sums import column_sums
@@ -134,57 +136,65 @@ def _norm_token_shift_bwd_kernel(
         tl.store(dweight_ptr + offs_w + D, dbeta, mask=mask_d)
 
 
-@lru_cache
-def _constants(D: int, dtype: torch.dtype, elements: int) -> dict:
+def _constants(D: int, dtype: torch.dtype, elements: int, layer: bool) -> dict:
     """What both kernels are compiled for."""
     return dict(
         D=D,
         KEPT=(D + 1) // 2,
-        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        LAYER=layer,
+        ACC=accumulator(dtype),
         enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
         **tile(D, elements, WARP_TILE),
     )
 
 
+@lru_cache(KINDS)
+def _kernel_of_fwd(D: int, dtype: torch.dtype, layer: bool, has_branch: bool) -> Kernel:
+    constants = _constants(D, dtype, FWD_TILE, layer)
+    return Kernel(_norm_token_shift_fwd_kernel, HAS_BRANCH=has_branch, **constants)
+
+
+@lru_cache(KINDS)
+def _kernel_of_bwd(D, dtype: torch.dtype, layer: bool, has_dr: bool, has_dbranch: bool) -> Kernel:
+    constants = _constants(D, dtype, BWD_TILE, layer)
+    constants |= dict(HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, STAGES=STAGES if D >= WIDE else 1)
+    return Kernel(_norm_token_shift_bwd_kernel, **constants)
+
+
 def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     B, M, D = x.shape
-    r = x.new_empty(0 if branch is None else x.shape)  # an op may not return its input
-    y = x.new_empty(x.shape, dtype=dtype)
+    y = x.new_empty(B, M, D, dtype=dtype)
+    # an op may not return its input
+    r = x.new_empty(0) if branch is None else x.new_empty(B, M, D)
     if y.numel():
+        kernel = _kernel_of_fwd(D, x.dtype, beta is not None, branch is not None)
         b = x if branch is None else branch
-        lag, constants = min(dilation, M), _constants(D, x.dtype, FWD_TILE)
-        tiles = triton.cdiv(M + lag, constants["BLOCK_M"])  # of a sequence's rows of s and its end
-        with torch.cuda.device_of(x):
-            _norm_token_shift_fwd_kernel[(B * tiles,)](
-                x, b, gamma, gamma if beta is None else beta, r, y,
-                x.stride(0), x.stride(1), b.stride(0), b.stride(1), M, lag, tiles,
-                LAYER=beta is not None, HAS_BRANCH=branch is not None, **constants,
-            )  # fmt: skip
+        lag = min(dilation, M)
+        # of a sequence's rows of s and its end
+        tiles = cdiv(M + lag, kernel.constants["BLOCK_M"])
+        tensors = x, b, gamma, gamma if beta is None else beta, r, y
+        kernel((B * tiles,), tensors, *x.stride()[:2], *b.stride()[:2], M, lag, tiles)
     return r, y
 
 
 def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     B, M, D = r.shape
-    dx = r.new_empty(r.shape)
-    dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
-    lag, constants = min(dilation, M), _constants(D, r.dtype, BWD_TILE)
-    tiles = triton.cdiv(M + lag, constants["BLOCK_M"])
-    share = triton.cdiv(B * tiles, BWD_PROGRAMS)
-    programs = triton.cdiv(B * tiles, max(1, share))
-    acc = torch.promote_types(r.dtype, torch.float32)
-    partial = r.new_empty((programs, 2 if layer else 1, D), dtype=acc)
+    has_dbranch = branch_dtype != r.dtype
+    kernel = _kernel_of_bwd(D, r.dtype, layer, dr is not None, has_dbranch)
+    lag = min(dilation, M)
+    tiles = cdiv(M + lag, kernel.constants["BLOCK_M"])
+    share = cdiv(B * tiles, BWD_PROGRAMS)
+    programs = cdiv(B * tiles, max(1, share))
+    dx = r.new_empty(B, M, D)
+    dbranch = r.new_empty(*(dx.shape if has_dbranch else (0,)), dtype=branch_dtype)
+    partial = r.new_empty(programs, 2 * D if layer else D, dtype=sum_dtype(r.dtype))
     if dx.numel():
         d = dy if dr is None else dr
-        with torch.cuda.device_of(r):
-            _norm_token_shift_bwd_kernel[(programs,)](
-                r, gamma, d, dy, dx, dbranch, partial,
-                r.stride(0), r.stride(1), d.stride(0), d.stride(1), dy.stride(0), dy.stride(1),
-                M, lag, tiles, B * tiles, share,
-                LAYER=layer, HAS_DR=dr is not None, HAS_DBRANCH=dbranch.numel() > 0,
-                STAGES=STAGES if D >= WIDE else 1, **constants,
-            )  # fmt: skip
-    dweight = column_sums(partial.flatten(1)).view(partial.shape[1:])
-    return dx, dbranch, dweight.to(gamma.dtype)
+        strides = *r.stride()[:2], *d.stride()[:2], *dy.stride()[:2]
+        tensors = r, gamma, d, dy, dx, dbranch, partial
+        kernel((programs,), tensors, *strides, M, lag, tiles, B * tiles, share)
+    dweight = cast(column_sums(partial), gamma.dtype)
+    return dx, dbranch, dweight.view(-1, D)
 
 
 def _fake_fwd(x, gamma, beta, branch, dilation, dtype):
@@ -297,4 +307,4 @@ def norm_token_shift(
             )
     if dilation < 0:
         raise ValueError(f"dilation must be at least 0, got {dilation}")
-    return _NormTokenShift.apply(x, gamma, beta, branch, dilation, dtype or x.dtype)
+    return apply(_NormTokenShift, x, gamma, beta, branch, dilation, dtype or x.dtype)

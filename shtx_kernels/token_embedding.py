@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import first_order
+from ._autograd import apply, first_order
 from ._one_hot import one_hot
-from ._products import add_product, narrow, product_dtype
+from ._products import add_product, cast, narrow, product_dtype, sum_dtype
 from ._register import register
 
 ONE_HOT = 1024  # largest vocabulary summed by a product, of 2 KiB a token at most in 16 bits
@@ -32,30 +32,33 @@ def _new_output(ids, embedding, weight) -> Tensor:
 
 
 def _token_embedding_fwd(ids, embedding, weight):
-    with torch.autocast(embedding.device.type, enabled=False):
-        if _rows_first(embedding, weight, ids):
-            return F.embedding(ids, embedding @ weight.T)
-        y = F.embedding(ids, embedding)
-        return y if weight is None else y @ weight.T
+    if _rows_first(embedding, weight, ids):
+        rows = embedding.new_empty(embedding.shape[0], weight.shape[0])
+        return F.embedding(ids, torch.mm(embedding, weight.T, out=rows))
+    x = F.embedding(ids, embedding)
+    if weight is None:
+        return x
+    y = _new_output(ids, embedding, weight)
+    torch.mm(x.flatten(0, 1), weight.T, out=y.flatten(0, 1))
+    return y
 
 
 def _sum_by_id(dy: Tensor, ids: Tensor, V: int) -> Tensor:
     """(V, D) of dy (B, N, D), in fp32 or wider."""
-    acc = torch.promote_types(dy.dtype, torch.float32)
+    acc = sum_dtype(dy.dtype)
     if V > ONE_HOT:
         return torch.ops.aten.embedding_dense_backward(dy.to(acc), ids, V, -1, False)
     total = dy.new_empty(V, dy.shape[-1], dtype=acc)
     if not dy.numel():
         return total.zero_()
-    with torch.cuda.device_of(dy):
-        hot = one_hot(ids, V, ids.shape[1], 1, 1, dy.dtype)
+    hot = one_hot(ids, V, ids.shape[1], 1, 1, dy.dtype)
     add_product(total, hot, dy.flatten(0, 1), start=True)
     return total
 
 
 def _new_gradients(embedding, weight, needs_weight) -> tuple[Tensor, Tensor]:
     """Uninitialised, in the dtype of sums; empty where not needed."""
-    acc = torch.promote_types(embedding.dtype, torch.float32)
+    acc = sum_dtype(embedding.dtype)
     dweight = embedding.new_empty(weight.shape if needs_weight else 0, dtype=acc)
     return embedding.new_empty(embedding.shape, dtype=acc), dweight
 
@@ -63,17 +66,18 @@ def _new_gradients(embedding, weight, needs_weight) -> tuple[Tensor, Tensor]:
 def _token_embedding_bwd(dy, ids, embedding, weight, needs_weight):
     V = len(embedding)
     dembedding, dweight = _new_gradients(embedding, weight, needs_weight)
-    with torch.autocast(dy.device.type, enabled=False):
-        if weight is None:
-            return _sum_by_id(dy, ids, V), dweight
-        if _rows_first(embedding, weight, ids):
-            d, x = _sum_by_id(dy, ids, V).to(dy.dtype), embedding
-            add_product(dembedding, d, weight, start=True)
-        else:
-            d, x = dy.flatten(0, 1), F.embedding(ids.flatten(), embedding)
-            dembedding = _sum_by_id((d @ weight).view(*ids.shape, embedding.shape[1]), ids, V)
-        if needs_weight:
-            add_product(dweight, d.T, x, start=True) if len(d) else dweight.zero_()
+    if weight is None:
+        return _sum_by_id(dy, ids, V), dweight
+    if _rows_first(embedding, weight, ids):
+        d, x = cast(_sum_by_id(dy, ids, V), dy.dtype), embedding
+        add_product(dembedding, d, weight, start=True)
+    else:
+        d, x = dy.flatten(0, 1), F.embedding(ids.flatten(), embedding)
+        dx = dy.new_empty(*ids.shape, embedding.shape[1])
+        torch.mm(d, weight, out=dx.flatten(0, 1))
+        dembedding = _sum_by_id(dx, ids, V)
+    if needs_weight:
+        add_product(dweight, d.T, x, start=True) if len(d) else dweight.zero_()
     return dembedding, dweight
 
 
@@ -115,7 +119,7 @@ class _TokenEmbedding(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:3]
         gradients = _backward(dy.contiguous(), *ctx.saved_tensors, needs[1])
         triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        return None, *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
+        return None, *(cast(g, dtype) if needed else None for g, dtype, needed in triples), None
 
 
 def token_embedding(ids: Tensor, embedding: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -153,4 +157,5 @@ def token_embedding(ids: Tensor, embedding: Tensor, weight: Tensor | None = None
             f"weight must be (D_out, {D}), {dtype} on {device},"
             f" got {tuple(weight.shape)}, {weight.dtype} on {weight.device}"
         )
-    return _TokenEmbedding.apply(ids.contiguous(), embedding, weight, product_dtype(embedding))
+    dtype = product_dtype(embedding)
+    return apply(_TokenEmbedding, ids.contiguous(), embedding, weight, dtype)

@@ -170,10 +170,15 @@ def test_first_gradients_of_attention_are_those_of_plain_pytorch(options):
 @pytest.mark.parametrize("options", ATTENTIONS, ids=str)
 def test_checkpointed_attention(options):
     qkv = draw(2, 40, 24)
-    fn = lambda qkv: reference.rotary_attention(qkv * 1, 2, **options).square()
+    runs = []
+
+    def fn(qkv):
+        runs.append(1)
+        return reference.rotary_attention(qkv * 1, 2, **options).square()
+
     whole = torch.autograd.grad(fn(qkv).sum(), qkv)[0]
     again = torch.autograd.grad(checkpoint(fn, qkv, use_reentrant=False).sum(), qkv)[0]
-    assert torch.equal(whole, again)
+    assert torch.equal(whole, again) and len(runs) == 3
 
 
 def test_attention_keeps_nothing_past_its_backward():

@@ -64,7 +64,7 @@ def test_op_is_file_twin_test_benchmark_and_registered_name(op):
         assert path.is_file(), path
     assert Path(inspect.getfile(fused)) == files(op)[0]
     registered = {"reconstruction_loss": "linear_cross_entropy"}.get(op, op)  # one, of many targets
-    assert torch.ops.shtx.__getattr__(registered).default
+    assert getattr(torch.ops.shtx, registered).default
 
 
 @pytest.mark.parametrize("op", decode.__all__)
@@ -105,6 +105,26 @@ def test_kernels_use_no_atomics_and_64_bit_program_ids(path):
     assert "tl.atomic" not in source
     assert not re.findall(r"tl\.program_id\(\d\)(?!\.to\(tl\.int64\))", source)
     assert "make_block_ptr" not in source and "autotune" not in source
+
+
+# what PyTorch, Triton or the interpreter gets wrong in places, and the one page that puts it right
+ONE_PAGE = {
+    "torch.library.": "_register.py",
+    "once_differentiable": None,
+    "tl.dot(": "_dot.py",
+    "fp32_precision": "_products.py",
+    "get_float32_matmul_precision": None,
+    "cuda.device_of": "_launch.py",
+    "[grid](": "_launch.py",
+    "triton.cdiv": None,
+    "triton.next_power_of_2": None,
+}
+
+
+@pytest.mark.parametrize("text, page", ONE_PAGE.items())
+def test_what_stands_on_one_page_alone(text, page):
+    users = [name(path) for path in KERNEL_FILES if text in path.read_text()]
+    assert users == [page] * (page is not None)
 
 
 def tiny(**options):

@@ -22,16 +22,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._autograd import first_order
-from .._products import narrow, product_dtype
+from .._autograd import apply, first_order
+from .._products import cast, narrow, product_dtype, sum_dtype
 from .._register import register
 from .kernels import taps_first, taps_inside
 from .paths import causal_compress_bwd, causal_compress_fwd, new_outputs, uses_table
 
 
 def _causal_compress_taps(w, dtype, table):
-    with torch.cuda.device_of(w):
-        return (taps_first if table else taps_inside)(w, dtype)
+    return (taps_first if table else taps_inside)(w, dtype)
 
 
 def _fake_taps(w, dtype, table):
@@ -44,7 +43,7 @@ def _fake_fwd(ids, embedding, taps, b_conv, w_out, b_out, stride, table):
 
 
 def _fake_bwd(ids, embedding, taps, b_conv, w_out, source, dy, stride, table):
-    acc = torch.promote_types(embedding.dtype, torch.float32)
+    acc = sum_dtype(embedding.dtype)
     J, (V, D), C = len(b_conv), embedding.shape, taps.shape[0 if table else 1]
     shapes = (V, D), (J, D, C), (J,), w_out.shape, (len(w_out),)
     return tuple(embedding.new_empty(shape, dtype=acc) for shape in shapes)
@@ -100,7 +99,7 @@ class _CausalCompress(torch.autograd.Function):
     def backward(ctx, dy):
         gradients = _backward(*ctx.saved_tensors, dy.contiguous(), ctx.stride, ctx.table)
         pairs = zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:6], strict=True)
-        gradients = [g.to(dtype) if needed else None for g, dtype, needed in pairs]
+        gradients = [cast(g, dtype) if needed else None for g, dtype, needed in pairs]
         if gradients[3] is not None:
             gradients[3] = gradients[3].view(ctx.w_shape)
         return None, *gradients, None, None, None
@@ -168,7 +167,7 @@ def causal_compress(
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     rows = len(ids) * -(-ids.shape[1] // stride)
-    return _CausalCompress.apply(
-        ids.contiguous(), embedding, w_conv.contiguous(), b_conv.contiguous(), w_out, b_out,
-        stride, product_dtype(embedding), uses_table(*embedding.shape, rows),
+    return apply(
+        _CausalCompress, ids.contiguous(), embedding, w_conv.contiguous(), b_conv.contiguous(),
+        w_out, b_out, stride, product_dtype(embedding), uses_table(*embedding.shape, rows),
     )  # fmt: skip

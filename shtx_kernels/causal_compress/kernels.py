@@ -1,10 +1,14 @@
 """The passes between the products."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
+from .._products import sum_dtype
 from .._silu import sigmoid
 from .._sums import column_sums
 
@@ -99,46 +103,53 @@ def _causal_compress_taps_kernel(
         tl.store(w_ptrs, tl.load(taps_ptrs, mask=mask), mask=mask)
 
 
-def _grid_of(source: Tensor, b_conv: Tensor, R: int, acc: torch.dtype) -> tuple[tuple, dict]:
-    columns = min(COLUMNS, triton.next_power_of_2(len(b_conv)))
-    tile = TILE | dict(BLOCK_C=columns, ACC=tl.float64 if acc == torch.float64 else tl.float32)
-    return (triton.cdiv(R, tile["BLOCK_R"]), triton.cdiv(len(b_conv), columns)), tile
+@lru_cache(KINDS)
+def _kernel_of(kernel, stride: int, taps: int, J: int, rows: int, dtype: torch.dtype) -> Kernel:
+    columns = min(COLUMNS, next_power_of_2(J))
+    constants = dict(STRIDE=stride, C=taps, J=J, ROWS=rows, ACC=accumulator(dtype))
+    return Kernel(kernel, **constants, BLOCK_C=columns, **TILE)
 
 
-def activate(source, ids, b_conv, M: int, stride: int, taps: int, rows: int, acc) -> Tensor:
+def _grid_of(kernel: Kernel, R: int) -> tuple[int, int]:
+    constants = kernel.constants
+    return cdiv(R, constants["BLOCK_R"]), cdiv(constants["J"], constants["BLOCK_C"])
+
+
+def activate(source, ids, b_conv, M: int, stride: int, taps: int, rows: int) -> Tensor:
     """silu of the pre-activations: (B M, J)."""
-    (B, N), J = ids.shape, len(b_conv)
+    (B, N), (J,) = ids.shape, b_conv.shape
     a = source.new_empty(B * M, J)
     if a.numel():
-        grid, tile = _grid_of(source, b_conv, len(a), acc)
-        _causal_compress_fwd_kernel[grid](
-            source, ids, b_conv, a, N, M, len(a), STRIDE=stride, C=taps, J=J, ROWS=rows, **tile
-        )
+        kernel = _kernel_of(_causal_compress_fwd_kernel, stride, taps, J, rows, source.dtype)
+        kernel(_grid_of(kernel, B * M), (source, ids, b_conv, a), N, M, B * M)
     return a
 
 
-def activate_backward(source, ids, b_conv, da, M: int, stride: int, taps: int, rows: int, acc):
+def activate_backward(source, ids, b_conv, da, M: int, stride: int, taps: int, rows: int):
     """du in the layout of the pre-activations, and the gradient of b_conv; da becomes a."""
     (B, N), (R, J) = ids.shape, da.shape
     du = source.new_empty(B, rows or M, J)
     du[:, M:].zero_()
-    grid, tile = _grid_of(source, b_conv, R, acc)
-    dbias = da.new_empty(grid[0], J, dtype=acc)
+    kernel = _kernel_of(_causal_compress_bwd_kernel, stride, taps, J, rows, source.dtype)
+    grid = _grid_of(kernel, R)
+    dbias = da.new_empty(grid[0], J, dtype=sum_dtype(da.dtype))
     if R:
-        _causal_compress_bwd_kernel[grid](
-            source, ids, b_conv, da, du, dbias, N, M, R,
-            STRIDE=stride, C=taps, J=J, ROWS=rows, **tile,
-        )  # fmt: skip
+        kernel(grid, (source, ids, b_conv, da, du, dbias), N, M, R)
     return du.flatten(0, 1), column_sums(dbias)
 
 
+@lru_cache(KINDS)
+def _kernel_of_copies(D: int, C: int, to_taps: bool) -> Kernel:
+    columns = next_power_of_2(C)
+    tile = dict(BLOCK_R=max(1, TAPS_ELEMENTS // columns), BLOCK_C=columns, num_warps=8)
+    return Kernel(_causal_compress_taps_kernel, D=D, C=C, TO_TAPS=to_taps, **tile)
+
+
 def _copy_taps(w: Tensor, taps: Tensor, stride_j: int, stride_c: int, to_taps: bool):
-    (J, D, C), columns = w.shape, triton.next_power_of_2(w.shape[-1])
-    block = max(1, TAPS_ELEMENTS // columns)
-    _causal_compress_taps_kernel[(triton.cdiv(J * D, block),)](
-        w, taps, J * D, stride_j, stride_c,
-        D=D, C=C, TO_TAPS=to_taps, BLOCK_R=block, BLOCK_C=columns, num_warps=8,
-    )  # fmt: skip
+    J, D, C = w.shape
+    kernel = _kernel_of_copies(D, C, to_taps)
+    grid = (cdiv(J * D, kernel.constants["BLOCK_R"]),)
+    kernel(grid, (w, taps), J * D, stride_j, stride_c)
 
 
 def taps_first(w_conv: Tensor, dtype: torch.dtype) -> Tensor:

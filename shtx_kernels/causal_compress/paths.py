@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._one_hot import one_hot
-from .._products import add_product
+from .._products import add_product, cast, sum_dtype
 from .._sums import column_sums
 from .kernels import activate, activate_backward, taps_last
 
@@ -44,48 +44,42 @@ def new_outputs(ids, embedding, taps, w_out, stride, table) -> tuple[Tensor, Ten
 def causal_compress_fwd(ids, embedding, taps, b_conv, w_out, b_out, stride, table):
     C, M, rows = _geometry(ids, taps, stride, table)
     y, source = new_outputs(ids, embedding, taps, w_out, stride, table)
-    acc = torch.promote_types(embedding.dtype, torch.float32)
-    with torch.autocast(y.device.type, enabled=False), torch.cuda.device_of(y):
-        if table:
-            torch.mm(embedding, taps.flatten(0, 1).T, out=source.flatten(1))
-        else:
-            w, u = taps.flatten(1), source.flatten(0, 1)
-            for windows, part in _windows(_padded(ids, embedding, C, rows * stride), u, C, stride):
-                torch.mm(windows, w.T, out=part)
-        a = activate(source, ids, b_conv, M, stride, C, rows, acc)
-        torch.addmm(b_out.to(a.dtype), a, w_out.T, out=y.flatten(0, 1))
+    if table:
+        torch.mm(embedding, taps.flatten(0, 1).T, out=source.flatten(1))
+    else:
+        w, u = taps.flatten(1), source.flatten(0, 1)
+        for windows, part in _windows(_padded(ids, embedding, C, rows * stride), u, C, stride):
+            torch.mm(windows, w.T, out=part)
+    a = activate(source, ids, b_conv, M, stride, C, rows)
+    torch.addmm(cast(b_out, a.dtype), a, w_out.T, out=y.flatten(0, 1))
     return y, source
 
 
 def causal_compress_bwd(ids, embedding, taps, b_conv, w_out, source, dy, stride, table):
     C, M, rows = _geometry(ids, taps, stride, table)
-    acc = torch.promote_types(embedding.dtype, torch.float32)
+    acc = sum_dtype(embedding.dtype)
     dy = dy.flatten(0, 1)
     new = lambda *shape: embedding.new_empty(shape, dtype=acc)
-    with torch.autocast(dy.device.type, enabled=False), torch.cuda.device_of(dy):
-        a = torch.mm(dy, w_out)  # its gradient, which the kernel replaces
-        du, db_conv = activate_backward(source, ids, b_conv, a, M, stride, C, rows, acc)
-        if not len(dy):
-            shapes = (
-                embedding.shape,
-                (len(b_conv), embedding.shape[1], C),
-                w_out.shape,
-                w_out[:, 0].shape,
-            )
-            dembedding, dw_conv, dw_out, db_out = (new(*shape).zero_() for shape in shapes)
-            return dembedding, dw_conv, db_conv, dw_out, db_out
-        dw_out = new(*w_out.shape)
-        add_product(dw_out, dy.T, a, start=True)
-        backward = _table_backward if table else _products_backward
-        dembedding, dw_conv = backward(ids, embedding, taps, du, M, stride, C, acc)
-        return dembedding, dw_conv, db_conv, dw_out, column_sums(dy)
+    a = dy.new_empty(dy.shape[0], w_out.shape[1])
+    torch.mm(dy, w_out, out=a)  # its gradient, which the kernel replaces
+    du, db_conv = activate_backward(source, ids, b_conv, a, M, stride, C, rows)
+    if not len(dy):
+        J, D_out = len(b_conv), len(w_out)
+        shapes = embedding.shape, (J, embedding.shape[1], C), w_out.shape, (D_out,)
+        dembedding, dw_conv, dw_out, db_out = (new(*shape).zero_() for shape in shapes)
+        return dembedding, dw_conv, db_conv, dw_out, db_out
+    dw_out = new(*w_out.shape)
+    add_product(dw_out, dy.T, a, start=True)
+    backward = _table_backward if table else _products_backward
+    dembedding, dw_conv = backward(ids, embedding, taps, du, M, stride, C, acc)
+    return dembedding, dw_conv, db_conv, dw_out, column_sums(dy)
 
 
 def _table_backward(ids, embedding, taps, du, M, stride, C, acc):
     (V, D), J = embedding.shape, du.shape[1]
     dtable = du.new_empty(V * C, J, dtype=acc)
     add_product(dtable, one_hot(ids, V, M, stride, C, du.dtype), du, start=True)
-    dtable = dtable.to(du.dtype).view(V, C * J)
+    dtable = cast(dtable, du.dtype).view(V, C * J)
     dembedding, dtaps = (du.new_empty(shape, dtype=acc) for shape in ((V, D), (C * J, D)))
     add_product(dembedding, dtable, taps.flatten(0, 1), start=True)
     add_product(dtaps, dtable.T, embedding, start=True)

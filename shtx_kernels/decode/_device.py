@@ -59,10 +59,6 @@ def rings_of(rings: Sequence[Tensor | None]) -> tuple:
     return tuple(r if r is None else (r.shape[1], r.stride(0), r.stride(1)) for r in rings)
 
 
-def accumulator(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def starts(programs: list[int]) -> tuple[int, ...]:
     return tuple(sum(programs[:i]) for i in range(len(programs) + 1))
 

@@ -7,13 +7,13 @@ Keys lie as they came: what is rotated is the product, by the distance alone, so
 ever too large. A program has one head of one sequence.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._groups import Attention
-from ._device import accumulator, ahead, rings_of, row_of, starts, wait
+from .._launch import accumulator, launch, next_power_of_2
+from ._device import ahead, rings_of, row_of, starts, wait
 
 MAX_KEYS = 64  # a step; not searched
 
@@ -135,12 +135,12 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
     qkv, kv, out, rotation, stride, dilation = zip(*attentions, strict=True)
     _, _, _, H, E = zip(*(ring.shape for ring in kv), strict=True)
     L, START = tuple(map(len, rotation)), starts(H)
-    with torch.cuda.device_of(position):
-        _attend_kernel[(START[-1], len(position))](
-            position, qkv, kv, out, rotation,
-            START=START, H=H, E=E, L=L, STRIDE=stride, DILATION=dilation,
-            RINGS_QKV=rings_of(qkv), RINGS_KV=rings_of(kv), RINGS_O=rings_of(out),
-            BLOCK_L=tuple(min(MAX_KEYS, max(2, triton.next_power_of_2(n - 1))) for n in L),
-            BLOCK_E=tuple(triton.next_power_of_2(e // 2) for e in E),
-            ACC=accumulator(qkv[0].dtype), **ahead(position.device),
-        )  # fmt: skip
+    launch(
+        _attend_kernel, (START[-1], len(position)),
+        position, qkv, kv, out, rotation,
+        START=START, H=H, E=E, L=L, STRIDE=stride, DILATION=dilation,
+        RINGS_QKV=rings_of(qkv), RINGS_KV=rings_of(kv), RINGS_O=rings_of(out),
+        BLOCK_L=tuple(min(MAX_KEYS, max(2, next_power_of_2(n - 1))) for n in L),
+        BLOCK_E=tuple(next_power_of_2(e // 2) for e in E),
+        ACC=accumulator(qkv[0].dtype), **ahead(position.device),
+    )  # fmt: skip

@@ -6,13 +6,13 @@ The first op of a token, and the one that is not launched ahead: so all others f
 it is before they wait.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._groups import Lookup
-from ._device import accumulator, activate, rings_of, row_of, starts
+from .._launch import accumulator, cdiv, launch, next_power_of_2
+from ._device import activate, rings_of, row_of, starts
 
 ELEMENTS = 2048  # of tables, a program
 
@@ -64,13 +64,13 @@ def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup])
         return
     table, bias, activation, out, stride = zip(*lookups, strict=True)
     C, V, D = zip(*(t.shape for t in table), strict=True)
-    wide = [triton.next_power_of_2(d) for d in D]
+    wide = [next_power_of_2(d) for d in D]
     BLOCK_D = tuple(min(d, ELEMENTS // c) for d, c in zip(wide, C, strict=True))
-    START = starts([triton.cdiv(d, n) for d, n in zip(D, BLOCK_D, strict=True)])
-    with torch.cuda.device_of(position):
-        _embed_kernel[(START[-1], len(position))](
-            position, ids, history, table, bias, out,
-            HISTORY=rings_of([history]), START=START, C=C, V=V, D=D, STRIDE=stride,
-            ACTIVATION=activation, RINGS=rings_of(out), BLOCK_D=BLOCK_D,
-            ACC=accumulator(table[0].dtype),
-        )  # fmt: skip
+    START = starts([cdiv(d, n) for d, n in zip(D, BLOCK_D, strict=True)])
+    launch(
+        _embed_kernel, (START[-1], len(position)),
+        position, ids, history, table, bias, out,
+        HISTORY=rings_of([history]), START=START, C=C, V=V, D=D, STRIDE=stride,
+        ACTIVATION=activation, RINGS=rings_of(out), BLOCK_D=BLOCK_D,
+        ACC=accumulator(table[0].dtype),
+    )  # fmt: skip

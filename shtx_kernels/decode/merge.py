@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._dot import dot
 from .._groups import Part
-from ._device import accumulator, ahead, rings_of, row_of, starts, wait
+from .._launch import accumulator, cdiv, launch, next_power_of_2
+from ._device import ahead, rings_of, row_of, starts, wait
 
 ROW_ELEMENTS = 8192  # of a weight, a program
 # of several sequences; not searched
@@ -140,17 +141,17 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
         J=J, D=D, FIRST=starts(D), WIDTH=sum(D), STRIDE=stride, RINGS=rings_of(x),
         STRIDE_OB=out.stride(0),
     )  # fmt: skip
-    with torch.cuda.device_of(position):
-        if B == 1 or bias.dtype == torch.float64:
-            BLOCK_D = triton.next_power_of_2(sum(D))
-            BLOCK_J = min(max(1, ROW_ELEMENTS // BLOCK_D), triton.next_power_of_2(J))
-            _merge_row_kernel[(triton.cdiv(J, BLOCK_J), B)](
-                position, x, weight, kept, bias, out, **constants,
-                BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(bias.dtype), num_warps=4,
-                **ahead(position.device),
-            )  # fmt: skip
-            return
-        BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
-        _merge_rows_kernel[(triton.cdiv(J, TILE["BLOCK_J"]), triton.cdiv(B, BLOCK_B))](
-            position, x, weight, kept, bias, out, B, **constants, BLOCK_B=BLOCK_B, **TILE
-        )
+    if B == 1 or bias.dtype == torch.float64:
+        BLOCK_D = next_power_of_2(sum(D))
+        BLOCK_J = min(max(1, ROW_ELEMENTS // BLOCK_D), next_power_of_2(J))
+        launch(
+            _merge_row_kernel, (cdiv(J, BLOCK_J), B),
+            position, x, weight, kept, bias, out, **constants,
+            BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, ACC=accumulator(bias.dtype), num_warps=4,
+            **ahead(position.device),
+        )  # fmt: skip
+        return
+    BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
+    grid = cdiv(J, TILE["BLOCK_J"]), cdiv(B, BLOCK_B)
+    arguments = position, x, weight, kept, bias, out, B
+    launch(_merge_rows_kernel, grid, *arguments, **constants, BLOCK_B=BLOCK_B, **TILE)

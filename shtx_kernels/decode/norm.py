@@ -1,12 +1,12 @@
 """out[m] = layer_norm(x[m]), a row a program."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._groups import Norm
-from ._device import accumulator, ahead, normalize, rings_of, row_of, wait
+from .._launch import accumulator, launch, next_power_of_2
+from ._device import ahead, normalize, rings_of, row_of, wait
 
 
 @triton.jit
@@ -44,11 +44,11 @@ def norm(position: Tensor, norms: list[Norm]) -> None:
         return
     x, gamma, beta, out, stride = zip(*norms, strict=True)
     D = tuple(t.shape[-1] for t in x)
-    with torch.cuda.device_of(position):
-        _norm_kernel[(len(norms), len(position))](
-            position, x, gamma, beta, out,
-            D=D, STRIDE=stride, RINGS_X=rings_of(x), RINGS_O=rings_of(out),
-            NORM=("layer",) * len(norms),
-            BLOCK_D=tuple(map(triton.next_power_of_2, D)),
-            ACC=accumulator(x[0].dtype), **ahead(position.device),
-        )  # fmt: skip
+    launch(
+        _norm_kernel, (len(norms), len(position)),
+        position, x, gamma, beta, out,
+        D=D, STRIDE=stride, RINGS_X=rings_of(x), RINGS_O=rings_of(out),
+        NORM=("layer",) * len(norms),
+        BLOCK_D=tuple(map(next_power_of_2, D)),
+        ACC=accumulator(x[0].dtype), **ahead(position.device),
+    )  # fmt: skip

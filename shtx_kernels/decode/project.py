@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._dot import dot
 from .._groups import Projection
-from ._device import accumulator, activate, ahead, normalize, rings_of, row_of, starts, wait
+from .._launch import accumulator, cdiv, launch, next_power_of_2
+from ._device import activate, ahead, normalize, rings_of, row_of, starts, wait
 
 # of a weight, a tile; and programs, about: so few that the next launch finds room beside them, and
 # can fetch ahead. On an H200 the best of (4096, 528), (8192, 264), (16384, 132).
@@ -192,13 +193,14 @@ def _project_rows_kernel(
 def _project_row(position: Tensor, projections: list[Projection]) -> None:
     each = Projection(*zip(*projections, strict=True))
     O, K = zip(*(w.shape for w in each.weight), strict=True)
-    columns = tuple(map(triton.next_power_of_2, K))
+    columns = tuple(map(next_power_of_2, K))
     rows = [max(1, ROW_ELEMENTS // k) for k in columns]
-    rows = tuple(min(n, triton.next_power_of_2(o)) for n, o in zip(rows, O, strict=True))
-    tiles = [triton.cdiv(o, n) for o, n in zip(O, rows, strict=True)]
-    TILES = tuple(triton.cdiv(n * len(projections), PROGRAMS) for n in tiles)
-    START = starts([triton.cdiv(n, t) for n, t in zip(tiles, TILES, strict=True)])
-    _project_row_kernel[(START[-1], len(position))](
+    rows = tuple(min(n, next_power_of_2(o)) for n, o in zip(rows, O, strict=True))
+    tiles = [cdiv(o, n) for o, n in zip(O, rows, strict=True)]
+    TILES = tuple(cdiv(n * len(projections), PROGRAMS) for n in tiles)
+    START = starts([cdiv(n, t) for n, t in zip(tiles, TILES, strict=True)])
+    launch(
+        _project_row_kernel, (START[-1], len(position)),
         position, each.x, each.weight, each.out, each.gamma, each.beta, each.bias, each.residual,
         START=START, K=K, O=O, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps,
         NORM=each.norm, ACTIVATION=each.activation, RINGS_X=rings_of(each.x),
@@ -214,14 +216,16 @@ def _project_rows(position: Tensor, projections: list[Projection]) -> None:
     B, x = len(position), each.x
     if any(p.norm or p.taps or p.x.shape[1] > 1 or not p.x.is_contiguous() for p in projections):
         x = tuple(t.new_empty(B, k) for t, k in zip(each.x, K, strict=True))
-        _normed_kernel[(len(x), B)](
+        launch(
+            _normed_kernel, (len(x), B),
             position, each.x, x, each.gamma, each.beta,
             K=K, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps, NORM=each.norm,
-            RINGS_X=rings_of(each.x), BLOCK_K=tuple(map(triton.next_power_of_2, K)), num_warps=4,
+            RINGS_X=rings_of(each.x), BLOCK_K=tuple(map(next_power_of_2, K)), num_warps=4,
         )  # fmt: skip
-    BLOCK_B = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
-    START = starts([triton.cdiv(o, TILE["BLOCK_O"]) for o in O])
-    _project_rows_kernel[(START[-1], triton.cdiv(B, BLOCK_B))](
+    BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
+    START = starts([cdiv(o, TILE["BLOCK_O"]) for o in O])
+    launch(
+        _project_rows_kernel, (START[-1], cdiv(B, BLOCK_B)),
         position, x, each.weight, each.out, each.bias, each.residual, B,
         START=START, K=K, O=O, STRIDE=each.stride, ACTIVATION=each.activation,
         RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), BLOCK_B=BLOCK_B, **TILE,
@@ -243,5 +247,4 @@ def project(position: Tensor, projections: list[Projection]) -> None:
     if not projections or not len(position):
         return
     alone = len(position) == 1 or projections[0].weight.dtype == torch.float64
-    with torch.cuda.device_of(position):
-        (_project_row if alone else _project_rows)(position, projections)
+    (_project_row if alone else _project_rows)(position, projections)

@@ -7,11 +7,11 @@ bisection finds the k-th best, or where the probabilities reach top_p, without s
 has a row, of which the first BLOCK logits stay in registers.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import launch, next_power_of_2
 from ._device import rings_of, row_of
 
 BLOCK_V = 32768  # 8192, of which 20000 are three, takes 90 us on an H200
@@ -123,10 +123,10 @@ def sample(
     if not B:
         return
     greedy = temperature == 0
-    with torch.cuda.device_of(logits):
-        _sample_kernel[(B,)](
-            position, logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
-            float(top_p), RING=rings_of([noise]), V=V, BEST=top_k < V and not greedy,
-            NUCLEUS=top_p < 1 and not greedy, GREEDY=greedy,
-            BLOCK=min(BLOCK_V, triton.next_power_of_2(V)), num_warps=4 if V <= 1024 else 16,
-        )  # fmt: skip
+    launch(
+        _sample_kernel, (B,),
+        position, logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
+        float(top_p), RING=rings_of([noise]), V=V, BEST=top_k < V and not greedy,
+        NUCLEUS=top_p < 1 and not greedy, GREEDY=greedy,
+        BLOCK=min(BLOCK_V, next_power_of_2(V)), num_warps=4 if V <= 1024 else 16,
+    )  # fmt: skip

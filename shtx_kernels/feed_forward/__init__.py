@@ -13,17 +13,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._autograd import first_order
-from .._products import add_product, narrow, product_dtype
+from .._autograd import apply, first_order
+from .._products import add_product, cast, narrow, product_dtype, sum_dtype
 from .._register import register
 from .kernels import backward, forward
 
 
 def _feed_forward_fwd(x, w_in, w_out):
     y, u = _new_outputs(x, w_in, w_out)
-    with torch.autocast(x.device.type, enabled=False):
-        a = forward(x.flatten(0, 1), w_in, u)
-        torch.mm(a, w_out.T, out=y.flatten(0, 1))
+    a = forward(x.flatten(0, 1), w_in, u)
+    torch.mm(a, w_out.T, out=y.flatten(0, 1))
     return y, u
 
 
@@ -31,29 +30,28 @@ def _feed_forward_bwd(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out
     gradients = _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out)
     dx, dw_in, dw_out = gradients
     x, dy = x.flatten(0, 1), dy.flatten(0, 1)
-    with torch.autocast(x.device.type, enabled=False):
-        a, du = backward(dy, w_out, u)
-        if needs_dw_out:
-            add_product(dw_out, dy.T, a, start=True)
-        if needs_dw_in:
-            add_product(dw_in, du.T, x, start=True)
-        if needs_dx:
-            torch.mm(du, w_in, out=dx.flatten(0, 1))
+    a, du = backward(dy, w_out, u)
+    if needs_dw_out:
+        add_product(dw_out, dy.T, a, start=True)
+    if needs_dw_in:
+        add_product(dw_in, du.T, x, start=True)
+    if needs_dx:
+        torch.mm(du, w_in, out=dx.flatten(0, 1))
     return gradients
 
 
 def _new_outputs(x, w_in, w_out):
     """Uninitialised: y, and u by rows."""
     B, M, _ = x.shape
-    return x.new_empty(B, M, len(w_out)), x.new_empty(B * M, len(w_in))
+    return x.new_empty(B, M, w_out.shape[0]), x.new_empty(B * M, w_in.shape[0])
 
 
 def _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
     """Uninitialised, those of weights in the dtype of sums; empty where not needed."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    dx = x.new_empty(x.shape if needs_dx else 0)
-    dw_in = x.new_empty(w_in.shape if needs_dw_in else 0, dtype=acc)
-    return dx, dw_in, x.new_empty(w_out.shape if needs_dw_out else 0, dtype=acc)
+    acc = sum_dtype(x.dtype)
+    dx = x.new_empty(*(x.shape if needs_dx else (0,)))
+    dw_in = x.new_empty(*(w_in.shape if needs_dw_in else (0,)), dtype=acc)
+    return dx, dw_in, x.new_empty(*(w_out.shape if needs_dw_out else (0,)), dtype=acc)
 
 
 def _bwd_flops(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out, **_) -> int:
@@ -82,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_in, w_out, dtype):
         ctx.dtypes = x.dtype, w_in.dtype, w_out.dtype
-        x = x.to(dtype).contiguous()
+        x = cast(x, dtype).contiguous()
         w_in, w_out = (narrow(w, dtype).contiguous() for w in (w_in, w_out))
         y, u = _forward(x, w_in, w_out)
         ctx.save_for_backward(x, u, w_in, w_out)
@@ -94,7 +92,7 @@ class _FeedForward(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *needs)
         triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        return *(g.to(dtype) if needed else None for g, dtype, needed in triples), None
+        return *(cast(g, dtype) if needed else None for g, dtype, needed in triples), None
 
 
 def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -124,9 +122,9 @@ def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         raise ValueError(
             f"w_in must be (F, {D}) on {x.device}, got {tuple(w_in.shape)} on {w_in.device}"
         )
-    F = len(w_in)
+    F = w_in.shape[0]
     if w_out.ndim != 2 or w_out.shape[1] != F or w_out.device != x.device:
         raise ValueError(
             f"w_out must be (D_out, {F}) on {x.device}, got {tuple(w_out.shape)} on {w_out.device}"
         )
-    return _FeedForward.apply(x, w_in, w_out, product_dtype(x))
+    return apply(_FeedForward, x, w_in, w_out, product_dtype(x))

@@ -1,5 +1,7 @@
 """GELU in a pass over memory, or within the product before it."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._dot import dot
+from .._launch import KINDS, Kernel, accumulator, cdiv
 from .._target import capability
 
 PASS = dict(TILE=2048, num_warps=4)  # elements of a program
@@ -129,40 +132,53 @@ def _product_gelu_kernel(
             tl.store(a_ptr + here, gelu(u, w, q), mask=mask)
 
 
+@lru_cache(KINDS)
+def _pass(dtype: torch.dtype, backward: bool) -> Kernel:
+    narrow = dtype.itemsize == 2
+    constants = dict(ACC=accumulator(dtype), NARROW=narrow, BACKWARD=backward, **PASS)
+    return Kernel(_gelu_kernel, **constants)
+
+
 def _gelu(u: Tensor, da: Tensor | None = None) -> Tensor:
     a, size = torch.empty_like(u), u.numel()
     if size:
-        with torch.cuda.device_of(u):
-            _gelu_kernel[(triton.cdiv(size, PASS["TILE"]),)](
-                u, a, a if da is None else da, size,
-                ACC=tl.float64 if u.dtype == torch.float64 else tl.float32,
-                NARROW=u.itemsize == 2, BACKWARD=da is not None, **PASS,
-            )  # fmt: skip
+        tensors = u, a, a if da is None else da
+        _pass(u.dtype, da is not None)((cdiv(size, PASS["TILE"]),), tensors, size)
     return a
+
+
+@lru_cache
+def _product(backward: bool) -> Kernel:
+    return Kernel(_product_gelu_kernel, BACKWARD=backward, GROUP=GROUP, **PRODUCT)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _product_gelu(x: Tensor, w: Tensor, u: Tensor, da: Tensor | None = None) -> Tensor:
     (M, K), N, a = x.shape, u.shape[1], torch.empty_like(u)
     block_m, block_n, block_k = (PRODUCT[f"BLOCK_{name}"] for name in "MNK")
-    programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    programs = cdiv(M, block_m) * cdiv(N, block_n)
     if u.is_cuda:
-        count = torch.cuda.get_device_properties(u.device).multi_processor_count
-        programs = min(programs, RESIDENT * count)
+        programs = min(programs, RESIDENT * _multiprocessors(u.device))
     w_tile = [block_n, block_k] if da is None else [block_k, block_n]
-    with torch.cuda.device_of(u):
-        _product_gelu_kernel[(programs,)](
-            TensorDescriptor.from_tensor(x, [block_m, block_k]),
-            TensorDescriptor.from_tensor(w, w_tile),
-            u, a, a if da is None else da, M, N, K, BACKWARD=da is not None, GROUP=GROUP, **PRODUCT,
-        )  # fmt: skip
+    descriptors = (
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
+        TensorDescriptor.from_tensor(w, w_tile),
+    )
+    tensors = u, a, a if da is None else da
+    _product(da is not None)((programs,), tensors, M, N, K, descriptors=descriptors)
     return a
 
 
 def _within_product(x: Tensor, w: Tensor) -> bool:
     """Where it was measured to be faster, and the copy engine takes the factors."""
+    rows, columns = w.shape
     return (
         (x.itemsize == 2 and capability(x.device) == 90)
-        and (len(x) > 0 and min(w.shape) > 0 and all(size % 8 == 0 for size in w.shape))
+        and (x.shape[0] > 0 and min(rows, columns) > 0 and rows % 8 == 0 and columns % 8 == 0)
         and (x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0)
     )
 
@@ -177,8 +193,8 @@ def forward(x: Tensor, w_in: Tensor, u: Tensor) -> Tensor:
 
 def backward(dy: Tensor, w_out: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(u), and the gradient of u, that of gelu(u) being dy w_out."""
+    du = torch.empty_like(u)
     if _within_product(dy, w_out):
-        du = torch.empty_like(u)
         return _product_gelu(dy, w_out, u, du), du
-    du = torch.mm(dy, w_out)
+    torch.mm(dy, w_out, out=du)
     return _gelu(u, du), du

@@ -18,8 +18,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .._autograd import first_order
-from .._products import narrow, product_dtype
+from .._autograd import apply, first_order
+from .._products import cast, narrow, product_dtype
 from .._register import register
 from .backward import _hierarchical_merge_bwd, new_gradients
 from .forward import _hierarchical_merge_fwd, groups_of, new_outputs
@@ -78,8 +78,7 @@ def _apart(side_by_side: list[Tensor], levels, strides) -> list[Tensor]:
     """Each level's part of its group: a view."""
     parts = {}
     for group, r in zip(groups_of(levels, strides)[1], side_by_side, strict=True):
-        widths = [levels[level].shape[-1] for level in group.levels]
-        parts |= zip(group.levels, r.split(widths, dim=-1), strict=True)
+        parts |= zip(group.levels, r.split(group.widths, dim=-1), strict=True)
     return [parts[level] for level in range(len(levels))]
 
 
@@ -113,7 +112,7 @@ class _HierarchicalMerge(torch.autograd.Function):
         gamma, w_in, w, b_in, w_out, z, norm, *rest = ctx.saved_tensors
         rs, side_by_side = rest[:count], rest[count:]
         dtype = next(filter(None, ctx.branch_dtypes), rs[0].dtype)
-        rows = dout.reshape(-1, len(w_out)).contiguous()
+        rows = dout.flatten(0, 1).contiguous()
         dxs, narrow, *weights = _backward(
             rs, side_by_side, ctx.strides, gamma, w_in, w, b_in, w_out, z, norm,
             [_rows(dr) for dr in drs], rows, dtype,
@@ -124,7 +123,7 @@ class _HierarchicalMerge(torch.autograd.Function):
         gradients = zip([*weights, *dxs, *dbranches], needs[2:], strict=True)
         gradients = [gradient if needed else None for gradient, needed in gradients]
         weights = zip(gradients[:5], ctx.dtypes, strict=True)
-        weights = [None if dw is None else dw.to(dtype) for dw, dtype in weights]
+        weights = [None if dw is None else cast(dw, dtype) for dw, dtype in weights]
         return None, None, *weights, *gradients[5:]
 
 
@@ -186,16 +185,16 @@ def hierarchical_merge(
         )
     if min(strides) < 1:
         raise ValueError(f"strides must be at least 1, got {min(strides)}")
-    x = levels[0]
+    x, B = levels[0], levels[0].shape[0]
     for i, t in enumerate(levels):
-        same = t.ndim == 3 and (len(t), t.dtype, t.device) == (len(x), x.dtype, x.device)
+        same = t.ndim == 3 and (t.shape[0], t.dtype, t.device) == (B, x.dtype, x.device)
         if not same or t.shape[-1] < 1 or t.stride(-1) != 1:
             raise ValueError(
                 f"levels must be (B, M, D) with contiguous D of at least 1, all of the B, dtype and"
                 f" device of the first, got {tuple(t.shape)}, {t.dtype} on {t.device}, strides"
                 f" {t.stride()} for level {i}"
             )
-    J, D, D_out = len(w_in), sum(t.shape[-1] for t in levels), len(w_out)
+    J, D, D_out = w_in.shape[0], sum([t.shape[2] for t in levels]), w_out.shape[0]
     if not (J and D_out):
         raise ValueError(f"w_in and w_out must have at least one row, got {J} and {D_out}")
     _check("gamma", gamma, (D,), x.device)
@@ -214,7 +213,6 @@ def hierarchical_merge(
     dtypes = {branch.dtype for branch in branches if branch is not None}
     if len(dtypes) > 1:
         raise ValueError(f"branches must be of one dtype, got {sorted(map(str, dtypes))}")
-    *rs, merged = _HierarchicalMerge.apply(
-        tuple(strides), product_dtype(x), gamma, w_in, b_in, w_out, b_out, *levels, *branches
-    )
+    arguments = tuple(strides), product_dtype(x), gamma, w_in, b_in, w_out, b_out
+    *rs, merged = apply(_HierarchicalMerge, *arguments, *levels, *branches)
     return rs, merged

@@ -1,11 +1,14 @@
 """Backward: a pass at token rate and its sums at the rates of the levels, the products, and a pass
 over each level."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
 from .._products import add_product
 from .._rows import columns, row_sum, tile
 from .._silu import sigmoid
@@ -141,17 +144,51 @@ def _hierarchical_merge_weight_bwd_kernel(
 
 def new_gradients(rs, needs_levels, has_dbranch, branch_dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Of the levels, and of the branches that have one of their own: uninitialised."""
-    shapes = zip(rs, has_dbranch, strict=True)
-    dbranches = [r.new_empty(r.shape if has else 0, dtype=branch_dtype) for r, has in shapes]
-    return [r.new_empty(r.shape if needs_levels else 0) for r in rs], dbranches
+    shapes = [(r, r.shape if has else (0,)) for r, has in zip(rs, has_dbranch, strict=True)]
+    dbranches = [r.new_empty(*shape, dtype=branch_dtype) for r, shape in shapes]
+    return [r.new_empty(*(r.shape if needs_levels else (0,))) for r in rs], dbranches
 
 
 def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     dw = d.new_empty(d.shape[1], x.shape[1], dtype=dtype)
-    if not len(d):
+    if not d.shape[0]:
         return dw.zero_()
     add_product(dw, d.T, x, start=True)
     return dw
+
+
+@lru_cache(KINDS)
+def _kernel_of_tokens(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
+    elements, warp_elements, _ = _token_tile(J)
+    return Kernel(
+        _hierarchical_merge_bwd_kernel, WIDTH=W, J=J, STRIDES=strides, ACC=accumulator(dtype),
+        **tile(J, elements, warp_elements),
+    )  # fmt: skip
+
+
+def _token_tile(J: int) -> tuple[int, int, int]:
+    return next(sizes for width, sizes in TOKEN_TILES if J <= width)
+
+
+@lru_cache(KINDS)
+def _kernel_of_sums(J: int, stride: int, dtype: torch.dtype) -> Kernel:
+    of_level = tile_of(dtype, J, **LEVEL_TILE)
+    return Kernel(
+        _hierarchical_merge_sum_kernel, J=J, STRIDE=stride, ACC=of_level["ACC"],
+        BLOCK_R=min(STEP, next_power_of_2(stride)), BLOCK_C=of_level["BLOCK_C"],
+    )  # fmt: skip
+
+
+@lru_cache(KINDS)
+def _kernel_of_level(D: int, dtype: torch.dtype, has_dr: bool, has_dbranch: bool) -> Kernel:
+    constants = dict(D=D, HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, **tile_of(dtype, D, **LEVEL_TILE))
+    return Kernel(_hierarchical_merge_level_bwd_kernel, **constants)
+
+
+@lru_cache
+def _kernel_of_weight(dtype: torch.dtype) -> Kernel:
+    tile = WEIGHT_TILE
+    return Kernel(_hierarchical_merge_weight_bwd_kernel, ACC=accumulator(dtype), **tile)
 
 
 def _hierarchical_merge_bwd(
@@ -162,75 +199,64 @@ def _hierarchical_merge_bwd(
     _, groups = groups_of(rs, strides)
     acc = norm.dtype
     dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
-    elements, warp_elements, most = next(sizes for width, sizes in TOKEN_TILES if J <= width)
-    token_tile = tile(J, elements, warp_elements)
-    tiles = triton.cdiv(N, token_tile["BLOCK_M"])
-    share = triton.cdiv(B * tiles, most)
-    programs = triton.cdiv(B * tiles, max(1, share))
-    ACC = tl.float64 if acc == torch.float64 else tl.float32
+    kernel = _kernel_of_tokens(W, J, tuple([group.stride for group in groups]), acc)
+    tiles = cdiv(N, kernel.constants["BLOCK_M"])
+    share = cdiv(B * tiles, _token_tile(J)[2])
+    programs = cdiv(B * tiles, max(1, share))
     dw_in, dw_out, dgamma = (norm.new_empty(0) for _ in range(3))
     dws = {}  # of the columns of a level
-    with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
-        a = torch.mm(dout, w_out)  # its gradient, which the kernel replaces
-        dz, slope = torch.empty_like(a), torch.empty_like(norm).flatten()
-        db_in = norm.new_empty(programs, J)
-        if a.numel():
-            _hierarchical_merge_bwd_kernel[(programs,)](
-                z, norm, b_in, a, dz, slope, db_in, B, N, tiles, B * tiles, share,
-                WIDTH=W, J=J, STRIDES=tuple(group.stride for group in groups),
-                ACC=ACC, **token_tile,
-            )  # fmt: skip
-        if needs_w_out:
-            dw_out = _weight_gradient(dout, a, acc)
-        for group, r in zip(groups, side_by_side, strict=True):
-            dz_g, slope_g = dz, slope
-            if group.stride > 1:
-                dz_g, slope_g = _summed(dz, slope, norm, group)
-            widths = [dims[level] for level in group.levels]
-            if needs_w_in:
-                dw = _weight_gradient(dz_g, rows_of(r, group, z.dtype), acc)
-                dws |= zip(group.levels, dw.split(widths, dim=1), strict=True)
-            if needs_levels:
-                dg = torch.mm(dz_g, columns_of(w, dims, group.levels))
-                for level, part in zip(group.levels, dg.split(widths, dim=1), strict=True):
-                    _level_bwd(
-                        rs[level], part, slope_g, drs[level], dxs[level], dbranches[level],
-                        group.tokens,
-                    )  # fmt: skip
+    a = dout.new_empty(dout.shape[0], J)
+    torch.mm(dout, w_out, out=a)  # its gradient, which the kernel replaces
+    dz, slope = torch.empty_like(a), norm.new_empty(B * N)
+    db_in = norm.new_empty(programs, J)
+    if a.numel():
+        tensors = z, norm, b_in, a, dz, slope, db_in
+        kernel((programs,), tensors, B, N, tiles, B * tiles, share)
+    if needs_w_out:
+        dw_out = _weight_gradient(dout, a, acc)
+    for group, r in zip(groups, side_by_side, strict=True):
+        dz_g, slope_g = dz, slope
+        if group.stride > 1:
+            dz_g, slope_g = _summed(dz, slope, norm, group)
         if needs_w_in:
-            dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
-            grid = triton.cdiv(W, WEIGHT_TILE["BLOCK_C"]), triton.cdiv(J, WEIGHT_TILE["BLOCK_R"])
-            dgamma = norm.new_empty(grid[1], W)
-            _hierarchical_merge_weight_bwd_kernel[grid](
-                dw_in, w_in, gamma, dgamma, J, W, ACC=ACC, **WEIGHT_TILE
-            )
-            dgamma = column_sums(dgamma)
+            dw = _weight_gradient(dz_g, rows_of(r, group.tokens, z.dtype), acc)
+            dws |= zip(group.levels, dw.split_with_sizes(group.widths, 1), strict=True)
+        if needs_levels:
+            dg = dz_g.new_empty(dz_g.shape[0], sum(group.widths))
+            torch.mm(dz_g, columns_of(w, dims, group.levels), out=dg)
+            for level, part in zip(group.levels, dg.split_with_sizes(group.widths, 1), strict=True):
+                _level_bwd(
+                    rs[level], part, slope_g, drs[level], dxs[level], dbranches[level],
+                    group.tokens,
+                )  # fmt: skip
+    if needs_w_in:
+        dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
+        grid = cdiv(W, WEIGHT_TILE["BLOCK_C"]), cdiv(J, WEIGHT_TILE["BLOCK_R"])
+        dgamma = norm.new_empty(grid[1], W)
+        _kernel_of_weight(acc)(grid, (dw_in, w_in, gamma, dgamma), J, W)
+        dgamma = column_sums(dgamma)
     return dxs, dbranches, dgamma, dw_in, column_sums(db_in), dw_out, column_sums(dout)
 
 
 def _summed(dz: Tensor, slope: Tensor, norm: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """dz and slope of the tokens of each level token of a group, added up."""
     (B, N), J = norm.shape, dz.shape[1]
-    tile = tile_of(norm.dtype, J, **LEVEL_TILE)
-    out = dz.new_empty(B * group.tokens, J), slope.new_empty(B * group.tokens)
+    rows = B * group.tokens
+    out = dz.new_empty(rows, J), slope.new_empty(rows)
     if out[0].numel():
-        _hierarchical_merge_sum_kernel[(B * group.tokens, triton.cdiv(J, tile["BLOCK_C"]))](
-            dz, slope, *out, N, group.tokens,
-            J=J, STRIDE=group.stride, ACC=tile["ACC"],
-            BLOCK_R=min(STEP, triton.next_power_of_2(group.stride)), BLOCK_C=tile["BLOCK_C"],
-        )  # fmt: skip
+        kernel = _kernel_of_sums(J, group.stride, norm.dtype)
+        grid = rows, cdiv(J, kernel.constants["BLOCK_C"])
+        kernel(grid, (dz, slope, *out), N, group.tokens)
     return out
 
 
 def _level_bwd(r, dg, slope, dr, dx, dbranch, tokens: int):
-    (B, M, D), has_dr = r.shape, dr is not None
+    B, M, D = r.shape
     if not r.numel():
         return
-    dr = dr if has_dr else r
-    tile = tile_of(slope.dtype, D, **LEVEL_TILE)
-    tiles = triton.cdiv(M, tile["BLOCK_R"])
-    _hierarchical_merge_level_bwd_kernel[(B * tiles, triton.cdiv(D, tile["BLOCK_C"]))](
-        r, dg, slope, dr, dx, dbranch, r.stride(1), dg.stride(0), dr.stride(0), dr.stride(1),
-        M, tokens, tiles,
-        D=D, HAS_DR=has_dr, HAS_DBRANCH=dbranch.numel() > 0, **tile,
-    )  # fmt: skip
+    kernel = _kernel_of_level(D, slope.dtype, dr is not None, dbranch.numel() > 0)
+    dr = r if dr is None else dr
+    tiles = cdiv(M, kernel.constants["BLOCK_R"])
+    grid = B * tiles, cdiv(D, kernel.constants["BLOCK_C"])
+    strides = r.stride(1), dg.stride(0), *dr.stride()[:2]
+    kernel(grid, (r, dg, slope, dr, dx, dbranch), *strides, M, tokens, tiles)

@@ -1,5 +1,6 @@
 """Forward: a pass over each level, the products, a pass at token rate."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
+from .._products import cast, sum_dtype
+from .._register import is_plain
 from .._silu import sigmoid
 
 # of columns and elements at most; on an H200 the best of 14, all but one narrow shape's (J 256)
@@ -105,17 +109,16 @@ class Group(NamedTuple):
 
     stride: int
     levels: list[int]
-    width: int
+    widths: list[int]
     tokens: int  # of each level that count
-    rows: slice  # of z
+    first: int  # row of z
 
 
-def groups_of(levels, strides) -> tuple[int, list[Group]]:
-    """Tokens of the shortest level at token rate, and the groups in order of their rows."""
-    N = min(x.shape[1] * stride for x, stride in zip(levels, strides, strict=True))
+def _group(shapes, strides) -> tuple[int, list[Group]]:
+    N = min(shape[1] * stride for shape, stride in zip(shapes, strides, strict=True))
     members = []
-    for level in range(len(levels)):
-        kind = lambda i: (strides[i], levels[i].shape[1])
+    for level in range(len(shapes)):
+        kind = lambda i: (strides[i], shapes[i][1])
         alike = [indices for indices in members if kind(indices[0]) == kind(level)]
         if alike:
             alike[0].append(level)
@@ -125,11 +128,19 @@ def groups_of(levels, strides) -> tuple[int, list[Group]]:
     for indices in members:
         stride = strides[indices[0]]
         tokens = -(-N // stride)
-        last = first + levels[0].shape[0] * tokens
-        width = sum(levels[level].shape[-1] for level in indices)
-        groups.append(Group(stride, indices, width, tokens, slice(first, last)))
-        first = last
+        widths = [shapes[level][2] for level in indices]
+        groups.append(Group(stride, indices, widths, tokens, first))
+        first += shapes[0][0] * tokens
     return N, groups
+
+
+_grouped = lru_cache(KINDS)(_group)
+
+
+def groups_of(levels, strides) -> tuple[int, list[Group]]:
+    """Tokens of the shortest level at token rate, and the groups in order of their rows."""
+    group = _grouped if is_plain(*levels) else _group  # sizes may be symbols
+    return group(tuple([x.shape for x in levels]), tuple(strides))
 
 
 def columns_of(w: Tensor, dims: list[int], levels: list[int]) -> Tensor:
@@ -140,27 +151,43 @@ def columns_of(w: Tensor, dims: list[int], levels: list[int]) -> Tensor:
     return torch.cat([parts[level] for level in levels], dim=1)
 
 
-def rows_of(r: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+def rows_of(r: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """What a product takes of the levels of a group: (B tokens, width)."""
-    return r[:, : group.tokens].reshape(-1, group.width).to(dtype)
+    return cast(r[:, :tokens].flatten(0, 1), dtype)
 
 
 def tile_of(dtype: torch.dtype, width: int, columns: int, elements: int, num_warps: int) -> dict:
     """What a kernel over rows so wide is compiled for."""
-    columns = min(columns, triton.next_power_of_2(width))
-    acc = tl.float64 if dtype == torch.float64 else tl.float32
-    return dict(ACC=acc, BLOCK_R=elements // columns, BLOCK_C=columns, num_warps=num_warps)
+    columns = min(columns, next_power_of_2(width))
+    rows = elements // columns
+    return dict(ACC=accumulator(dtype), BLOCK_R=rows, BLOCK_C=columns, num_warps=num_warps)
+
+
+@lru_cache(KINDS)
+def _kernel_of_level(D: int, dtype: torch.dtype, has_branch: bool, first: bool) -> Kernel:
+    return Kernel(
+        _hierarchical_merge_level_fwd_kernel, D=D, HAS_BRANCH=has_branch, FIRST=first,
+        ALIGNED=_power_of_two_in(D), **tile_of(dtype, D, **LEVEL_TILE),
+    )  # fmt: skip
+
+
+@lru_cache(KINDS)
+def _kernel_of_tokens(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
+    constants = dict(WIDTH=W, J=J, STRIDES=strides)
+    return Kernel(_hierarchical_merge_fwd_kernel, **constants, **tile_of(dtype, J, **TOKEN_TILE))
 
 
 def new_outputs(levels, strides, w_in, w_out) -> tuple:
     """Uninitialised: the levels of each group side by side, w_in gamma, z, norm, merged."""
     x, B, (N, groups) = levels[0], levels[0].shape[0], groups_of(levels, strides)
+    J, W = w_in.shape
+    rows = groups[-1].first + B * groups[-1].tokens
     return (
-        [x.new_empty(B, levels[group.levels[0]].shape[1], group.width) for group in groups],
-        w_out.new_empty(w_in.shape),
-        w_out.new_empty(groups[-1].rows.stop, len(w_in)),
-        x.new_empty(B, N, dtype=torch.promote_types(x.dtype, torch.float32)),
-        w_out.new_empty(B, N, len(w_out)),
+        [x.new_empty(B, levels[group.levels[0]].shape[1], sum(group.widths)) for group in groups],
+        w_out.new_empty(J, W),
+        w_out.new_empty(rows, J),
+        x.new_empty(B, N, dtype=sum_dtype(x.dtype)),
+        w_out.new_empty(B, N, w_out.shape[0]),
     )
 
 
@@ -174,43 +201,36 @@ def _aligned(x: Tensor | None) -> Tensor | None:
     """
     if x is None or not x.numel():
         return x
-    whole = x.data_ptr() % 16 == 0
-    whole &= all(stride % _power_of_two_in(x.shape[-1]) == 0 for stride in x.stride()[:2])
-    return x if whole else x.clone(memory_format=torch.contiguous_format)
+    unit, (stride_b, stride_m, _) = _power_of_two_in(x.shape[2]), x.stride()
+    if x.data_ptr() % 16 == stride_b % unit == stride_m % unit == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
     rs, w, z, norm, merged = new_outputs(levels, strides, w_in, w_out)
-    (B, N), J, acc, dims = norm.shape, len(w_in), norm.dtype, [x.shape[-1] for x in levels]
+    (B, N), (J, W), dims = norm.shape, w_in.shape, [x.shape[-1] for x in levels]
     _, groups = groups_of(levels, strides)
-    square, a = norm.new_empty(len(z)), w.new_empty(B * N, J)
+    square, a = norm.new_empty(z.shape[0]), w.new_empty(B * N, J)
     torch.mul(w_in, gamma, out=w)
-    # autocast would narrow the products of wider numbers
-    with torch.autocast(z.device.type, enabled=False), torch.cuda.device_of(z):
-        for group, side_by_side in zip(groups, rs, strict=True):
-            parts = side_by_side.split([dims[level] for level in group.levels], dim=2)
-            for level, r in zip(group.levels, parts, strict=True):
-                x, branch = _aligned(levels[level]), _aligned(branches[level])
-                if not x.numel():
-                    continue
-                b, (_, M, D) = x if branch is None else branch, x.shape
-                tile = tile_of(acc, D, **LEVEL_TILE)
-                tiles = triton.cdiv(M, tile["BLOCK_R"])
-                _hierarchical_merge_level_fwd_kernel[(B * tiles,)](
-                    x, b, r, square[group.rows],
-                    x.stride(0), x.stride(1), b.stride(0), b.stride(1), r.stride(1),
-                    M, group.tokens, tiles,
-                    D=D, HAS_BRANCH=branch is not None, FIRST=level == group.levels[0],
-                    ALIGNED=_power_of_two_in(D), **tile,
-                )  # fmt: skip
-            columns = columns_of(w, dims, group.levels)
-            torch.mm(rows_of(side_by_side, group, z.dtype), columns.T, out=z[group.rows])
-        if a.numel():
-            tile = tile_of(acc, J, **TOKEN_TILE)
-            tiles = triton.cdiv(N, tile["BLOCK_R"])
-            _hierarchical_merge_fwd_kernel[(B * tiles,)](
-                z, square, b_in, norm, a, B, N, tiles,
-                WIDTH=sum(dims), J=J, STRIDES=tuple(group.stride for group in groups), **tile,
-            )  # fmt: skip
-        torch.addmm(b_out.to(a.dtype), a, w_out.T, out=merged.view(B * N, len(w_out)))
+    for group, side_by_side in zip(groups, rs, strict=True):
+        rows = B * group.tokens
+        square_g, z_g = square.narrow(0, group.first, rows), z.narrow(0, group.first, rows)
+        parts = side_by_side.split_with_sizes(group.widths, 2)
+        for level, r in zip(group.levels, parts, strict=True):
+            x, branch = _aligned(levels[level]), _aligned(branches[level])
+            if not x.numel():
+                continue
+            b, (_, M, D) = x if branch is None else branch, x.shape
+            kernel = _kernel_of_level(D, norm.dtype, branch is not None, level == group.levels[0])
+            tiles = cdiv(M, kernel.constants["BLOCK_R"])
+            numbers = *x.stride()[:2], *b.stride()[:2], r.stride(1), M, group.tokens, tiles
+            kernel((B * tiles,), (x, b, r, square_g), *numbers)
+        columns = columns_of(w, dims, group.levels)
+        torch.mm(rows_of(side_by_side, group.tokens, z.dtype), columns.T, out=z_g)
+    if a.numel():
+        kernel = _kernel_of_tokens(W, J, tuple([group.stride for group in groups]), norm.dtype)
+        tiles = cdiv(N, kernel.constants["BLOCK_R"])
+        kernel((B * tiles,), (z, square, b_in, norm, a), B, N, tiles)
+    torch.addmm(cast(b_out, a.dtype), a, w_out.T, out=merged.flatten(0, 1))
     return rs, w, z, norm, merged

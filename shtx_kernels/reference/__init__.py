@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, arange, cat
 from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = [
     "causal_compress",
@@ -96,6 +96,11 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
     return (scores.softmax(dim=-1) @ _widen(v)).to(v.dtype)
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    causal = mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
 class _Attention(torch.autograd.Function):
     """PyTorch's attention, whose gradient has none, unless a graph of the gradient is asked for:
     then it is made of `_softmax_attention`.
@@ -103,28 +108,34 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
-        keep = saved_tensors_hooks(lambda t: t, lambda t: t)  # a checkpoint has q, k, v to remake
-        # views, as q and v may come of each other, but these do not
-        with torch.enable_grad(), keep:
-            qkv = [t.view_as(t) for t in (q, k, v)]
-            out = F.scaled_dot_product_attention(
-                *qkv, attn_mask=mask, is_causal=mask is None, scale=scale
-            )
         ctx.save_for_backward(q, k, v, mask)
-        ctx.scale, ctx.inputs = scale, [get_gradient_edge(t) for t in qkv]
-        ctx.output = get_gradient_edge(out)
+        ctx.scale, ctx.edges = scale, None
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return _sdpa(q, k, v, mask, scale)  # checkpoints hold no tensor of a graph in a graph
+        with torch.enable_grad():  # views, as q and v may come of each other, but these do not
+            qkv = [t.view_as(t) for t in (q, k, v)]
+            out = _sdpa(*qkv, mask, scale)
+        ctx.edges = [get_gradient_edge(t) for t in (out, *qkv)]
         return out.detach()
 
     @staticmethod
     def backward(ctx, dout):
         *qkv, mask = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            with torch.autocast(dout.device.type, enabled=False):
-                qkv = [t.view_as(t) for t in qkv]
-                out = _softmax_attention(*qkv, mask, ctx.scale)
-            return *torch.autograd.grad(out, qkv, dout, create_graph=True), None, None
         again = torch._C._autograd._get_current_graph_task_keep_graph()
-        return *torch.autograd.grad(ctx.output, ctx.inputs, dout, retain_graph=again), None, None
+        if torch.is_grad_enabled():
+            qkv = [t.view_as(t) for t in qkv]
+            with torch.autocast(dout.device.type, enabled=False):
+                out = _softmax_attention(*qkv, mask, ctx.scale)
+            gradients = torch.autograd.grad(out, qkv, dout, create_graph=True)
+        elif ctx.edges is None:
+            qkv = [t.detach().requires_grad_() for t in qkv]
+            with torch.enable_grad():
+                out = _sdpa(*qkv, mask, ctx.scale)
+            gradients = torch.autograd.grad(out, qkv, dout)
+        else:
+            out, *qkv = ctx.edges
+            gradients = torch.autograd.grad(out, qkv, dout, retain_graph=again)
+        return *gradients, None, None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -133,9 +144,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
         return _softmax_attention(q, k, v, mask, scale)
     if torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling():
         return _Attention.apply(q, k, v, mask, scale)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
+    return _sdpa(q, k, v, mask, scale)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:

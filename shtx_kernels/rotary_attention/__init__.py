@@ -12,13 +12,14 @@ residue class is a stride, and the gradient is rotated back on its way into the 
 Reference: reference.rotary_attention
 """
 
+from functools import lru_cache
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .._autograd import first_order
-from .._products import matmul_precision
+from .._autograd import apply, first_order
+from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
+from .._products import matmul_precision, sum_dtype
 from .._register import is_plain, register
 from . import library, tiles
 from .backward import (
@@ -55,11 +56,11 @@ def _make_table(E: int, reach: int, dtype: torch.dtype, device: torch.device) ->
 
 def make_table(qkv: Tensor, E: int, n: int) -> Tensor:
     """The table for classes of n tokens. Compiled graphs make their own, as do fake tensors."""
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    dtype = sum_dtype(qkv.dtype)
     reach = n + MAX_BLOCK  # the farthest that two tiles can be apart
     if not is_plain(qkv):
         return _make_table(E, reach, dtype, qkv.device)
-    key = E, 1 << (reach - 1).bit_length(), dtype, qkv.device
+    key = E, next_power_of_2(reach), dtype, qkv.device
     table = _tables.get(key)
     if table is None:
         with torch.inference_mode(False):  # it may be saved for a backward
@@ -75,50 +76,38 @@ def make_table(qkv: Tensor, E: int, n: int) -> Tensor:
 def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
     """B, M, E, and n, the tokens of the longest residue class."""
     B, M, width = qkv.shape
-    return B, M, width // (3 * heads), triton.cdiv(M, dilation)
+    return B, M, width // (3 * heads), cdiv(M, dilation)
 
 
-def _constants(dtype, heads: int, E: int, window: int, dilation: int, xpos: bool) -> dict:
-    """What all kernels of attention are compiled for."""
-    return dict(
-        DILATION=dilation,
-        H=heads,
-        E=E,
-        WINDOW=window,
-        XPOS=int(xpos),
-        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-        IP=matmul_precision(),
-        BLOCK_C=max(8, triton.next_power_of_2(E // 2)),
-        BLOCK_E=max(16, triton.next_power_of_2(E)),
-    )
+@lru_cache(KINDS)
+def _kernel_of(kernel, dtype, heads, E, window, dilation, xpos: bool, precision: str, **config):
+    return Kernel(
+        kernel, DILATION=dilation, H=heads, E=E, WINDOW=window, XPOS=int(xpos),
+        ACC=accumulator(dtype), IP=precision, BLOCK_C=max(8, next_power_of_2(E // 2)),
+        BLOCK_E=max(16, next_power_of_2(E)), **config,
+    )  # fmt: skip
 
 
 def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, scale):
     B, M, E, n = _sizes(qkv, heads, dilation)
     if library.takes(qkv, E, window, n, xpos):
         return library.forward(qkv, table, heads, dilation, xpos, scale)
-    acc = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(B, M, heads * E)
-    lse = qkv.new_empty(B, heads, dilation, n, dtype=acc)
-
-    def launch(kernel, config, rows, factor, **more):
-        count = triton.cdiv(n, config[rows])
-        kernel[(B * heads * dilation * count,)](
-            qkv, table, out, lse, qkv.stride(0), qkv.stride(1), M, n, count, factor,
-            **_constants(qkv.dtype, heads, E, window, dilation, xpos), **config, **more,
-        )  # fmt: skip
-
+    lse = qkv.new_empty(B, heads, dilation, n, dtype=sum_dtype(qkv.dtype))
     if not out.numel():
         return out, lse, qkv.new_empty(0)
-    arguments = E, window, qkv.itemsize, qkv.device
-    factor = scale * LOG2_E
-    with torch.cuda.device_of(qkv):
-        if config := tiles.forward_by_tiles(*arguments):  # q and k have a root of the factor each
-            launch(_rotary_attention_fwd_tile_kernel, config, "BLOCK", factor**0.5)
-        else:
-            short = 0 < window <= tiles.SHORT
-            config = tiles.forward(*arguments)
-            launch(_rotary_attention_fwd_kernel, config, "BLOCK_M", factor, SHORT=short)
+    factor, sizes = scale * LOG2_E, (E, window, qkv.itemsize, qkv.device)
+    config = tiles.forward_by_tiles(*sizes)
+    if config is not None:  # q and k have a root of the factor each
+        kernel, rows, factor = _rotary_attention_fwd_tile_kernel, config["BLOCK"], factor**0.5
+    else:
+        config = tiles.forward(*sizes) | dict(SHORT=0 < window <= tiles.SHORT)
+        kernel, rows = _rotary_attention_fwd_kernel, config["BLOCK_M"]
+    options = qkv.dtype, heads, E, window, dilation, xpos, matmul_precision()
+    count = cdiv(n, rows)
+    numbers = *qkv.stride()[:2], M, n, count, factor
+    grid = (B * heads * dilation * count,)
+    _kernel_of(kernel, *options, **config)(grid, (qkv, table, out, lse), *numbers)
     return out, lse, qkv.new_empty(0)
 
 
@@ -126,35 +115,31 @@ def _rotary_attention_bwd(saved, table, out, lse, dout, heads, window, dilation,
     if saved.ndim == 5:
         return library.backward(saved, table, out, lse, dout, dilation, xpos, scale)
     B, M, E, n = _sizes(saved, heads, dilation)
-    dqkv = saved.new_empty(saved.shape)
-    constants = _constants(saved.dtype, heads, E, window, dilation, xpos)
-
-    def launch(kernel, config, rows, factor):
-        count = triton.cdiv(n, config[rows])
-        kernel[(B * heads * dilation * count,)](
-            saved, table, out, lse, dout, dqkv,
-            saved.stride(0), saved.stride(1), dout.stride(0), dout.stride(1),
-            M, n, count, factor, **constants, **config,
-        )  # fmt: skip
-
+    dqkv = saved.new_empty(B, M, 3 * heads * E)
     if not dqkv.numel():
         return dqkv
-    arguments = E, window, saved.itemsize, saved.device
-    factor = scale * LOG2_E
-    with torch.cuda.device_of(saved):
-        if config := tiles.backward_by_tiles(*arguments):
-            launch(_rotary_attention_bwd_tile_kernel, config, "BLOCK", factor**0.5)
-            return dqkv
-        config = tiles.backward_by_keys(*arguments)
-        launch(_rotary_attention_bwd_dkdv_kernel, config, "BLOCK_N", factor)
-        config = tiles.backward_by_queries(*arguments)
-        launch(_rotary_attention_bwd_dq_kernel, config, "BLOCK_M", factor)
+    options = saved.dtype, heads, E, window, dilation, xpos, matmul_precision()
+    tensors = saved, table, out, lse, dout, dqkv
+    strides = *saved.stride()[:2], *dout.stride()[:2]
+
+    def run(kernel, config, rows, factor):
+        count = cdiv(n, config[rows])
+        grid = (B * heads * dilation * count,)
+        _kernel_of(kernel, *options, **config)(grid, tensors, *strides, M, n, count, factor)
+
+    factor, sizes = scale * LOG2_E, (E, window, saved.itemsize, saved.device)
+    config = tiles.backward_by_tiles(*sizes)
+    if config is not None:
+        run(_rotary_attention_bwd_tile_kernel, config, "BLOCK", factor**0.5)
+        return dqkv
+    run(_rotary_attention_bwd_dkdv_kernel, tiles.backward_by_keys(*sizes), "BLOCK_N", factor)
+    run(_rotary_attention_bwd_dq_kernel, tiles.backward_by_queries(*sizes), "BLOCK_M", factor)
     return dqkv
 
 
 def _fake_fwd(qkv, table, heads, window, dilation, xpos, scale):
     B, M, E, n = _sizes(qkv, heads, dilation)
-    acc = torch.promote_types(qkv.dtype, torch.float32)
+    acc = sum_dtype(qkv.dtype)
     out = qkv.new_empty(B, M, heads * E)
     if library.takes(qkv, E, window, n, xpos):
         lse = qkv.new_empty(B * dilation, heads, n, dtype=acc)
@@ -235,7 +220,7 @@ def rotary_attention(
 
     Returns:
         (B, M, H E) in the dtype of qkv, contiguous. For fp32, products are in TF32 where
-        torch.get_float32_matmul_precision() allows it.
+        torch.set_float32_matmul_precision or torch.backends.cuda.matmul allows it.
 
     Raises:
         ValueError: naming the argument whose shape, strides or value is not as above.
@@ -266,8 +251,8 @@ def rotary_attention(
         )
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    E, n = qkv.shape[-1] // (3 * heads), triton.cdiv(qkv.shape[1], dilation)
+    E, n = qkv.shape[-1] // (3 * heads), cdiv(qkv.shape[1], dilation)
     window = -1 if window is None or window >= n - 1 else window
     scale = E**-0.5 if scale is None else float(scale)
     table = make_table(qkv, E, n)
-    return _RotaryAttention.apply(qkv, table, heads, window, dilation, xpos, scale)
+    return apply(_RotaryAttention, qkv, table, heads, window, dilation, xpos, scale)

@@ -7,12 +7,14 @@ the same bits every time: cuDNN's, a third faster, gave others within 30 runs.
 """
 
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import KINDS, Kernel, cdiv, next_power_of_2
 from .forward import STEP, angles, load_rows, program, rotate, store_rows
 
 BLOCK = 64  # rows of a tile
@@ -77,17 +79,22 @@ def _rotary_attention_rotate_kernel(
         move(qkv_ptr + 2 * K, stride, v_ptr, K, i0, local, n, n_max, offs_e, E)
 
 
+@lru_cache(KINDS)
+def _kernel_of_rotation(dilation: int, H: int, E: int, xpos: bool, back: bool) -> Kernel:
+    return Kernel(
+        _rotary_attention_rotate_kernel, DILATION=dilation, H=H, E=E, XPOS=int(xpos), BACK=back,
+        BLOCK=BLOCK, BLOCK_C=next_power_of_2(E // 2), BLOCK_E=next_power_of_2(E), num_warps=4,
+    )  # fmt: skip
+
+
 def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, back: bool):
     """qkv (B, M, 3 H E) to q, k, v (B dilation, n, H, E) in `classes`, or their gradients back."""
     B, M, _ = qkv.shape
     _, n, H, E = classes[0].shape
-    tiles = triton.cdiv(n, BLOCK)
-    with torch.cuda.device_of(qkv):
-        _rotary_attention_rotate_kernel[(B * H * dilation * tiles,)](
-            qkv, *classes, table, qkv.stride(0), qkv.stride(1), M, n, tiles,
-            DILATION=dilation, H=H, E=E, XPOS=int(xpos), BACK=back, BLOCK=BLOCK, num_warps=4,
-            BLOCK_C=triton.next_power_of_2(E // 2), BLOCK_E=triton.next_power_of_2(E),
-        )  # fmt: skip
+    tiles = cdiv(n, BLOCK)
+    kernel = _kernel_of_rotation(dilation, H, E, bool(xpos), back)
+    numbers = *qkv.stride()[:2], M, n, tiles
+    kernel((B * H * dilation * tiles,), (qkv, *classes, table), *numbers)
 
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
@@ -109,17 +116,22 @@ def _rotary_attention_regroup_kernel(
         move(tokens_ptr, stride, classes_ptr, K, i0, local, n, n_max, offs_e, E)
 
 
+@lru_cache(KINDS)
+def _kernel_of_regrouping(dilation: int, H: int, E: int, back: bool) -> Kernel:
+    return Kernel(
+        _rotary_attention_regroup_kernel, DILATION=dilation, H=H, E=E, BACK=back, BLOCK=BLOCK,
+        BLOCK_E=next_power_of_2(E), num_warps=4,
+    )  # fmt: skip
+
+
 def regroup(tokens: Tensor, classes: Tensor, dilation: int, back: bool):
     """tokens (B, M, H E) to classes (B dilation, n, H, E), or back."""
     B, M, _ = tokens.shape
     _, n, H, E = classes.shape
-    tiles = triton.cdiv(n, BLOCK)
-    with torch.cuda.device_of(tokens):
-        _rotary_attention_regroup_kernel[(B * H * dilation * tiles,)](
-            tokens, classes, tokens.stride(0), tokens.stride(1), M, n, tiles,
-            DILATION=dilation, H=H, E=E, BACK=back, BLOCK=BLOCK, num_warps=4,
-            BLOCK_E=triton.next_power_of_2(E),
-        )  # fmt: skip
+    tiles = cdiv(n, BLOCK)
+    numbers = *tokens.stride()[:2], M, n, tiles
+    grid = (B * H * dilation * tiles,)
+    _kernel_of_regrouping(dilation, H, E, back)(grid, (tokens, classes), *numbers)
 
 
 def by_class(t: Tensor, dilation: int, heads: int) -> Tensor:
@@ -127,7 +139,7 @@ def by_class(t: Tensor, dilation: int, heads: int) -> Tensor:
     B, M, K = t.shape
     if dilation == 1:
         return t.unflatten(2, (heads, -1))
-    classes = t.new_empty(B * dilation, triton.cdiv(M, dilation), heads, K // heads)
+    classes = t.new_empty(B * dilation, cdiv(M, dilation), heads, K // heads)
     regroup(t, classes, dilation, back=False)
     return classes
 
@@ -150,7 +162,7 @@ def deterministic():
 def forward(qkv, table, heads: int, dilation: int, xpos: bool, scale: float):
     """out (B, M, H E), lse, and the rotated q, k, v (3, B dilation, n, H, E) for backward."""
     B, M, width = qkv.shape
-    n, E = triton.cdiv(M, dilation), width // (3 * heads)
+    n, E = cdiv(M, dilation), width // (3 * heads)
     classes = qkv.new_empty(3, B * dilation, n, heads, E)
     rotate_classes(qkv, classes, table, dilation, xpos, back=False)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(

@@ -7,8 +7,8 @@ sweep of prototypes, which is not. Wider numbers and heads take what fits.
 """
 
 import torch
-import triton
 
+from .._launch import next_power_of_2
 from .._target import capability
 
 SHORT = 128  # most tokens of a window whose blocks or halos are unrolled
@@ -25,7 +25,7 @@ def forward_by_tiles(E: int, window: int, itemsize: int, device: torch.device) -
         return None
     if E <= 16 and window <= 16:
         return dict(BLOCK=16, HALO=16, num_warps=1, num_stages=1)
-    halo = max(16, triton.next_power_of_2(window))
+    halo = max(16, next_power_of_2(window))
     return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
 
 
