@@ -1,15 +1,23 @@
 """The `shtx` command: finds the verb, and imports only what that verb needs."""
 
 import os
+import signal
 import sys
+import traceback
+import warnings
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
+from shtx.train import OUT_OF_MEMORY, TrainError, visible
+from shtx.train.stop import SIGNALS, Stop, name
+
 TRAIN_EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "numpy")
-MODULES = {  # of the verbs that need the extra
+MODULES = {
     "train": "shtx.train.run",
     "warmup": "shtx.train.warmup",
     "generate": "shtx.train.generate",
+    "info": "shtx.info",
 }
 
 HELP = """\
@@ -27,7 +35,8 @@ examples:
   shtx generate --checkpoint runs/enwik8 --prompt "The city of" --length 1000
   shtx info --check
 
-`shtx <verb> --help` lists the options of a verb.
+`shtx <verb> --help` lists the options of a verb; `--traceback` with any verb shows where in the
+code an error arose.
 """
 
 
@@ -38,49 +47,100 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; None means those of this process.
 
     Returns:
-        the exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 stopped by SIGINT or SIGTERM,
-        141 where nobody reads the output any longer, as behind `| head`.
+        the exit status: 0 done, 1 failed, 2 wrong usage; 129, 130 or 143 stopped by SIGHUP, SIGINT
+        or SIGTERM; 141 where nobody reads the output any longer, as behind `| head`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an encoding without a character shows its escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = dispatch(*((sys.argv[1:] if argv is None else argv) or ["--help"]))
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
-        return 141
+        status = 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, or a terminal that is gone
+        status = fail("", f"output: {error.strerror}")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+    return status
 
 
 def dispatch(verb: str, *rest: str) -> int:
-    rest = list(rest)
     if verb in ("-h", "--help"):
         print(HELP, end="")
         return 0
-    if verb == "info":
-        from shtx.info import main as info
-
-        return info(rest)
-    if verb in MODULES:
-        missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
-        if missing:
-            return fail(verb, f'{", ".join(missing)} not installed: pip install "shtx[train]"')
-        return run(verb, rest)
-    return fail("", f"unknown verb {verb!r}; the verbs are train, warmup, generate and info")
+    if verb not in MODULES:
+        return fail("", f"unknown verb {verb!r}; the verbs are train, warmup, generate and info")
+    missing = [name for name in TRAIN_EXTRA if verb != "info" and find_spec(name) is None]
+    if missing:
+        return fail(verb, f'{", ".join(missing)} not installed: pip install "shtx[train]"')
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: tell(verb, "warning", str(message))
+        return run(verb, [argument for argument in rest if argument != "--traceback"], rest)
 
 
-def run(verb: str, argv: list[str]) -> int:
-    from shtx.train import TrainError
+def run(verb: str, argv: list[str], given: tuple[str, ...]) -> int:
+    with EndAtOnce(verb):
+        module = import_module(MODULES[verb])
+    with Stop(at_once=True) as stop:
+        try:
+            return module.main(argv)
+        except (KeyboardInterrupt, Exception) as error:
+            if "--traceback" in given:
+                traceback.print_exc()
+            if isinstance(error, BrokenPipeError):
+                raise
+            # whatever became of the exception on its way through the code of others
+            signum = getattr(error, "signum", stop.signum) or isinstance(error, KeyboardInterrupt)
+            if not signum:
+                return fail(verb, explain(verb, error))
+            signum = signal.SIGINT if signum is True else signum
+            say(f"shtx {verb}: {name(signum)}{getattr(error, 'advice', '')}")
+            return 128 + signum
 
-    try:
-        return import_module(MODULES[verb]).main(argv)
-    except BrokenPipeError:
-        raise
-    except (TrainError, OSError) as error:
-        return fail(verb, str(error))
-    except KeyboardInterrupt:
-        print(f"shtx {verb}: interrupted", file=sys.stderr)
-        return 130
+
+class EndAtOnce:
+    """While modules are imported, where an exception could get lost, a signal ends the process."""
+
+    def __init__(self, verb: str):
+        self.verb = verb
+
+    def __enter__(self):
+        hangup = signal.getsignal(signal.SIGHUP)
+        caught = [s for s in SIGNALS if s != signal.SIGHUP or hangup is not signal.SIG_IGN]
+        self.previous = {s: signal.signal(s, self.end) for s in caught}
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def end(self, signum: int, frame):
+        say(f"shtx {self.verb}: {name(signum)} before it began")
+        os._exit(128 + signum)
+
+
+def explain(verb: str, error: Exception) -> str:
+    """In one line what went wrong, and what can be done about it."""
+    text = str(error).strip()
+    if isinstance(error, (TrainError, OSError)):
+        return text
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "allocate memory" in text:
+        return OUT_OF_MEMORY[verb]
+    first = text.splitlines()[0] if text else "no message"
+    return f"{kind}: {first} (--traceback shows where)"
 
 
 def fail(verb: str, message: str) -> int:
-    print(f"{f'shtx {verb}'.strip()}: error: {message}", file=sys.stderr)
+    tell(verb, "error", message)
     return 1
+
+
+def tell(verb: str, what: str, message: str) -> None:
+    say(f"{f'shtx {verb}'.strip()}: {what}: {message}")
+
+
+def say(text: str) -> None:
+    """A line on stderr, where there is anybody left to read it."""
+    with suppress(OSError):
+        print(" ".join(visible(text).split("\n")), file=sys.stderr, flush=True)

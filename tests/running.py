@@ -1,6 +1,11 @@
 """A small run of the command line, and what it leaves."""
 
+import io
+import json
+from hashlib import sha256
+
 import numpy as np
+import torch
 
 from shtx.cli import main
 from shtx.train.metrics import read
@@ -32,3 +37,25 @@ def rows(run):
         {k: v for k, v in row.items() if k != "tokens_per_second"}
         for row in read(run / "metrics.jsonl")
     ]
+
+
+def write(step, name, content):
+    """A file of a checkpoint, which its manifest vouches for."""
+    (step / name).write_bytes(content)
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest[name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_config(step, change):
+    config = json.loads((step / "config.json").read_text())
+    change(config)
+    write(step, "config.json", json.dumps(config).encode())
+
+
+def change_state(step, change):
+    state = torch.load(step / "optimizer.pt", weights_only=True)
+    change(state)
+    file = io.BytesIO()
+    torch.save(state, file)
+    write(step, "optimizer.pt", file.getvalue())

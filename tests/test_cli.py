@@ -11,9 +11,9 @@ from helpers import DEVICE, ROOT, child_environment
 
 from shtx import ops
 from shtx.cli import TRAIN_EXTRA, main
+from shtx.train import visible
 from shtx.train.checkpoint import load
 from shtx.train.config import Config
-from shtx.train.progress import visible
 from shtx.train.trainer import build
 
 TOKEN_OPS = [f"decode.{name}" for name in ops.TOKEN_OPS]

@@ -1,6 +1,5 @@
 """The directory of a run: who may write there, and whose the files are."""
 
-import json
 import os
 import re
 import shutil
@@ -8,7 +7,7 @@ import signal
 import time
 
 import pytest
-from running import resume, rows, train
+from running import change_config, resume, rows, train
 
 from shtx.cli import main
 from shtx.train import TrainError
@@ -36,18 +35,6 @@ def of_an_older_version(run):
     for step in (run / "checkpoints").iterdir():
         change_config(step, lambda config: config.pop("id"))
     return run
-
-
-def change_config(step, change):
-    """A checkpoint with other settings, which its manifest vouches for."""
-    from shtx.train.checkpoint import _fingerprint, _json
-
-    config = json.loads((step / "config.json").read_text())
-    change(config)
-    (step / "config.json").write_bytes(_json(config))
-    manifest = json.loads((step / "manifest.json").read_text())
-    manifest["config.json"] = _fingerprint((step / "config.json").read_bytes())
-    (step / "manifest.json").write_bytes(_json(manifest))
 
 
 # one process

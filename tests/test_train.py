@@ -6,23 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, child_environment
-from running import TINY, resume, rows, train
+from running import TINY, change_config, change_state, resume, rows, train
 
 from shtx import HierarchicalTransformer
 from shtx.train import TrainError
 from shtx.train.checkpoint import load
 from shtx.train.config import PRESETS, Config, Model, parse
 from shtx.train.data import Corpus
-from shtx.train.loop import Stop
 from shtx.train.metrics import Metrics, read
 from shtx.train.progress import printable
 from shtx.train.run import place
+from shtx.train.stop import Stop
 from shtx.train.trainer import Trainer, build, learning_rate
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -97,6 +98,33 @@ def test_learning_rate():
     assert rates.index(peak) == round(0.05 * config.steps) - 1
     assert rates[rates.index(peak) :] == sorted(rates[rates.index(peak) :], reverse=True)
     assert 0 < rates[-1] < 0.03 * config.lr
+    warmup = round(0.05 * config.steps)  # of a cosine over the steps after it
+    assert rates[warmup] == pytest.approx(config.lr, rel=1e-12)
+    middle = warmup + (config.steps - warmup) // 2
+    angle = math.pi * (middle - warmup) / (config.steps - warmup)
+    assert rates[middle] == pytest.approx(config.lr * (0.51 + 0.49 * math.cos(angle)), rel=1e-12)
+    angle = math.pi * (config.steps - 1 - warmup) / (config.steps - warmup)
+    assert rates[-1] == pytest.approx(config.lr * (0.51 + 0.49 * math.cos(angle)), rel=1e-12)
+
+
+def test_schedule_that_is_constant():
+    config = replace(PRESETS["cpu"], schedule="constant", steps=100)
+    rates = [learning_rate(config, step) / config.lr for step in range(100)]
+    assert rates[4:80] == [1] * 76
+    assert rates[80:] == pytest.approx([1 - 0.98 * (n + 1) / 20 for n in range(20)])
+    longer = replace(config, steps=150)
+    assert [learning_rate(longer, step) / config.lr for step in range(7, 120)] == [1] * 113
+
+
+def test_schedule_that_ends_at_its_minimum():
+    config = replace(PRESETS["cpu"], schedule="minimum", steps=150, curve=100)
+    cosine = replace(config, schedule="cosine", steps=100, curve=None)
+    assert [learning_rate(config, step) for step in range(100)] == [
+        learning_rate(cosine, step) for step in range(100)
+    ]
+    assert [learning_rate(config, s) for s in range(100, 150)] == pytest.approx(
+        [0.02 * config.lr] * 50
+    )
 
 
 def test_bits_per_byte(text):
@@ -168,13 +196,29 @@ def test_resume_with_the_scaler_where_it_was(text, tmp_path):
     assert scale["scale"] == 65536.0 and scale["_growth_tracker"] == 12
 
 
-def test_more_steps(text, tmp_path, run, capsys):
+@pytest.mark.parametrize("schedule", ["cosine", "minimum"])
+def test_more_steps(text, tmp_path, run, capsys, schedule):
     part = tmp_path / "part"
     shutil.copytree(run, part)
-    assert resume(part, "--steps", "14") == 0
+    assert resume(part, "--steps", "14", "--schedule", schedule) == 0
+    output, last = capsys.readouterr().out, rows(part)[-2]["lr"]
+    assert ("learning rate jumps from 2.39e-04 to 4.57e-04" in output) == (schedule == "cosine")
+    if schedule == "minimum":
+        assert last == pytest.approx(0.02 * 0.006)
+        assert resume(part, "--steps", "20") == 0  # as it goes on from there
+        assert {r["lr"] for r in rows(part) if r["step"] > 12 and "lr" in r} == {last}
+        return
     assert load(part).step == 14
     assert [row["step"] for row in rows(part) if "loss" in row] == list(range(1, 15))
     assert rows(part)[: len(rows(run))] == rows(run)
+
+
+def test_learning_rate_that_jumps_is_told_before_the_first_step(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "part")
+    assert resume(tmp_path / "part", "--steps", "40") == 0
+    output = capsys.readouterr().out
+    told = output.index("the learning rate jumps from 2.39e-04 to 5.05e-03, as")
+    assert told < output.index("step 15/40") and "; --schedule minimum goes on" in output
 
 
 def test_resume_of_a_finished_run_changes_nothing(run, tmp_path, capsys):
@@ -207,6 +251,25 @@ def test_resume_refuses_changes(run, capsys, arguments, message):
 def test_resume_takes_flags_that_say_the_same(run, tmp_path, text):
     shutil.copytree(run, tmp_path / "part")
     assert resume(tmp_path / "part", *TINY, "--data", str(text)) == 0
+
+
+def test_resume_on_another_machine(run, tmp_path, capsys):
+    """What a run learns depends neither on these flags nor on the options of a GPU's optimizer."""
+    part = tmp_path / "part"
+    shutil.copytree(run, part)
+    shutil.rmtree(part / "checkpoints" / "step-000012")
+    step = part / "checkpoints" / "step-000008"
+    change_config(step, lambda config: config["run"].update(device="cuda:7", impl="fused"))
+    change_state(step, lambda state: state["optimizer"]["param_groups"][0].update(capturable=True))
+    assert resume(part) == 1
+    error = capsys.readouterr().err
+    assert "--device cuda:7: " in error and "; --device cpu needs none" in error
+    free = "--device cpu --impl reference --log-every 1 --eval-every 3 --save-every 2"
+    assert resume(part, *free.split(), "--eval-sequences", "4") == 0
+    assert load(part).path.name == "step-000012"
+    for name in ("model.safetensors", "optimizer.pt"):
+        ours, theirs = (path / "checkpoints/step-000012" / name for path in (part, run))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_resume_refuses_other_data(run, tmp_path, capsys):
@@ -330,6 +393,9 @@ def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
         ("--seed -1", "--seed must be in [0, 2^63), got -1"),
         ("--device tpu9", "--device must be cpu, cuda or cuda:N, got tpu9"),
         ("--device cuda:99", "--device cuda:99: "),
+        ("--depth 10001", "--depth must be at most 10,000, got 10001"),
+        ("--dim 1000000", "out of memory: 35,001,688,000,000 parameters need 560,0"),
+        ("--hierarchical-stride 2 4 --hierarchies 2 4 --hierarchy-merge-all", "--hierarchical-str"),
         ("--hierarchies 1 3", "hierarchies must be a power of two, got 3"),
         ("--dim 16 16 16", "dim must be one value or 2 (one for each of hierarchies), got 3"),
         ("--seq-len 100000", "--data: "),

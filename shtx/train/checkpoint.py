@@ -13,9 +13,12 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,28 +126,56 @@ def load(path: Path) -> Checkpoint:
 
 def _load(path: Path) -> Checkpoint:
     manifest = parse_json(path / MANIFEST, _read(path / MANIFEST))
-    contents = {name: _read(path / name) for name in FILES}
-    for name, content in contents.items():
-        if (listed := manifest.get(name)) != _fingerprint(content):
-            size = listed.get("bytes") if isinstance(listed, dict) else None
-            what = "sha256" if size == len(content) else "size"
-            raise TrainError(f"{path / name}: damaged: its {what} is not that in {MANIFEST}")
+    contents = {}
+    for name in FILES:
+        listed = manifest.get(name)
+        size = listed.get("bytes") if isinstance(listed, dict) else None
+        contents[name] = _read(path / name, size)
+        if listed != _fingerprint(contents[name]):
+            raise _unlike(path / name, "sha256" if size == len(contents[name]) else "size")
     weights, optimizer, config = (contents[name] for name in FILES)
-    config = parse_json(path / FILES[-1], config)
+    config = parse_json(path / FILES[2], config)
+    if type(step := config.pop("step", None)) is not int or step != step_of(path):
+        raise TrainError(f"{path / FILES[2]}: damaged: its step is {step!r}, not that of its name")
+    state = lambda: torch.load(io.BytesIO(optimizer), weights_only=True, map_location="cpu")
     return Checkpoint(
         path=path,
-        step=config.pop("step"),
+        step=step,
         config=config,
-        weights=safetensors.torch.load(weights),
-        state=torch.load(io.BytesIO(optimizer), weights_only=True, map_location="cpu"),
+        weights=_decode(path / FILES[0], lambda: safetensors.torch.load(weights)),
+        state=_decode(path / FILES[1], state),
     )
 
 
-def _read(file: Path) -> bytes:
+def _decode(file: Path, decode: Callable[[], dict]) -> dict:
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
+            value = decode()
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise TrainError(f"{file}: refused: it has more in it than tensors and numbers") from error
+    except Exception as error:  # of whatever kind, from what does the decoding
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TrainError(f"{file}: damaged: {what}") from error
+    if not isinstance(value, dict):
+        raise TrainError(f"{file}: damaged: not what was written")
+    return value
+
+
+def _read(file: Path, size: int | None = None) -> bytes:
+    """Of `size` bytes if that is given: a file of another size may be larger than all memory."""
+    try:
+        if size is not None and file.stat().st_size != size:
+            raise _unlike(file, "size")
         return read(file)
     except FileNotFoundError:
         raise TrainError(f"{file}: missing") from None
+
+
+def _unlike(file: Path, what: str) -> TrainError:
+    return TrainError(f"{file}: damaged: its {what} is not that in {MANIFEST}")
 
 
 def _json(value: dict) -> bytes:

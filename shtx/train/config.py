@@ -3,18 +3,27 @@
 import argparse
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 
+from shtx import __version__
 from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
-from shtx.train.home import origin, settings
+from shtx.train.home import RUN, origin, settings
 
+IDENTITY = {"bytes": int, "sha256": str}  # of data
+MAX_DEPTH = 10_000
+# what a resumed run may change: what it learns does not depend on it, or it is told
+FREE = (
+    *("steps", "schedule", "curve", "data", "out", "resume", "device", "impl", "model"),
+    *("log_every", "eval_every", "eval_sequences", "save_every", "activation_checkpointing"),
+)
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
 
@@ -81,7 +90,12 @@ class Config:
     batch_size: int
     """Sequences a step, over all processes."""
     lr: float
-    """Peak learning rate: a short warmup leads to it, a cosine away from it."""
+    """Peak learning rate: a short warmup leads to it, --schedule away from it."""
+    schedule: Literal["cosine", "constant", "minimum"] = "cosine"
+    """How the learning rate falls to a fiftieth. cosine: all the way to --steps. constant: in the
+    last fifth alone. minimum: a cosine whose end stays where it is when --resume raises --steps."""
+    curve: tyro.conf.Suppress[int | None] = None
+    """Steps of the schedule; None: all."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
     """Of matrix products; weights are fp32."""
     impl: Literal["auto", "fused", "reference"] = "auto"
@@ -98,7 +112,7 @@ class Config:
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Continue the run in this directory from its newest checkpoint, or from this checkpoint of it,
     giving up the later ones; with another --out there, leaving the run as it is. The settings are
-    those of the run; --steps may be raised."""
+    those of the run; --steps may be raised, and what does not change what it learns may differ."""
     log_every: int = 10
     """Steps between lines of progress."""
     eval_every: int
@@ -118,8 +132,10 @@ class Config:
             "log_every",
             "eval_sequences",
         ):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.model.depth > MAX_DEPTH:
+            raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise TrainError(f"--lr must be positive and finite, got {self.lr}")
         if not 0 <= self.seed < 2**63:
@@ -128,13 +144,70 @@ class Config:
     def to_json(self) -> dict:
         """What a resumed run needs; its place is not part of it."""
         data = str(self.data.resolve()) if self.data else None
-        return asdict(replace(self, out=None, resume=None)) | {"data": data}
+        return asdict(replace(self, out=None, resume=None)) | {
+            "data": data,
+            "defaults": _at_default(self) + _at_default(self.model),
+        }
 
     @classmethod
-    def from_json(cls, values: dict) -> "Config":
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values["model"].items()}
-        data = Path(values["data"]) if values["data"] else None
-        return cls(**values | {"data": data, "model": Model(**tuples)})
+    def from_json(
+        cls, values: dict, source: Path = Path("settings"), version: str = __version__
+    ) -> "Config":
+        """The settings that `to_json` of this version or of another gave.
+
+        Args:
+            values: JSON.
+            source, version: the file they are from, and the version that wrote it.
+
+        Raises:
+            TrainError: a setting is malformed, or is not at its default and unknown here, or
+                missing and without a default.
+        """
+        values = dict(values)
+        ignored = values.pop("defaults", [])
+        model = values.get("model")
+        if not isinstance(model, dict) or not isinstance(ignored, list):
+            raise TrainError(f"{source}: damaged: not the settings of a run")
+        unknown, missing, kept = [], [], []
+        for part, given in ((Model, model), (cls, values)):
+            known = {f.name: f for f in fields(part)}
+            unknown += [f"{k}={v!r}" for k, v in given.items() if k not in (*known, *ignored)]
+            missing += [n for n, f in known.items() if n not in given and f.default is MISSING]
+            kept.append({k: v for k, v in given.items() if k in known})
+        if unknown or missing:
+            lists = [("does not know", unknown), ("needs, and which are missing", missing)]
+            what = "; ".join(f"settings that this one {w}: {', '.join(n)}" for w, n in lists if n)
+            raise TrainError(
+                f"{source}: written by shtx {version}, this is shtx {__version__}; {what}"
+            )
+        model, values = kept
+        del values["model"]
+        for part, given in ((Model, model), (cls, values)):
+            hints = get_type_hints(part)
+            for name, value in given.items():
+                if not _fits(value, hints[name]):
+                    raise TrainError(f"{source}: damaged: {name} cannot be {value!r}")
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
+        paths = {k: v and Path(v) for k, v in values.items() if k in ("data", "out", "resume")}
+        return cls(**values | paths | {"model": Model(**tuples)})
+
+
+def _at_default(settings) -> list[str]:
+    """Settings that another version can do without, if it does not know them."""
+    return [f.name for f in fields(settings) if getattr(settings, f.name) == f.default]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type of a setting."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if kind is Literal:
+        return isinstance(value, str) and value in arguments
+    if kind is tuple:
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+    accepted = {float: (int, float), Path: (str,)}.get(hint, (hint,))
+    return type(value) in accepted
 
 
 PRESETS = {
@@ -222,22 +295,35 @@ def parse(
 
     begun = settings(asked.resume) if step_of(asked.resume) is None else None
     if begun and not find_steps(asked.resume / CHECKPOINTS):  # it ended before its first one
-        run, checkpoint, home = begun["run"], None, asked.resume
+        checkpoint, home = None, asked.resume
+        run = Config.from_json(begun["run"], home / RUN)
     else:
         checkpoint = load(asked.resume)
-        run, home = checkpoint.config["run"], origin(asked.resume, checkpoint)
+        run, home = of(checkpoint), origin(asked.resume, checkpoint)
         if home is None and asked.out is None:
             raise TrainError(
                 f"--resume {asked.resume}: {checkpoint.path.name} is a copy, not among the"
                 " checkpoints of its run: name where it is to go on with --out DIR"
             )
-    run = replace(Config.from_json(run), out=home)
+    run = replace(run, out=home)
     config = replace(cli(default=run), resume=asked.resume)
     _refuse_changes(run, config)
+    if config.schedule == "minimum" and config.steps > run.steps:
+        config = replace(config, curve=run.curve or run.steps)
+    elif config.schedule != "minimum":
+        config = replace(config, curve=None)
     return config, checkpoint
 
 
-FREE = ("steps", "data", "out", "resume", "model")
+def of(checkpoint: Checkpoint) -> Config:
+    """The settings of the run that wrote a checkpoint."""
+    versions = checkpoint.config.get("versions")
+    version = versions.get("shtx") if isinstance(versions, dict) else None
+    source = checkpoint.path / "config.json"
+    data = checkpoint.config.get("data")
+    if not isinstance(data, dict) or {k: type(v) for k, v in data.items()} != IDENTITY:
+        raise TrainError(f"{source}: damaged: no identity of the data")
+    return Config.from_json(checkpoint.config.get("run") or {}, source, version or "(unknown)")
 
 
 def _refuse_changes(run: Config, config: Config) -> None:

@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from shtx.train import TrainError
+from shtx.train import TrainError, visible
 from shtx.train.checkpoint import load
-from shtx.train.config import Config
-from shtx.train.progress import visible
+from shtx.train.config import of
 from shtx.train.run import find_device
 from shtx.train.trainer import build
 
@@ -64,10 +63,14 @@ def main(argv: list[str]) -> int:
     if options.length < 0:
         raise TrainError(f"--length must be at least 0, got {options.length}")
     device = find_device(options.device, "--device cpu needs none")
-    checkpoint = load(options.checkpoint.resolve())
-    config = replace(Config.from_json(checkpoint.config["run"]), impl="auto")
+    checkpoint = load(Path(os.path.abspath(options.checkpoint)))
+    config = replace(of(checkpoint), impl="auto")
     model = build(config, device)
-    model.load_state_dict(checkpoint.weights)
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
 
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     prompt = os.fsencode(options.prompt)

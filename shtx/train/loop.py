@@ -1,7 +1,6 @@
 """The loop of a run: steps, records, checkpoints, and how it stops."""
 
 import math
-import signal
 import time
 
 import torch
@@ -13,25 +12,8 @@ from shtx.train.checkpoint import save
 from shtx.train.home import Home
 from shtx.train.metrics import Metrics
 from shtx.train.progress import Display
+from shtx.train.stop import Stop
 from shtx.train.trainer import Trainer, learning_rate
-
-
-class Stop:
-    """Notes SIGINT and SIGTERM while the context lasts; a second SIGINT interrupts as usual."""
-
-    signum = 0
-
-    def __enter__(self) -> "Stop":
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def note(self, signum, frame) -> None:
-        self.signum = signum
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int:
@@ -91,12 +73,13 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
             metrics.sync()
             save(home.path, done, description, weights, trainer.state())
 
+    trainer.compile()
+    lacking = first and metrics.lacks_validation(done, config.eval_every)
+    if done == 0 or trainer.agree(int(lacking)):
+        validate()
+    if done and first and not home.holds_checkpoints():  # what is resumed lies elsewhere
+        keep()
     with Stop() as stop:
-        trainer.compile()
-        if done == 0:
-            validate()
-        elif first and not home.holds_checkpoints():  # what is resumed lies elsewhere
-            keep()
         losses, signum, clock = [], 0, time.perf_counter()
         while done < config.steps and not signum:
             losses.append(trainer.step(done))
@@ -106,10 +89,10 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
                 for every in (config.log_every, config.eval_every, config.save_every)
             )
             if trainer.world == 1 or log:
-                signum = trainer.agree(stop.signum)
+                signum = trainer.agree(stop.signum or display.output.signum)
             if log or evaluate or checkpoint or signum:
                 record(losses, time.perf_counter() - clock)
-                if evaluate:
+                if evaluate and not signum:  # else the resumed run begins with it
                     validate()
                 if checkpoint or signum:
                     keep()

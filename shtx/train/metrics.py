@@ -7,41 +7,59 @@ from pathlib import Path
 
 from shtx.train.files import publish
 
+VALIDATION = "val_bits_per_byte"
+
 
 class Metrics:
     """The rows of a run, to be appended to.
 
     Args:
-        path: the file; rows of steps after `step`, which a resumed run does again, are dropped.
+        path: the file; rows of steps after `step`, which a resumed run does again, are dropped, and
+            lines that a process did not live to finish. Other lines stay.
         step: the steps already done; at 0 the run begins, and so does the file.
     """
 
     def __init__(self, path: Path, step: int):
-        rows = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
+        lines = _lines(path) if step and path.exists() else []
+        lines = [(line, row) for line, row in lines if _step(row) is None or _step(row) <= step]
+        self.validated = {_step(row) for _, row in lines if _is_row(row) and VALIDATION in row}
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(map(_line, rows)))
+        temporary.write_text("".join(f"{line}\n" for line, _ in lines))
         publish(temporary, path)
         self.file = open(path, "a", buffering=1)  # a line at a time
 
     def append(self, **row) -> None:
-        self.file.write(_line(row))
+        self.file.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
         """Wait until the rows are on the disk."""
         os.fsync(self.file.fileno())
 
+    def lacks_validation(self, step: int, every: int) -> bool:
+        """Whether a validation was due after this step, and did not come about."""
+        return step % every == 0 and step not in self.validated
+
 
 def read(path: Path) -> list[dict]:
-    """The rows, without those that a process did not live to finish."""
-    rows = []
+    """The rows: objects with a step, all of whose values are numbers."""
+    return [row for _, row in _lines(path) if _is_row(row)]
+
+
+def _lines(path: Path) -> list[tuple[str, object]]:
+    lines = []
     for line in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+        with suppress(ValueError, RecursionError):
+            lines.append((line, json.loads(line)))
+    return lines
 
 
-def _line(row: dict) -> str:
-    return json.dumps(row) + "\n"
+def _is_row(row) -> bool:
+    return _step(row) is not None and all(type(value) in (int, float) for value in row.values())
+
+
+def _step(row) -> int | None:
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
 
 
 def plot(path: Path, png: Path) -> None:
@@ -50,7 +68,7 @@ def plot(path: Path, png: Path) -> None:
 
     rows = read(path)
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
-    val = [(row["step"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
+    val = [(row["step"], row[VALIDATION]) for row in rows if VALIDATION in row]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), linewidth=0.7, alpha=0.7, label="training batch")
@@ -58,4 +76,6 @@ def plot(path: Path, png: Path) -> None:
     axes.set(xlabel="step", ylabel="bits per byte", title="Next-byte loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(png, dpi=150)
+    temporary = png.with_name(f"{png.name}.tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    publish(temporary, png)

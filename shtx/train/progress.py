@@ -1,11 +1,47 @@
 """What a run shows: one line that redraws itself on a terminal, plain lines elsewhere."""
 
+import signal
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shtx.train import visible
+
+
+class Output:
+    """A stream whose loss ends nothing: what cannot be written is dropped.
+
+    Attributes:
+        signum: SIGPIPE once nobody reads it any more, as behind `| head`; else 0.
+    """
+
+    signum = 0
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, function, *args) -> None:
+        try:
+            function(*args)
+        except BrokenPipeError:
+            self.signum = int(signal.SIGPIPE)
+        except OSError:  # its disk is full, or its terminal is gone
+            pass
+
 
 class Display:
-    """Use as a context.
+    """What a run shows; use as a context. Control characters are shown as escapes.
 
     Args:
         steps: steps in all.
@@ -15,7 +51,15 @@ class Display:
 
     def __init__(self, steps: int, done: int, quiet: bool):
         self.steps = steps
-        self.console = Console(quiet=quiet, soft_wrap=True, markup=False, highlight=False)
+        self.output = Output(sys.stdout)
+        self.console = Console(
+            file=self.output,
+            quiet=quiet,
+            soft_wrap=True,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -35,7 +79,7 @@ class Display:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(visible(text))
 
     def step(self, done: int, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
         text = f"loss {loss:.3f} nats, {bits_per_byte:.3f} bits per byte"
@@ -48,10 +92,3 @@ class Display:
 def printable(data: bytes) -> str:
     """Text as it is; what is not UTF-8, or would move the cursor, as escapes."""
     return visible(data.decode("utf-8", errors="backslashreplace"))
-
-
-def visible(text: str) -> str:
-    """Text as it is; what would move the cursor, as escapes."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )

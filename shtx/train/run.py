@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 
 from shtx import HierarchicalTransformer, __version__, ops
-from shtx.train import OUT_OF_MEMORY, TrainError
+from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint
-from shtx.train.config import Config, look, parse
+from shtx.train.config import Config, look, of, parse
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
 from shtx.train.loop import fit
 from shtx.train.metrics import plot
 from shtx.train.progress import Display, printable
-from shtx.train.trainer import Trainer, build
+from shtx.train.stop import Stop, Stopped
+from shtx.train.trainer import Trainer, build, learning_rate, refuse_untrainable
 
 
 def main(argv: list[str]) -> int:
@@ -37,11 +38,21 @@ def main(argv: list[str]) -> int:
             home = stack.enter_context(Home(path, "--resume"))
         config, checkpoint = parse(argv)
         device, rank, world = place(config)
-        model = build(config, device)
+        model = build(config, device, copies=4)
+        refuse_untrainable(model)
         if first and home is None:
             home = stack.enter_context(Home(config.out))
             home.refuse_what_is_not_ours()
-        return run(config, checkpoint, home, model, rank, world)
+        try:
+            return run(config, checkpoint, home, model, rank, world)
+        except KeyboardInterrupt as stopped:
+            if home and home.kept and isinstance(stopped, Stopped):
+                stopped.advice = f"; to go on: {command(home)}"
+            raise
+
+
+def command(home: Home) -> str:
+    return f"shtx train --resume {shlex.quote(str(home.path))}"
 
 
 def resumed_home(argv: list[str]) -> Path | None:
@@ -77,18 +88,18 @@ def run(
 
     display = Display(config.steps, done, quiet=rank > 0)
     display.say(summary(trainer, home))
-    try:
-        with display:
-            signum = fit(trainer, done, display, home)
-    except torch.OutOfMemoryError as error:
-        raise TrainError(OUT_OF_MEMORY) from error
+    if checkpoint and (jump := jump_of(config, of(checkpoint), done)):
+        display.say(jump)
+    with display:
+        signum = fit(trainer, done, display, home)
     if signum and home:
-        display.say(
-            f"stopped and saved; to go on: shtx train --resume {shlex.quote(str(home.path))}"
-        )
+        display.say(f"stopped and saved; to go on: {command(home)}")
     elif home:
         home.check()
-        plot(home.metrics, home.plot)
+        with Stop() as stop:  # it imports: see shtx.cli
+            plot(home.metrics, home.plot)
+        if stop.signum:
+            raise Stopped(stop.signum)
         prompt, text = trainer.sample()
         display.say(
             f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
@@ -98,12 +109,34 @@ def run(
     return 128 + signum if signum else 0
 
 
+def jump_of(config: Config, before: Config, done: int) -> str | None:
+    """What to say where the learning rate jumps."""
+    if (
+        done == 0
+        or done >= config.steps
+        or (config.steps, config.schedule)
+        == (
+            before.steps,
+            before.schedule,
+        )
+    ):
+        return None
+    was, now = learning_rate(before, done - 1), learning_rate(config, done)
+    if now < 1.5 * was:
+        return None
+    return (
+        f"the learning rate jumps from {was:.2e} to {now:.2e}, as --schedule {config.schedule} ends"
+        f" at step {config.steps:,} and that of the run ended at {before.steps:,}; --schedule"
+        " minimum goes on with the end of the run's own"
+    )
+
+
 def place(config: Config) -> tuple[torch.device, int, int]:
     """Device, rank, number of processes; torch.distributed is initialized if these are several."""
     rank, world = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
     )
-    device = find_device(config.device, "--preset cpu needs none")
+    device = find_device(config.device, "--device cpu needs none")
     if config.batch_size % world:
         raise TrainError(
             f"--batch-size must be a multiple of the {world} processes, got {config.batch_size}"

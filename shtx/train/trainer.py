@@ -1,6 +1,8 @@
 """A model and its optimizer: a step, a validation, a sample."""
 
 import math
+import os
+import warnings
 
 import numpy as np
 import torch
@@ -17,28 +19,75 @@ from shtx.train.data import Corpus
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 CLIP = 1.0  # gradient norm
-WARMUP = 0.05  # of the steps
+WARMUP, DECAY = 0.05, 0.2  # of the steps
+MINIMUM = 0.02  # of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes
 
 
-def build(config: Config, device: torch.device) -> HierarchicalTransformer:
-    """The model of the settings, with the initial weights of their seed."""
+def build(config: Config, device: torch.device, copies: int = 1) -> HierarchicalTransformer:
+    """The model of the settings, with the initial weights of their seed.
+
+    Args:
+        config: the settings.
+        device: where it will be.
+        copies: fp32 numbers a weight that have to fit there; 4 to train.
+
+    Raises:
+        TrainError: there is no such model, or it cannot fit.
+    """
     torch.manual_seed(config.seed)
+    make = lambda: HierarchicalTransformer(impl=config.impl, **config.model.arguments())
     try:
-        model = HierarchicalTransformer(impl=config.impl, **config.model.arguments())
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again
+            parameters = sum(p.numel() for p in make().parameters())
+        need, there = 4 * copies * parameters, memory_of(device)
+        if need > there:
+            raise TrainError(
+                f"out of memory: {parameters:,} parameters need {need / 1e9:,.1f} GB,"
+                f" {device} has {there / 1e9:,.1f} GB: lower --dim, --depth or --heads"
+            )
+        torch.manual_seed(config.seed)
+        model = make()
         model.ops_for(device)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise TrainError(" ".join(str(error).split())) from error
     model.checkpointing = config.activation_checkpointing
     return model.to(device)
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory, used and free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def refuse_untrainable(model: HierarchicalTransformer) -> None:
+    """Raise a TrainError for a model that has no prediction for every byte."""
+    levels = (
+        model.levels if model.predict_use_all_hierarchy else [model.levels[model.predict_index]]
+    )
+    if 1 not in [level.stride for level in levels]:
+        stride = min(level.stride for level in levels)
+        raise TrainError(
+            f"--hierarchical-stride must be 1 for a level that predicts, got {stride}: a model that"
+            " trains predicts every byte"
+        )
+
+
 def learning_rate(config: Config, step: int) -> float:
-    """Of update `step`, counted from 0: a linear warmup, then a cosine that ends near 0."""
-    warmup = max(1, round(WARMUP * config.steps))
+    """Of update `step`, counted from 0: a linear warmup, then what --schedule says."""
+    steps = config.curve or config.steps
+    warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * (0.51 + 0.49 * math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+    if config.schedule == "constant":
+        decay = max(1, round(DECAY * steps))
+        done = max(0.0, (step + 1 - (steps - decay)) / decay)
+        return config.lr * (1 - (1 - MINIMUM) * min(1.0, done))
+    angle = math.pi * min(1.0, (step - warmup) / (steps - warmup)) if steps > warmup else math.pi
+    return config.lr * ((1 + MINIMUM) / 2 + (1 - MINIMUM) / 2 * math.cos(angle))
 
 
 class Trainer:
@@ -178,6 +227,18 @@ class Trainer:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        self.model.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
-        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        """Go on from a checkpoint; a TrainError if it is not one of these settings."""
+        groups = self.optimizer.param_groups
+        ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        try:
+            self.model.load_state_dict(checkpoint.weights)
+            self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+            self.scaler.load_state_dict(checkpoint.state["scaler"])
+            for p, state in self.optimizer.state.items():
+                if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+                    raise ValueError("moments that are not of the weights' shape")
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
+        for group, options in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(options)  # those of another device are no good here

@@ -7,14 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from shtx import ops
-from shtx.train import OUT_OF_MEMORY, TrainError
 from shtx.train.config import Config, parse
 from shtx.train.data import Corpus
 from shtx.train.run import place
-from shtx.train.trainer import Trainer, build
+from shtx.train.trainer import Trainer, build, refuse_untrainable
 
 DESCRIPTION = """\
 Compile ahead every kernel of a run: takes the options of `shtx train`, and trains on nothing.
@@ -40,17 +37,15 @@ def main(argv: list[str]) -> int:
     """
     config, _ = parse(argv, prog="shtx warmup", description=DESCRIPTION)
     device, rank, world = place(config)
-    model = build(config, device)
+    model = build(config, device, copies=4)
+    refuse_untrainable(model)
     if reason := nothing_to_compile(model):
         print(f"nothing to compile: {reason}")
         return 0
-    try:
-        trainer = Trainer(config, noise(config), model, rank, world)
-        for what, seconds in warm(trainer):
-            if rank == 0:
-                print(f"{what}: {seconds:.1f} s", flush=True)
-    except torch.OutOfMemoryError as error:
-        raise TrainError(OUT_OF_MEMORY) from error
+    trainer = Trainer(config, noise(config), model, rank, world)
+    for what, seconds in warm(trainer):
+        if rank == 0:
+            print(f"{what}: {seconds:.1f} s", flush=True)
     trainer.close()
     return 0
 
