@@ -66,7 +66,9 @@ def memory_of(device: torch.device) -> int:
 def refuse_untrainable(model: HierarchicalTransformer) -> None:
     """Raise a TrainError for a model that has no prediction for every byte."""
     levels = (
-        model.levels if model.predict_use_all_hierarchy else [model.levels[model.predict_index]]
+        model.levels
+        if model.predict_use_all_hierarchy
+        else [model.levels[model.predict_hierarchy_index]]
     )
     if 1 not in [level.stride for level in levels]:
         stride = min(level.stride for level in levels)
