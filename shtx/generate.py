@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shtx.levels import integer
 from shtx.ops import product_dtype
-from shtx.plan import look
+from shtx.plan import unfused
 from shtx.sampler import Sampler
 from shtx.sampling import Sampling, make_sampling
 
@@ -26,8 +26,8 @@ MAX_DECODERS = 2  # kept for a model
 SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
 CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
 OVERFLOWS = ("rebuild", "error", "stream")
-# parameters that are no keyword of generate
-NOT_FORWARD = ("self", "ids", "plan", "model", "kwargs", "return_loss", "loss_reduction")
+# of generate and of model.forward, what is no keyword of a call of generate
+NO_KEYWORDS = {"self", "ids", "plan", "return_loss", "loss_reduction", "model", "kwargs"}
 
 _decoders = WeakKeyDictionary()  # model: {key: sampler}, oldest first; not on the model: copies
 _decoders_lock = threading.Lock()
@@ -53,7 +53,7 @@ def generate(
     """Sample `seq_len` tokens after the prompt, each from the last model.seq_len tokens at most.
 
     A model with a module that has to be called (an adaptor, a hook: see plan.py) runs as with
-    use_cache=False, with a warning. Threads may generate from one model at a time of their own.
+    use_cache=False, with a warning. Several threads may generate from one model.
 
     On a GPU, what takes its second turn in a call or in later ones of the same size is captured in
     a CUDA graph: the step, the copy of the weights, and the pass over prompts of equal length, for
@@ -92,12 +92,11 @@ def generate(
     """
     _check_names(model, kwargs)
     use_cache = use_cache and not kwargs
-    if use_cache and (called := look(model).called):
-        names = {module: name for name, module in model.named_modules()}
+    if use_cache and (called := unfused(model)):
         first, reason = next(iter(called.items()))
         warnings.warn(
-            f"generate runs without a cache, as {names[first]} {reason}; use_cache=False says that"
-            " this is meant",
+            f"generate runs without a cache, as {first} {reason}; use_cache=False says that this is"
+            " meant",
             stacklevel=2,
         )
         use_cache = False
@@ -147,15 +146,16 @@ def generate(
 
 
 def _check_names(model, kwargs: dict):
-    forward = [n for n in inspect.signature(type(model).forward).parameters if n not in NOT_FORWARD]
-    for name in kwargs:
-        if name not in forward:
-            own = [n for n in inspect.signature(generate).parameters if n not in NOT_FORWARD]
-            nearest = get_close_matches(name, own + forward, n=1)
-            raise TypeError(
-                f"generate() got an unexpected keyword argument {name!r}"
-                + (f"; did you mean {nearest[0]!r}?" if nearest else "")
-            )
+    """Raise a TypeError for a keyword that neither generate nor model.forward takes."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    forward = parameters.keys() - NO_KEYWORDS
+    for name in kwargs.keys() - forward:
+        own = inspect.signature(generate).parameters.keys() - NO_KEYWORDS
+        nearest = get_close_matches(name, sorted(own | forward), n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise TypeError(f"generate() got an unexpected keyword argument {name!r}{hint}")
 
 
 def _rows(model, prompt: Tensor | list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from shtx.ops import matmul_precision
 from shtx.plan import HOOKS, any_global_hooks
 
 # in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
@@ -54,8 +55,12 @@ class Graphs:
         self.kept, self.structure, self.more, self._warned = {}, None, None, False
 
     def hold(self, model: Module, more: object = None) -> bool:
-        """Whether what graphs froze of the model, and more of their owner's, is as it was; if not,
-        it is from now on what it is now, and all graphs are given up."""
+        """Return whether all that the graphs froze is as it was; if not, give them up.
+
+        Args:
+            model: of which graphs are.
+            more: what else of their owner they froze, to be compared by ==.
+        """
         structure = self.structure
         if structure is not None and structure.holds() and more == self.more:
             return True
@@ -64,7 +69,7 @@ class Graphs:
         return False
 
     def get(self, key: Hashable, make: Callable[[], Any], name: str) -> Any:
-        """What `make` has captured for the key; None where the function has to run eagerly.
+        """Return what `make` has captured for the key; None if the function has to run eagerly.
 
         Args:
             key: of the function.
@@ -125,7 +130,7 @@ class Graphs:
 
 
 def comparable(value: Any) -> Any:
-    """A value of an optimizer's group, such that == neither waits for a device nor raises."""
+    """Put a value of an optimizer's group so that == neither waits for a device nor raises."""
     if isinstance(value, Tensor):
         return "tensor", id(value), value.data_ptr()
     if isinstance(value, (list, tuple)):
@@ -134,11 +139,12 @@ def comparable(value: Any) -> Any:
 
 
 class Structure:
-    """What a graph of a model's forward and backward has frozen of the model and of PyTorch's
-    modes. A step compares it each time, so it is read by few calls for all modules together."""
+    """Knows what a graph of a model's forward and backward has frozen of the model and of PyTorch's
+    modes. A step compares it each time, so it is read by few calls for all modules together.
+    """
 
     def __init__(self, model: Module):
-        self.core = getattr(model, "module", model)
+        self.model = model
         self.states = [vars(module) for module in model.modules()]
         self.modules = list(model.modules())
         self.parameters = list(model.parameters())
@@ -146,15 +152,15 @@ class Structure:
         self.seen = self.read()
 
     def read(self) -> list:
-        core, matmul = self.core, torch.backends.cuda.matmul
+        model, matmul = self.model, torch.backends.cuda.matmul
         return [
             list(map(type, self.modules)),
             list(map(itemgetter("training"), self.states)),
             list(map(id, self.children())),
             [*map(Tensor.data_ptr, self.parameters)],
             [*map(attrgetter("requires_grad", "dtype"), self.parameters)],
-            (core.impl, core.ignore_index, core.loss_weights, core.checkpointing),
-            matmul_modes(),
+            (model.impl, model.ignore_index, model.loss_weights, model.checkpointing),
+            matmul_precision(),
             matmul.allow_bf16_reduced_precision_reduction,
             matmul.allow_fp16_reduced_precision_reduction,
             torch.are_deterministic_algorithms_enabled(),
@@ -162,7 +168,7 @@ class Structure:
         ]
 
     def children(self) -> Iterator:
-        """Modules, parameters and buffers."""
+        """Yield all modules, parameters and buffers below the model."""
         dicts = (map(itemgetter(kind), self.states) for kind in KEPT)
         return chain.from_iterable(map(dict.values, chain.from_iterable(dicts)))
 
@@ -170,7 +176,7 @@ class Structure:
         return self.read() == self.seen
 
     def hooked(self) -> str | None:
-        """What runs Python that a replay would leave out; None if nothing does."""
+        """Say what runs Python that a replay would leave out; None if nothing does."""
         if any_global_hooks():
             return "there are global hooks of modules"
         for kind in HOOKS:
@@ -180,13 +186,3 @@ class Structure:
             if any(map(attrgetter(kind), self.parameters)):
                 return "a parameter has hooks"
         return None
-
-
-def matmul_modes() -> tuple:
-    """Both of PyTorch's ways to allow TF32: reading one may raise once the other was used."""
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        legacy = None
-    backend = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return legacy, backend, getattr(torch.backends, "fp32_precision", None)

@@ -36,24 +36,24 @@ class RMSNorm(Module):
 
 
 def norm_args(norm: Module) -> dict:
-    """The arguments of `norm_token_shift` that a norm holds."""
+    """Return the arguments of `norm_token_shift` that a norm holds."""
     if isinstance(norm, RMSNorm):
         return dict(gamma=norm.gamma)
     return dict(gamma=norm.weight, beta=norm.bias, norm="layer")
 
 
 def add(x: Tensor, branch: Tensor | None) -> Tensor:
-    """A residual stream keeps its dtype."""
+    """Add to a residual stream, which keeps its dtype."""
     return x if branch is None else (x + branch).to(x.dtype)
 
 
 def dense(x: Tensor) -> Tensor:
-    """What a module returned, as ops take it."""
+    """Return x with a contiguous last dimension, which ops ask for and modules do not promise."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def end_norm(norm: Module, x: Tensor, branch: Tensor | None, plan: Plan) -> Tensor:
-    """The norm of a level before its first layer, or after its last."""
+    """Normalize a level before its first layer, or after its last."""
     # the residual streams begin here, in the dtype of products: under autocast, every pass over
     # a stream moves half of the bytes that fp32 would
     dtype = product_dtype(x)
@@ -73,6 +73,8 @@ class CausalConv(Module):
 
 class Compress(Layer):
     """Token ids to level embeddings: the embedding itself (1x), or a causal convolution over it."""
+
+    cast_by_ops = ("to_recon", "compress_fn.1.conv")
 
     def __init__(self, level: Level, dim_embed: int, num_tokens: int, should_recon: bool):
         super().__init__()
@@ -99,8 +101,8 @@ class Compress(Layer):
         return self.compress_fn(x)
 
     def is_read(self, plan: Plan) -> bool:
-        """Whether `run` may read its weights."""
-        return plan.reads(self) and plan.reads_all(self.compress_fn)
+        """Return whether `run` may read what a compressor that is plain itself has below it."""
+        return plan.reads_all(self.compress_fn)
 
     def run(self, ids: Tensor, embedding: Tensor, plan: Plan) -> Tensor:
         """(B, N) ids, (V, D) embedding to (B, M, d)."""
@@ -112,8 +114,8 @@ class Compress(Layer):
         return plan.ops.causal_compress(ids, embedding, *weights, stride=self.level.stride)
 
     def recon(self, h: Tensor, ids: Tensor, plan: Plan | None = None, reduction: str = "mean"):
-        """The loss of telling from (B, M, d) of the level, after its last layer, the (B, N) ids."""
-        plan, c, stride = plan or self.plan(h), self.level.compress, self.level.stride
+        """Return the loss of telling ids (B, N) from the level (B, M, d) after its last layer."""
+        plan, c, stride = plan or self.plan_alone(h), self.level.compress, self.level.stride
         if plan.reads(self.to_recon):
             options = dict(compress=c, stride=stride, reduction=reduction)
             return plan.ops.reconstruction_loss(h, self.to_recon.weight, ids, **options)
@@ -122,7 +124,7 @@ class Compress(Layer):
 
 
 def rotate(t: Tensor, angles: Tensor, factors: Tensor) -> Tensor:
-    """(B, H, N, E) by (N, E), upstream's apply_rotary_pos_emb."""
+    """Rotate (B, H, N, E) by (N, E), as upstream's apply_rotary_pos_emb does."""
     a, b = t.chunk(2, dim=-1)
     return t * angles.cos() * factors + torch.cat((-b, a), dim=-1) * angles.sin() * factors
 
@@ -137,7 +139,7 @@ class RotaryEmbedding(Module):
         self.register_buffer("scale", (channel + 0.4 * dim) / (1.4 * dim))
 
     def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Angles and xpos factors (seq_len, E), as upstream makes them."""
+        """Return angles and xpos factors (seq_len, E), as upstream makes them."""
         t = arange(seq_len, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
         power = (t - (seq_len // 2)) / 512
         angles, factors = t[:, None] * self.inv_freq, self.scale ** power[:, None]
@@ -159,27 +161,23 @@ class Attention(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D), sequences of a level."""
-        plan, y = self.plan(x), self.norm(x)
+        plan, y = self.plan_alone(x), self.norm(x)
         if plan.reads(self.rotary_emb):
             return self.run(y, plan)
         return self.to_out(self.attend(self.to_qkv(y)))
 
-    @property
-    def prenorm(self) -> Module:
-        return self.norm
-
     def is_read(self, plan: Plan) -> bool:
-        """Whether `run` does what `forward` does."""
-        return plan.reads(self, self.rotary_emb)
+        """Return whether `run` does what `forward` does, of a layer that is plain itself."""
+        return plan.reads(self.rotary_emb)
 
     def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
-        """y (B, M, D) is normalized."""
+        """Attend within y (B, M, D), which is normalized."""
         qkv = plan.linear(self.to_qkv, y)
         out = plan.ops.rotary_attention(qkv, self.level.heads, dilation=dilation, xpos=True)
         return plan.linear(self.to_out, out)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attention by what `rotary_emb` returns, whatever it has become."""
+        """Attend by the angles that `rotary_emb` returns, whatever it has become."""
         q, k, v = rearrange(qkv, "b n (qkv h e) -> qkv b h n e", qkv=3, h=self.level.heads)
         angles, factors = self.rotary_emb(qkv.shape[1])
         q, k = rotate(q, angles, factors).to(v.dtype), rotate(k, angles, 1 / factors).to(v.dtype)
@@ -204,21 +202,17 @@ class WindowAttention(Layer, LocalMHA):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(B, N, D), sequences of a level; other arguments as local-attention's."""
-        plan = self.plan(x)
+        plan = self.plan_alone(x)
         if args or kwargs or not plan.reads_all(self.attn_fn):
             return LocalMHA.forward(self, x, *args, **kwargs)
         return self.run(self.norm(x), plan)
 
-    @property
-    def prenorm(self) -> Module:
-        return self.norm
-
     def is_read(self, plan: Plan) -> bool:
-        """Whether `run` does what `forward` does."""
-        return plan.reads(self) and plan.reads_all(self.attn_fn)
+        """Return whether `run` does what `forward` does, of a layer that is plain itself."""
+        return plan.reads_all(self.attn_fn)
 
     def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
-        """y (B, M, D) is normalized."""
+        """Attend within y (B, M, D), which is normalized."""
         level, qkv = self.level, plan.linear(self.to_qkv, y)
         out = plan.ops.rotary_attention(qkv, level.heads, window=level.window, dilation=dilation)
         return plan.linear(self.to_out, out)
@@ -241,15 +235,15 @@ class FeedForward(Layer):
         return self.net(x)
 
     @property
-    def prenorm(self) -> Module:
+    def norm(self) -> Module:
         return self.net[0]
 
     def is_read(self, plan: Plan) -> bool:
-        """Whether `run` does what `forward` does."""
-        return plan.reads(self, self.net)
+        """Return whether `run` does what `forward` does, of a layer that is plain itself."""
+        return plan.reads(self.net)
 
     def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
-        """y (B, M, D) is normalized; tokens do not meet."""
+        """Transform y (B, M, D), which is normalized. No tokens meet, whatever their dilation."""
         _, to_inner, gelu, to_out = self.net
         if plan.reads(to_inner, gelu, to_out):
             return plan.ops.feed_forward(y, to_inner.weight, to_out.weight)
@@ -257,8 +251,9 @@ class FeedForward(Layer):
 
 
 def along_classes(x: Tensor, dilation: int, layer: Callable) -> Tensor:
-    """What a layer makes of (B, M, D) in upstream's axial layout: every `dilation`-th token is a
-    sequence of its own."""
+    """Call a layer on (B, M, D) in upstream's axial layout, where tokens `dilation` apart form
+    sequences of their own.
+    """
     if dilation == 1:
         return dense(layer(x))
     M = x.shape[1]
@@ -287,7 +282,7 @@ class HierarchicalBlock(Layer):
 
     def forward(self, x: Tensor, branch: Tensor | None = None, plan: Plan | None = None):
         """(B, M, D)"""
-        return self.run(x, branch, plan) if plan else add(*self.run(x, None, self.plan(x)))
+        return self.run(x, branch, plan) if plan else add(*self.run(x, None, self.plan_alone(x)))
 
     def run(self, x: Tensor, branch: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
         for layer in filter(exists, (self.attn, self.ff)):
@@ -295,19 +290,19 @@ class HierarchicalBlock(Layer):
         return x, branch
 
     def residual(self, layer: Module, x: Tensor, branch: Tensor | None, plan: Plan):
-        """x with its branch added, and what the layer has to add to it."""
+        """Return x with its branch added, and what the layer has to add to it."""
         dilation = self.level.dilation
         if not (plan.reads(layer) and layer.is_read(plan)):
             x = add(x, branch)
             return x, along_classes(x, dilation, lambda x: layer(token_shift(x, 1)))
-        if plan.reads(layer.prenorm):
+        if plan.reads(layer.norm):
             # a norm writes what the product after it reads
             options = dict(dilation=dilation, dtype=product_dtype(x))
-            norm = norm_args(layer.prenorm)
+            norm = norm_args(layer.norm)
             x, y = plan.ops.norm_token_shift(x, branch=branch, **norm, **options)
         else:
             x = add(x, branch)
-            y = layer.prenorm(token_shift(x, dilation))
+            y = dense(layer.norm(token_shift(x, dilation)))
         return x, layer.run(y, plan, dilation)
 
 
@@ -316,6 +311,7 @@ class HierarchicalMerge(Layer):
     rate, for the residual stream(s) to add."""
 
     takes_plan = True
+    cast_by_ops = ("net.1",)
 
     def __init__(self, levels: tuple[Level, ...], dim_out: int):
         super().__init__()
@@ -343,9 +339,9 @@ class HierarchicalMerge(Layer):
     def run(
         self, tokens: list[Tensor], branches: list[Tensor | None], plan: Plan
     ) -> tuple[list[Tensor], Tensor]:
-        if not (plan.reads(self) and plan.reads_all(self.net)):
-            tokens = [add(x, branch) for x, branch in zip(tokens, branches, strict=True)]
-            return tokens, self(tokens)
+        if not plan.reads_all(self.net):
+            tokens = list(map(add, tokens, branches))
+            return tokens, dense(self.net(hierarchical_cat(tokens, self.strides)))
         norm, w_in, _, w_out = self.net
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias
         merge = plan.ops.hierarchical_merge

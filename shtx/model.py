@@ -13,14 +13,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.nn import Linear, ModuleList
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from shtx import ops
 from shtx.generate import generate
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
-from shtx.ops import REFERENCE, cosine_distance, cross_entropy
+from shtx.ops import REFERENCE, cosine_distance, cross_entropy, windows
 from shtx.plan import Layer, Plan, make_plan, unfused
 
 
@@ -165,6 +164,7 @@ class HierarchicalTransformer(Layer):
         self._told = False  # which of its modules run unfused
 
     generate = generate
+    cast_by_ops = ("to_logits",)  # and a vocabulary at a time, in losses
 
     def index_of(self, predict_hierarchy: int | None) -> int:
         compressions = list(self.hierarchies)
@@ -217,7 +217,8 @@ class HierarchicalTransformer(Layer):
         plan = make_plan(self, ops or self.ops_for(self.device), checked)
         if plan.called and not self._told and not torch.compiler.is_compiling():
             self._told = True
-            if plan.ops is not REFERENCE and (names := unfused(self)):
+            if plan.ops is not REFERENCE:
+                names = unfused(self)
                 first, reason = next(iter(names.items()))
                 warnings.warn(
                     f"{len(names)} modules run by themselves, and not within a fused op: {first}"
@@ -253,17 +254,25 @@ class HierarchicalTransformer(Layer):
 
     def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, plan: Plan):
         def run(x, branch):
-            with plan.narrow_weights():  # again, as backward is in a thread of its own
-                if block in plan.sharded:
-                    return block(x, branch, plan)
-                if plan.reads(block):
-                    return block.run(x, branch, plan)
-                return dense(block(add(x, branch))), None
+            if plan.reads(block):
+                return (block if block in plan.sharded else block.run)(x, branch, plan)
+            return dense(block(add(x, branch))), None
+
+        def run_in_any_thread(x, branch):  # backward has one of its own
+            with plan.narrow_weights():
+                return run(x, branch)
 
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
             return run(x, branch)
         # no state of random numbers, which a block has no use for and a CUDA graph cannot read
-        return checkpoint(run, x, branch, use_reentrant=False, preserve_rng_state=False)
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run_in_any_thread, x, branch, **options)
+
+    def run_merge(self, merge: HierarchicalMerge, tokens: list, branches: list, plan: Plan):
+        if plan.reads(merge):
+            return (merge if merge in plan.sharded else merge.run)(tokens, branches, plan)
+        tokens = list(map(add, tokens, branches))
+        return tokens, dense(merge(tokens))
 
     def branches_of(self, merged: Tensor) -> list[Tensor | None]:
         """What was merged, (B, N, D), as what the predicting level or every one has to add."""
@@ -331,7 +340,7 @@ class HierarchicalTransformer(Layer):
         return self.sums(*losses) if loss_reduction == "sum" else self.means(*losses)
 
     def embed(self, ids: Tensor, plan: Plan) -> list[Tensor]:
-        """The levels as they enter the first layer."""
+        """Return the levels as they enter the first layer."""
         read = [
             plan.reads(self.token_emb) and plan.reads(c) and c.is_read(plan)
             for c in self.compressors
@@ -345,22 +354,15 @@ class HierarchicalTransformer(Layer):
         return [end_norm(norm, t, None, plan) for norm, t in parts]
 
     def transform(self, tokens: list[Tensor], plan: Plan, ablate_merge: bool) -> list[Tensor]:
-        """The levels as they leave the last layer, normalized."""
+        """Return the levels as they leave the last layer, normalized."""
         branches = [None] * len(tokens)  # what the next norm is to add
         for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
             parts = zip(layer, tokens, branches, strict=True)
             results = (self.run_block(block, t, b, plan) for block, t, b in parts)
             tokens, branches = zip(*results, strict=True)
-            if not exists(merge) or ablate_merge:
-                continue
-            if merge in plan.sharded:
-                tokens, merged = merge(tokens, branches, plan)
-            elif plan.reads(merge):
-                tokens, merged = merge.run(tokens, branches, plan)
-            else:
-                tokens = list(map(add, tokens, branches))
-                merged = dense(merge(tokens))
-            branches = self.branches_of(merged)
+            if exists(merge) and not ablate_merge:
+                tokens, merged = self.run_merge(merge, tokens, branches, plan)
+                branches = self.branches_of(merged)
         parts = zip(self.norms, tokens, branches, strict=True)
         return [end_norm(norm, t, branch, plan) for norm, t, branch in parts]
 
@@ -382,7 +384,7 @@ class HierarchicalTransformer(Layer):
     def loss_weights(self) -> list[float]:
         """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
         levels = sum(level.compress > 1 for level in self.levels)
-        recon = [self.recon_loss_weight] * (levels * (self.recon_loss_weight > 0))
+        recon = [self.recon_loss_weight] * (levels * self.should_recon)
         return [1.0, *recon, *[self.hierarchical_ar_loss_weight] * levels]
 
     def loss_counts(self, ids: Tensor) -> Tensor:
@@ -390,9 +392,8 @@ class HierarchicalTransformer(Layer):
         ids, labels = ids[:, :-1], ids[:, 1:]
         levels = [level for level in self.levels if level.compress > 1]
         counts = [(labels != self.ignore_index).sum()]
-        for level in levels * (self.recon_loss_weight > 0):
-            targets = pad(ids, (level.compress - 1, 0)).unfold(-1, level.compress, level.stride)
-            counts.append((targets != 0).sum())
+        for level in levels * self.should_recon:
+            counts.append((windows(ids, level.compress, level.stride) != 0).sum())
         for level in levels:
             successors = (ids.shape[1] - 1) // level.stride
             counts.append(ids.new_full((), len(ids) * successors))

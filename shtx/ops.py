@@ -17,6 +17,7 @@ from shtx_kernels._groups import Lookup as Lookup
 from shtx_kernels._groups import Norm as Norm
 from shtx_kernels._groups import Part as Part
 from shtx_kernels._groups import Projection as Projection
+from shtx_kernels._products import matmul_precision as matmul_precision
 from shtx_kernels._products import narrow_copies as narrow_copies
 from shtx_kernels._products import narrow_weights as narrow_weights
 from shtx_kernels._products import product_dtype as product_dtype

@@ -22,8 +22,8 @@ from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
-HEADS = ("to_recon", "to_logits")  # whose losses cast a vocabulary at a time
 ORDINARY = (Parameter, Tensor, type(None))
+CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # whose weights products read in autocast's dtype
 
 # what else decides on the result of calling a module
 OPTIONS = {
@@ -47,6 +47,7 @@ class Made(NamedTuple):
     path: tuple[str, ...]  # from the layer
     kind: type
     options: object
+    is_cast: bool  # whether its weight is cast ahead of the op that reads it
 
 
 class Layer(Module):
@@ -54,20 +55,28 @@ class Layer(Module):
 
     Attributes:
         impl: of its own calls; "auto" unless the model it belongs to has another.
+        takes_plan: whether `forward` takes a plan as its last argument.
+        cast_by_ops: paths of modules whose weights the op that reads them casts itself.
     """
 
     impl = "auto"
-    takes_plan = False  # as another argument of `forward`
+    takes_plan = False
+    cast_by_ops = ()
 
     def remember(self):
-        """At the end of a constructor: what is plain from now on is what is here."""
+        """Take what is here for plain from now on. It ends a constructor."""
         self.made = [
-            Made(path, type(module), OPTIONS.get(type(module), no_options)(module))
+            Made(
+                path,
+                kind := type(module),
+                OPTIONS.get(kind, no_options)(module),
+                kind in CAST and ".".join(path) not in self.cast_by_ops,
+            )
             for path, module in descendants(self)
         ]
 
-    def plan(self, x: Tensor) -> "Plan":
-        """How a call of this layer alone runs."""
+    def plan_alone(self, x: Tensor) -> "Plan":
+        """Return how a call of this layer by itself runs."""
         return Plan(resolve(self.impl, x.device), look(self))
 
 
@@ -76,7 +85,7 @@ def any_global_hooks() -> bool:
 
 
 def descendants(layer: Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Module]]:
-    """The modules below, down to those that are layers themselves."""
+    """Yield the modules below, down to those that are layers themselves, with their paths."""
     for name, module in layer._modules.items():
         if module is not None:
             yield (*path, name), module
@@ -93,14 +102,14 @@ class Found(NamedTuple):
 
 
 def look(layer: Layer) -> Found:
-    """Which modules below a layer have to be called, and the weights of the others."""
+    """Find the modules below a layer that have to be called, and the weights of the others."""
     found = Found({}, {}, [])
     _look(layer, found, "is seen by global hooks" if any_global_hooks() else None)
     return found
 
 
 def _look(layer: Layer, found: Found, everything: str | None):
-    for path, kind, options in layer.made:
+    for path, kind, options, is_cast in layer.made:
         module = layer
         for name in path:
             module = module._modules.get(name)
@@ -109,24 +118,19 @@ def _look(layer: Layer, found: Found, everything: str | None):
         else:
             reason = everything or why_called(module, kind, options)
             if reason is not None:
-                sharded = kind.__dict__.get("takes_plan") and not everything
-                if sharded and why_called(module, kind, options, sharded_is_plain=True) is None:
+                takes_plan = getattr(kind, "takes_plan", False) and not everything
+                if takes_plan and why_called(module, kind, options, sharded_is_plain=True) is None:
                     found.sharded[module] = reason
                 else:
                     found.called[module] = reason
-            elif kind in READ and path[-1] not in HEADS:
-                weight = module._parameters.get("weight")
-                if type(weight) is Parameter:
-                    found.weights.append(weight)
+            elif is_cast and type(weight := module._parameters.get("weight")) is Parameter:
+                found.weights.append(weight)
             if isinstance(module, Layer):
                 _look(module, found, everything)
 
 
-READ = (nn.Linear, nn.Embedding)
-
-
 def why_called(module: Module, kind: type, options, sharded_is_plain: bool = False) -> str | None:
-    """Why a module is not plain; None if it is."""
+    """Say why a module is not plain; None if it is."""
     state, actual = module.__dict__, type(module)
     if actual is not kind and not _is_variant(actual, kind, state, sharded_is_plain):
         return f"is a {actual.__name__}, not the {kind.__name__} that it was made"
@@ -141,15 +145,20 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
         return f"has other options than it was made with: {module}"
     for name, p in state["_parameters"].items():
         # what is sharded is whole once the module around it has been called
-        if type(p) not in ORDINARY and type(p).__name__ != "DTensor":
+        if type(p) not in ORDINARY and not is_sharded(p):
             return f"has a {name} that is a {type(p).__name__}"
     if "weight" in state:
         return "has a weight that is computed before each call"
     return None
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether a process holds a part of a parameter, as under FSDP2."""
+    return type(parameter).__name__ == "DTensor"
+
+
 def _is_variant(actual: type, kind: type, state: dict, sharded_is_plain: bool) -> bool:
-    """The classes that parametrizations, and FSDP2, put in the place of a module's."""
+    """Return whether a class is one that parametrizations or FSDP2 put in the place of `kind`."""
     bases = actual.__mro__
     if kind not in bases:
         return False
@@ -186,11 +195,11 @@ class Plan:
         self.copies, self.checked = copies, checked
 
     def reads(self, *modules: Module) -> bool:
-        """Whether the weights of all of them may be read."""
+        """Return whether the weights of all of them may be read."""
         return not self.called or self.called.keys().isdisjoint(modules)
 
     def reads_all(self, module: Module) -> bool:
-        """Whether the weights of a module and of all below it may be read."""
+        """Return whether the weights of a module and of all below it may be read."""
         return not self.called or self.called.keys().isdisjoint(module.modules())
 
     def linear(self, module: Module, x: Tensor) -> Tensor:
@@ -203,7 +212,7 @@ class Plan:
 
 
 def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
-    """Of a whole model, whose weights are cast here, in one call, where fused ops ask for it."""
+    """Plan a forward of a whole model, and cast its weights, in one call, where fused ops do."""
     found = look(model)
     copies = None
     device = model.device.type
@@ -217,6 +226,6 @@ def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
 
 
 def unfused(model: Layer) -> dict[str, str]:
-    """The modules that a forward calls by themselves, by name, with the reason."""
-    names = {module: name for name, module in model.named_modules()}
-    return {names[module]: reason for module, reason in look(model).called.items()}
+    """Name the modules that a forward calls by themselves, each with the reason."""
+    called = look(model).called
+    return {name: called[m] for name, m in model.named_modules() if m in called} if called else {}

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
 
 from shtx.decode import Decoder
 from shtx.graphs import Graphs, run_aside
 from shtx.ops import FUSED, compile_ahead
+from shtx.plan import is_sharded
 from shtx.sampling import Sampling
 
 MAX_PROMPTS = 2  # lengths of a prompt, the latest, that a decoder has a graph for
@@ -58,7 +58,8 @@ class Sampler:
             step = self.graphs.kept.get("step")  # which reads the copies of the decoder alone
             if not self.graphs.hold(model) and step is not None:
                 self.graphs.kept["step"] = step
-            in_graphs = not self.graphs.structure.hooked() and not sharded(model)
+            sharded = any(map(is_sharded, model.parameters()))
+            in_graphs = not self.graphs.structure.hooked() and not sharded
         with _plain(self.ids.device):
             if refresh:
                 self._run("refresh", lambda: self.decoder.refresh(model), in_graphs)
@@ -139,10 +140,6 @@ class Sampler:
     def _capture(self, what: str | int, function: Callable) -> torch.cuda.CUDAGraph:
         with _plain(self.ids.device):  # what a graph leaves behind is in tensors made before
             return self.graphs.capture(function)[0]
-
-
-def sharded(model) -> bool:
-    return any(type(p) is not Parameter for p in model.parameters())
 
 
 @contextmanager

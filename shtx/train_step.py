@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from shtx.graphs import Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
-from shtx.plan import Layer, Plan
+from shtx.plan import Layer, Plan, is_sharded
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -29,7 +29,8 @@ PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch
 @dataclass
 class Step:
     """A captured step of one shape of ids: where a replay reads them, and the outputs that it
-    overwrites."""
+    overwrites.
+    """
 
     ids: Tensor
     graph: torch.cuda.CUDAGraph
@@ -110,7 +111,7 @@ class TrainStep:
         self._learning_rates = []  # a tensor a group, on CUDA
         self._warned = False  # of hooks
         self._compiled = False
-        self._sharded = any(type(p).__name__ == "DTensor" for p in self._parameters)
+        self._sharded = any(map(is_sharded, self._parameters))
         self._distributed = self._sharded or self._core is not model
         self._graphs = None
         if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
@@ -161,7 +162,7 @@ class TrainStep:
 
         def gradients():
             with self._autocast():
-                loss, _ = self._core(micro, return_loss=True, plan=self._core.plan(checked=True))
+                loss, _ = self._core(micro, return_loss=True, **self._plan())
                 with torch.autocast(self._device.type, enabled=False):
                     torch.autograd.grad(loss, trained, allow_unused=True)
 
@@ -218,8 +219,9 @@ class TrainStep:
             return weighted(totals), parts
 
     def _plan(self) -> dict[str, Plan]:
-        """One for all micro-batches, so that weights are cast once; what is compiled or sharded
-        makes its own."""
+        """Plan once for all micro-batches, so that weights are cast once; what is compiled or
+        sharded plans its own forwards.
+        """
         compiled = self._core._compiled_call_impl or not isinstance(self._core, Layer)
         return {} if compiled or self._sharded else dict(plan=self._core.plan(checked=True))
 

@@ -70,16 +70,24 @@ def norm_token_shift(
 # attention
 
 MOST_FP32 = 65536  # tokens, of which the factors of xpos are within the range of fp32
+SPAN = 2048  # queries at a time, of more tokens than that
 
 
-def _rotation(n: int, E: int, xpos: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """cos, sin and xpos factor (n, E / 2); fp32 angles would be 4e-3 off at 65,536 tokens."""
+def _rotation(
+    n: int, E: int, xpos: bool, like: Tensor, anchor: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cos, sin and xpos factor (n, E / 2); fp32 angles would be 4e-3 off at 65,536 tokens.
+
+    Factors are 1 at the anchor, by default in the middle.
+    """
     wide = torch.float32 if like.device.type == "mps" else torch.float64  # mps has no fp64
     t = arange(n, device=like.device, dtype=wide)[:, None]
     channel = arange(0, E, 2, device=like.device, dtype=wide)
     angle = t * 10000 ** (-channel / E)
     z = (channel + 0.4 * E) / (1.4 * E) if xpos else torch.ones_like(channel)
-    decay = z ** ((t - n // 2) / 512)  # of q; its inverse is k's, so only the distance counts
+    decay = z ** (
+        (t - (n // 2 if anchor is None else anchor)) / 512
+    )  # of q; its inverse is k's, so only the distance counts
     return angle.cos().to(like), angle.sin().to(like), decay.to(like)
 
 
@@ -147,6 +155,22 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     return _sdpa(q, k, v, mask, scale)
 
 
+def _by_spans(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention with xpos, whose factors are anchored at the first query of each span: those
+    of keys too far away to be seen become 0, and none leaves the range of fp32.
+    """
+    outs = []
+    for first in range(0, q.shape[-2], SPAN):
+        end = min(first + SPAN, q.shape[-2])
+        cos, sin, decay = _rotation(end, q.shape[-1], True, _widen(q), anchor=first)
+        queries = _rotate(q[..., first:end, :], cos[first:], sin[first:], decay[first:])
+        keys = _rotate(k[..., :end, :], cos, sin, 1 / decay)
+        t = arange(end, device=q.device)
+        mask = t <= t[first:, None]
+        outs.append(_attention(queries.to(q), keys.to(k), v[..., :end, :], mask, scale))
+    return cat(outs, dim=-2)
+
+
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Every query sees itself and the `window` keys before it: those of two buckets."""
     _, h, n, _ = q.shape
@@ -183,17 +207,19 @@ def rotary_attention(
     n, E = q.shape[-2:]
     scale = E**-0.5 if scale is None else scale
     dtype = qkv.dtype
-    if xpos and n > MOST_FP32:
+    full, far = window is None or window >= n - 1, xpos and n > MOST_FP32
+    if far and not full:
         dtype = torch.float64
     elif xpos and dtype == torch.float16:  # its range ends at 8 thousand tokens
         dtype = torch.float32
-    cos, sin, decay = _rotation(n, E, xpos, _widen(q.to(dtype)))
-    q, k = _rotate(q, cos, sin, decay).to(dtype), _rotate(k, cos, sin, 1 / decay).to(dtype)
     with torch.autocast(qkv.device.type, enabled=False):
-        if window is None or window >= n - 1:
-            out = _attention(q, k, v.to(dtype), None, scale)
+        if full and far:
+            out = _by_spans(q.to(dtype), k.to(dtype), v.to(dtype), scale)
         else:
-            out = _windowed(q, k, v.to(dtype), window, scale)
+            cos, sin, decay = _rotation(n, E, xpos, _widen(q.to(dtype)))
+            q, k = _rotate(q, cos, sin, decay).to(dtype), _rotate(k, cos, sin, 1 / decay).to(dtype)
+            attend = _attention if full else _windowed
+            out = attend(q, k, v.to(dtype), None if full else window, scale)
     return rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)[:, :M].to(qkv.dtype)
 
 
