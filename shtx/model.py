@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shtx import ops
 from shtx.generate import generate
+from shtx.graphed_loss import replay
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
 from shtx.ops import REFERENCE, cosine_distance, cross_entropy, windows
@@ -77,6 +78,12 @@ class HierarchicalTransformer(Layer):
             synchronisation.
         checkpointing: in training, keep no more of a block than what enters it, and run it again in
             the backward: less memory, one more forward, the same gradients to the bit.
+        graphs: in training on CUDA, replay a CUDA graph in place of a forward with return_loss, and
+            another in place of its backward, from the second forward of a shape of ids on: the same
+            bits at the speed of TrainStep, in any loop, DistributedDataParallel included. A forward
+            has one backward. What a graph froze may change at any time, which costs an eager
+            forward and a capture. Shapes have a graph each, up to four; other forwards, and those
+            of a model with hooks, run eagerly.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -107,6 +114,7 @@ class HierarchicalTransformer(Layer):
         super().__init__()
         self.checked = False
         self.checkpointing = False
+        self.graphs = False
         num_tokens = integer("num_tokens", num_tokens, at_least=1)
         self.seq_len = integer("seq_len", seq_len, at_least=1)
         self.ignore_index = integer("ignore_index", ignore_index)
@@ -319,6 +327,12 @@ class HierarchicalTransformer(Layer):
         """
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+        other = return_hierarchical_token_embeds or return_hierarchical_embeds
+        other = other or ablate_hierarchical_merge or plan is not None
+        if self.graphs and return_loss and not other:
+            outputs = replay(self, ids, loss_reduction)
+            if outputs is not None:
+                return outputs
         plan = plan or self.plan()
         ids = self.check_ids(ids, return_loss, plan.checked)
         labels = None

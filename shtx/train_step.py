@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
-from shtx.graphs import Graphs, comparable, run_aside
+from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
 from shtx.plan import Layer, Plan, is_sharded
 
-MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
 
 
