@@ -70,6 +70,8 @@ class Graphs:
             return True
         self.structure, self.more = Structure(model), more
         self.kept.clear()
+        # what a graph has left may be in use still, as gradients; its pool is no graph's any more
+        self.pool = torch.cuda.graph_pool_handle()
         return False
 
     def get(self, key: Hashable, make: Callable[[], Any], name: str) -> Any:
