@@ -54,7 +54,7 @@ class Graphs:
     def __init__(self, device: torch.device, limit: int | None = None):
         self.limit = limit
         self.stream = torch.cuda.Stream(device)  # of eager first turns and captures
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = None  # of memory
         self.replayed = torch.cuda.Event()
         self.kept, self.structure, self.more, self._warned = {}, None, None, False
 
@@ -70,8 +70,7 @@ class Graphs:
             return True
         self.structure, self.more = Structure(model), more
         self.kept.clear()
-        # what a graph has left may be in use still, as gradients; its pool is no graph's any more
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = None  # what is in use still, as gradients, keeps it from taking other graphs
         return False
 
     def get(self, key: Hashable, make: Callable[[], Any], name: str) -> Any:
@@ -109,6 +108,8 @@ class Graphs:
             function: has run aside on `stream`.
         """
         graph = torch.cuda.CUDAGraph()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         # a loader's thread may pin memory meanwhile
         options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         try:
@@ -133,7 +134,7 @@ class Graphs:
         """
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = None
         with suppress(RuntimeError), torch.cuda.stream(self.stream):
             spare = torch.zeros(1, device=self.stream.device)
             with torch.cuda.graph(

@@ -22,7 +22,13 @@ from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
 from shtx.plan import Layer, Plan, is_sharded
 
-PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
+PARAMETERS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-mixed": torch.float32,
+    "fp16-mixed": torch.float32,
+}
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
 
 @dataclass
@@ -52,7 +58,9 @@ class TrainStep:
             capturable groups read them in fp32 on CUDA, with a CUDA graph or without. Any other
             change, of a group, of the model, of an attribute of this object or of PyTorch's modes,
             costs an eager step and a capture.
-        precision: "bf16-mixed" (autocast; fp32 parameters), "fp32", or "bf16" (bf16 parameters).
+        precision: "bf16-mixed" (autocast; fp32 parameters), "fp16-mixed" (the same; gradients are
+            scaled, and a step in which one overflows changes nothing but the scale), "fp32", or
+            "bf16" (bf16 parameters).
         grad_clip: greatest norm of all gradients together; None: any.
         accumulate: micro-batches that the batch of ids is split into, for less memory. Loss and
             gradients are those of the whole batch, whatever labels each of them ignores.
@@ -62,6 +70,8 @@ class TrainStep:
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
+        scaler: the torch.amp.GradScaler of precision="fp16-mixed", whose state belongs in a
+            checkpoint; of other precisions it does nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -107,6 +117,7 @@ class TrainStep:
         self.grad_norm = None
         self._core = getattr(model, "module", model)  # what a wrapper wraps
         self._device = self._core.device
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16-mixed")
         self._learning_rates = []  # a tensor a group, on CUDA
         self._warned = False  # of hooks
         self._compiled = False
@@ -188,11 +199,13 @@ class TrainStep:
         self.model.zero_grad()
         try:
             loss, parts = self._forward_backward(ids)
+            self.scaler.unscale_(self.optimizer)
             norm = None
             if self.grad_clip is not None:
                 norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
             with self._tensors_in_groups():
-                self.optimizer.step()
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
         finally:
             self.model.zero_grad()
         return loss, parts, norm
@@ -228,16 +241,16 @@ class TrainStep:
     def _autocast(self) -> Iterator[None]:
         """One region, whose casts of weights are of this step alone."""
         torch.clear_autocast_cache()  # the caller's own region may be open
-        mixed = self.precision == "bf16-mixed"
+        dtype = AUTOCAST.get(self.precision)
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
+            with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
                 yield
         finally:
             torch.clear_autocast_cache()
 
     def _backward(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
+            self.scaler.scale(loss).backward()
 
     # the optimizer
 
@@ -275,9 +288,14 @@ class TrainStep:
                 stacklevel=3,
             )
             return False
-        if not all(map(_reads_tensors, self.optimizer.param_groups)):
+        needed = "fused=True or capturable=True"
+        fits = all(map(_reads_tensors, self.optimizer.param_groups))
+        if self.scaler.is_enabled():  # only a fused update finds out for itself what overflowed
+            needed = 'fused=True with precision="fp16-mixed"'
+            fits = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if not fits:
             raise ValueError(
-                "optimizer must have fused=True or capturable=True for a CUDA graph, got"
+                f"optimizer must have {needed} for a CUDA graph, got"
                 f" {type(self.optimizer).__name__} without; cuda_graph=False takes any"
             )
         return True
@@ -317,4 +335,8 @@ class TrainStep:
         stepped = [list(map(id, group["params"])) for group in self.optimizer.param_groups]
         # load_state_dict puts another state in the place of the one whose memory graphs update
         options = self.precision, self.grad_clip, self.accumulate, id(self.optimizer.state)
+        scaler = self.scaler
+        if scaler.is_enabled():
+            growth = scaler.get_growth_factor(), scaler.get_backoff_factor()
+            options = *options, *growth, scaler.get_growth_interval()
         return [groups, stepped, options]

@@ -16,8 +16,8 @@ from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint
 from shtx.train.config import Config
 from shtx.train.data import Corpus
+from shtx.train_step import AUTOCAST
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 CLIP = 1.0  # gradient norm
 WARMUP, DECAY = 0.05, 0.2  # of the steps
 MINIMUM = 0.02  # of the peak learning rate
@@ -116,18 +116,13 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.precision == "fp16-mixed"
+        self.train_step = TrainStep(
+            *(self.parallel, self.optimizer),
+            precision="fp32" if config.precision == "tf32" else config.precision,
+            grad_clip=CLIP,
+            cuda_graph=world == 1,
         )
-        precision = "fp32" if config.precision == "tf32" else config.precision
-        self.train_step = None
-        if not self.scaler.is_enabled():
-            self.train_step = TrainStep(
-                *(self.parallel, self.optimizer),
-                precision=precision,
-                grad_clip=CLIP,
-                cuda_graph=world == 1,
-            )
+        self.scaler = self.train_step.scaler
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.config.precision)
@@ -138,8 +133,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Kernels of a step, side by side; others compile when they are first launched."""
-        if self.train_step is not None:
-            self.train_step.compile(self.ids(self.batch(0)))
+        self.train_step.compile(self.ids(self.batch(0)))
 
     def batch(self, step: int) -> np.ndarray:
         config = self.config
@@ -154,23 +148,8 @@ class Trainer:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        ids = self.ids(self.batch(step))
-        if self.train_step is None:
-            return self.scaled_step(ids)
-        loss, (ce, *_) = self.train_step(ids)
+        loss, (ce, *_) = self.train_step(self.ids(self.batch(step)))
         return torch.stack((loss, ce, self.train_step.grad_norm))
-
-    def scaled_step(self, ids: Tensor) -> Tensor:
-        """The same in fp16, whose gradients are scaled, and dropped where they overflow."""
-        with self.autocast():
-            loss, (ce, *_) = self.parallel(ids, return_loss=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return torch.stack((loss.detach(), ce.detach(), norm))
 
     @torch.no_grad()
     def evaluate(self) -> float:
