@@ -5,14 +5,19 @@ tensors that are written before a replay: the ids and the learning rates. Everyt
 graph took in is compared at every call, and graphs that no longer hold are given up. The first step
 of a shape runs eagerly, once its kernels are compiled, and creates the optimizer's state. The
 second is captured, which computes nothing, and replayed. So every call is exactly one step.
+
+Of several processes, each has a share of the batch; see shtx.parallel.
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
@@ -20,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from shtx.graphs import Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
+from shtx.parallel import Alone, ranks_of, take_over, unwrap
 from shtx.plan import Layer, Plan, is_sharded
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
@@ -45,9 +51,16 @@ def _reads_tensors(group: dict) -> bool:
 class TrainStep:
     """Forward, backward, clipping and update of a HierarchicalTransformer, as a function of ids.
 
+    Where torch.distributed is initialized, all its processes make a TrainStep together, which
+    starts from the weights of the first, and take each step together, each on a share of the batch.
+    Loss, its parts, gradients and their norm are those of the whole batch, whatever labels a share
+    ignores, and weights stay equal to the bit. For CUDA graphs all shares must have one shape, and
+    `close` has to be called before the process group is destroyed.
+
     Args:
-        model: a HierarchicalTransformer, compiled or not, on its device; or one that
-            DistributedDataParallel or FSDP has wrapped, whose steps run without a CUDA graph.
+        model: a HierarchicalTransformer, compiled or not, on its device; or in a
+            DistributedDataParallel, in whose place this sums gradients from then on, or sharded by
+            FSDP2's fully_shard, whose steps run without a CUDA graph.
         optimizer: of the model's parameters. For a CUDA graph its groups must have fused=True or
             capturable=True. Learning rates may change between calls, in any way; fused and
             capturable groups read them in fp32 on CUDA, with a CUDA graph or without. Any other
@@ -60,6 +73,8 @@ class TrainStep:
         cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. Hooks
             of the optimizer's step do not run in a replay. Of a model that has hooks, or that
             cannot be captured, steps run eagerly, with a warning.
+        process_group: of the processes that step together; None: that of a DistributedDataParallel
+            or FSDP2 model, else all; False: this process steps alone.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -77,12 +92,36 @@ class TrainStep:
         grad_clip: float | None = None,
         accumulate: int = 1,
         cuda_graph: bool = True,
+        process_group: "dist.ProcessGroup | Literal[False] | None" = None,
     ):
         if not isinstance(model, Module) or not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "TrainStep takes a model and its optimizer, in this order, got"
                 f" {type(model).__name__} and {type(optimizer).__name__}"
             )
+        self.model, self.optimizer = model, optimizer
+        self.precision, self.grad_clip, self.accumulate = precision, grad_clip, accumulate
+        self.grad_norm = None
+        self._learning_rates = []  # a tensor a group, on CUDA
+        self._warned = False  # of hooks
+        self._compiled = False
+        self._graphs = None
+        self._sharded = any(map(is_sharded, self._parameters))
+        self._ranks = ranks_of(model, process_group)
+        with self._ranks.together(self._settings):
+            self._check_arguments()
+            self._module = unwrap(model)  # what steps call
+            self._core = getattr(self._module, "module", self._module)
+            self._device = self._core.device
+            if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
+                self._graphs = Graphs(self._device, MAX_GRAPHS)
+        take_over(model)
+        self._ranks.copy_first()
+        if self._graphs is not None:  # where the process group outlives this, or the interpreter
+            weakref.finalize(self, self._graphs.kept.clear)
+
+    def _check_arguments(self) -> None:
+        model, precision, grad_clip = self.model, self.precision, self.grad_clip
         if precision not in PARAMETERS:
             allowed = ", ".join(map(repr, PARAMETERS))
             raise ValueError(f"precision must be one of {allowed}, got {precision!r}")
@@ -94,28 +133,29 @@ class TrainStep:
                 )
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(f"grad_clip must be above 0 or None, got {grad_clip}")
+        self.accumulate = integer("accumulate", self.accumulate, at_least=1)
         trained = {p for p in model.parameters() if p.requires_grad}
         if not trained:
             raise ValueError("model must have a parameter that requires a gradient, got none")
-        if not any(p in trained for group in optimizer.param_groups for p in group["params"]):
+        if not any(p in trained for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "optimizer must have parameters of the model that require a gradient, got none of"
                 f" the {len(trained)}: it was made of another model's, or before they were replaced"
             )
-        self.model, self.optimizer = model, optimizer
-        self.precision, self.grad_clip = precision, grad_clip
-        self.accumulate = integer("accumulate", accumulate, at_least=1)
-        self.grad_norm = None
-        self._core = getattr(model, "module", model)  # what a wrapper wraps
-        self._device = self._core.device
-        self._learning_rates = []  # a tensor a group, on CUDA
-        self._warned = False  # of hooks
-        self._compiled = False
-        self._sharded = any(map(is_sharded, self._parameters))
-        self._distributed = self._sharded or self._core is not model
-        self._graphs = None
-        if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
-            self._graphs = Graphs(self._device, MAX_GRAPHS)
+
+    def _settings(self) -> dict:
+        """What all ranks must have in common, by name."""
+        settings = {name: getattr(self, name) for name in ("precision", "grad_clip", "accumulate")}
+        settings["cuda_graph"] = self._graphs is not None
+        settings["loss_weights"] = self._core.loss_weights
+        for name, p in self._core.named_parameters():
+            trained = "trained" if p.requires_grad else "frozen"
+            settings[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} {p.stride()} {trained}"
+        settings["optimizer"] = type(self.optimizer).__name__
+        for i, group in enumerate(self.optimizer.param_groups):
+            plain = {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+            settings[f"group {i} of the optimizer"] = plain | {"params": len(group["params"])}
+        return settings
 
     @property
     def _parameters(self) -> list[Parameter]:
@@ -173,6 +213,11 @@ class TrainStep:
                 run_aside(lambda: compile_ahead(gradients), self._graphs.stream)
         self._compiled = True
 
+    def close(self) -> None:
+        """Give up the CUDA graphs. NCCL waits for them where its process group is destroyed."""
+        if self._graphs is not None:
+            self._graphs.kept.clear()
+
     def _check_ids(self, ids: Tensor) -> Tensor:
         ids = self._core.check_ids(ids, return_loss=True)
         if len(ids) % self.accumulate:
@@ -192,6 +237,7 @@ class TrainStep:
             norm = None
             if self.grad_clip is not None:
                 norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
+                norm = norm.full_tensor() if self._sharded else norm
             with self._tensors_in_groups():
                 self.optimizer.step()
         finally:
@@ -201,18 +247,22 @@ class TrainStep:
     def _forward_backward(self, ids: Tensor) -> tuple[Tensor, tuple]:
         with self._autocast():
             plan = self._plan()
-            if self.accumulate == 1:
-                loss, parts = self.model(ids, return_loss=True, **plan)
+            if self.accumulate == 1 and type(self._ranks) is Alone:
+                loss, parts = self._module(ids, return_loss=True, **plan)
                 self._backward(loss)
                 return loss.detach(), tuple(part.detach() for part in parts)
-            weights, counts = self._core.loss_weights, self._core.loss_counts(ids).clamp(min=1)
+            weights, counts = self._core.loss_weights, self._ranks.sum(self._core.loss_counts(ids))
             weighted = lambda losses: sum(w * x for w, x in zip(weights, losses, strict=True))
+            micros = ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate))
             totals = 0
-            for micro in ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate)):
-                sums, _ = self.model(micro, return_loss=True, loss_reduction="sum", **plan)
-                losses = sums / counts
-                self._backward(weighted(losses))
+            for number, micro in enumerate(micros, 1):
+                sums, _ = self._module(micro, return_loss=True, loss_reduction="sum", **plan)
+                losses = sums / counts().clamp(min=1)
                 totals = totals + losses.detach()
+                if last := number == self.accumulate:
+                    summed = self._ranks.sum(totals)
+                self._backward(weighted(losses), last)
+            totals = summed()
             compressed = sum(level.compress > 1 for level in self._core.levels)
             split = len(totals) - compressed
             parts = totals[0], totals[1:split].sum(), totals[split:].sum()
@@ -236,9 +286,9 @@ class TrainStep:
         finally:
             torch.clear_autocast_cache()
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, last: bool = True) -> None:
         with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
+            self._ranks.backward(loss, last)
 
     # the optimizer
 
@@ -268,12 +318,13 @@ class TrainStep:
                 group |= values
 
     def _can_be_captured(self) -> bool:
-        """False, with a warning, for a distributed model."""
-        if self._distributed:
+        """False, with a warning, for a model that something else wraps or shards."""
+        reason = self._ranks.why_not_captured
+        if self._core is not self._module:
+            reason = f"the model is in a {type(self._module).__name__}"
+        if reason is not None:
             warnings.warn(
-                f"cuda_graph=True does nothing for a distributed model ({type(self.model).__name__}"
-                " or its parameters): steps run eagerly",
-                stacklevel=3,
+                f"cuda_graph=True does nothing as {reason}: steps run eagerly", stacklevel=3
             )
             return False
         if not all(map(_reads_tensors, self.optimizer.param_groups)):
@@ -306,7 +357,8 @@ class TrainStep:
 
     def _capture(self, ids: Tensor) -> Step:
         ids = ids.clone(memory_format=torch.contiguous_format)
-        return Step(ids, *self._graphs.capture(lambda: self._step(ids)))
+        with self._ranks.together(lambda: {"the shape of ids": tuple(ids.shape)}):
+            return Step(ids, *self._graphs.capture(lambda: self._step(ids)))
 
     def _frozen(self) -> list:
         """What a graph of a step has frozen besides the model."""
