@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import OPTIONS, adamw
 
 from shtx import HierarchicalTransformer, TrainStep, parallel
+from shtx.graphs import NEVER, Graphs
 from shtx.parallel import Replicas, Summing
 
 RANKS = 2
@@ -297,7 +298,71 @@ def fsdp_steps_equal_those_of_one_process(rank):
         assert_close(ours, take(build(), whole(), process_group=False))
 
 
-CASES = [
+# on GPUs
+
+
+def trained(rank, accumulate=1, wrap=lambda model: model, **options):
+    """What thirty steps come to: the last loss, and the weights of both ranks."""
+    model = build(seed=rank, impl="fused").cuda()
+    options = dict(grad_clip=0.5, accumulate=accumulate) | options
+    step = TrainStep(wrap(model), adamw(model), **options)
+    for n in range(30):
+        ids = uneven(rank).roll(n, 1).cuda()
+        torch.cuda.set_sync_debug_mode("error" if step._graphs and n > 1 else "default")
+        try:
+            loss, _ = step(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    if step._graphs:
+        assert step._graphs.kept[ids.shape].graph
+    step.close()
+    first, second = weights_of_all(model)
+    assert torch.equal(first, second)
+    return loss, first
+
+
+def graphs_are_the_eager_steps(rank):
+    for accumulate in (1, 2):
+        ours = trained(rank, accumulate)
+        assert all(map(torch.equal, ours, trained(rank, accumulate)))
+        assert all(map(torch.equal, ours, trained(rank, accumulate, cuda_graph=False)))
+
+
+def graphs_are_those_of_ddp(rank):
+    wrap = lambda model: DistributedDataParallel(model, device_ids=[rank])
+    assert all(map(torch.equal, trained(rank), trained(rank, wrap=wrap)))
+
+
+def graphs_equal_one_process(rank):
+    model, alone = build(seed=rank).cuda(), build().cuda()
+    step = TrainStep(model, adamw(model), precision="fp32", grad_clip=0.1)
+    step_alone = TrainStep(
+        alone, adamw(alone), precision="fp32", grad_clip=0.1, process_group=False
+    )
+    for _ in range(3):
+        loss, parts = step(uneven(rank).cuda())
+        expected, expected_parts = step_alone(whole().cuda())
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(parts, expected_parts, rtol=1e-5, atol=0)
+
+
+def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
+    model, capture = build().cuda(), Graphs.capture
+
+    def fail(graphs, function):
+        if rank == 1:
+            raise RuntimeError("as asked")
+        return capture(graphs, function)
+
+    step = TrainStep(model, adamw(model))
+    told = ["rank 1 failed: RuntimeError: as asked", "as asked"][rank]
+    with patch.object(Graphs, "capture", fail), pytest.warns(UserWarning, match=told):
+        for _ in range(3):
+            step(uneven(rank).cuda())
+    assert list(step._graphs.kept.values()) == [NEVER]
+
+
+CPU_CASES = [
     steps_equal_those_of_one_process,
     shares_may_be_of_unequal_size,
     ranks_agree_to_the_bit,
@@ -313,15 +378,23 @@ CASES = [
     fsdp_trains_and_generates,
     fsdp_steps_equal_those_of_one_process,
 ]
+GPU_CASES = [
+    graphs_are_the_eager_steps,
+    graphs_are_those_of_ddp,
+    graphs_equal_one_process,
+    a_capture_that_fails_on_one_rank_is_none_on_all,
+]
 
 
-def work(rank, folder):
+def work(rank, folder, backend, cases):
     """Run all cases, down to one that fails on some rank; write what they came to."""
     torch.set_num_threads(1)
     parallel.BUCKET, parallel.PACKED = 2048, 256  # several buckets even here
     rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group("gloo", rendezvous, limit, RANKS, rank)
-    for case in CASES:
+    dist.init_process_group(backend, rendezvous, limit, RANKS, rank)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    for case in cases:
         try:
             torch.manual_seed(0)
             case(rank)
@@ -335,18 +408,37 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parallel")
-    processes = mp.spawn(work, (folder,), RANKS, join=False).processes
+def spawn(folder, backend, cases):
+    processes = mp.spawn(work, (folder, backend, cases), RANKS, join=False).processes
     for process in processes:
         process.join()
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_parallel(case, results):
+@pytest.fixture(scope="module")
+def on_cpus(tmp_path_factory):
+    return spawn(tmp_path_factory.mktemp("cpus"), "gloo", CPU_CASES)
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory):
+    return spawn(tmp_path_factory.mktemp("gpus"), "nccl", GPU_CASES)
+
+
+def assert_passed(case, results):
     for rank in range(RANKS):
         path = results / f"{case.__name__}.{rank}"
         assert path.exists(), "another case failed before"
         assert (error := json.loads(path.read_text())) is None, f"rank {rank}: {error}"
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.__name__)
+def test_on_cpus(case, on_cpus):
+    assert_passed(case, on_cpus)
+
+
+@pytest.mark.gpu  # NCCL
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.__name__)
+def test_on_gpus(case, on_gpus):
+    assert_passed(case, on_gpus)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import DEVICE, without_a_gpu, without_launches
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
@@ -220,13 +221,20 @@ def process_group(tmp_path):
 
 
 @pytest.mark.gpu  # captures
-def test_a_model_that_is_distributed_runs_eagerly(process_group):
+def test_a_wrapper_of_one_process_changes_nothing(process_group):
     plain = build()
     model = DistributedDataParallel(copy.deepcopy(plain))
-    with pytest.warns(UserWarning, match="DistributedDataParallel"):
-        step, optimizer = pair(model)
+    step, optimizer = pair(model)
     other_step, other_optimizer = eager(plain)
     for n in range(3):
         step(draw(n))
         other_step(draw(n))
+    assert step._graphs.kept[draw(0).shape].graph
     assert_same((model, optimizer), (plain, other_optimizer))
+
+
+@pytest.mark.gpu  # FullyShardedDataParallel needs one
+def test_fsdp1_is_refused(process_group):
+    model = FullyShardedDataParallel(build(), use_orig_params=True)
+    with pytest.raises(ValueError, match="must be sharded by fully_shard .* FullyShardedData"):
+        pair(model)
