@@ -251,8 +251,7 @@ class TrainStep:
                 loss, parts = self._module(ids, return_loss=True, **plan)
                 self._backward(loss)
                 return loss.detach(), tuple(part.detach() for part in parts)
-            weights, counts = self._core.loss_weights, self._ranks.sum(self._core.loss_counts(ids))
-            weighted = lambda losses: sum(w * x for w, x in zip(weights, losses, strict=True))
+            counts = self._ranks.sum(self._core.loss_counts(ids))
             micros = ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate))
             totals = 0
             for number, micro in enumerate(micros, 1):
@@ -261,12 +260,18 @@ class TrainStep:
                 totals = totals + losses.detach()
                 if last := number == self.accumulate:
                     summed = self._ranks.sum(totals)
-                self._backward(weighted(losses), last)
-            totals = summed()
-            compressed = sum(level.compress > 1 for level in self._core.levels)
-            split = len(totals) - compressed
-            parts = totals[0], totals[1:split].sum(), totals[split:].sum()
-            return weighted(totals), parts
+                self._backward(self._combine(losses)[0], last)
+            return self._combine(summed())
+
+    def _combine(self, losses: Tensor) -> tuple[Tensor, tuple]:
+        """The loss and its parts, of the means of all losses."""
+        core = self._core
+        compressed = sum(level.compress > 1 for level in core.levels)
+        kinds = losses.split((1, len(losses) - 1 - compressed, compressed))
+        ce, recon, hierarchical_ar = (kind.sum() for kind in kinds)
+        loss = ce + recon * core.recon_loss_weight
+        loss = loss + hierarchical_ar * core.hierarchical_ar_loss_weight
+        return loss, (ce, recon, hierarchical_ar)
 
     def _plan(self) -> dict[str, Plan]:
         """Plan once for all micro-batches, so that weights are cast once; what is compiled or
