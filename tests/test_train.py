@@ -473,14 +473,14 @@ from shtx.train import run
 fit, leave = run.fit, torch.distributed.destroy_process_group
 
 def fit_and_keep(trainer, *rest):
-    global parallel
-    parallel = weakref.ref(trainer.parallel)
+    global step
+    step = weakref.ref(trainer.train_step)
     signum = fit(trainer, *rest)
     torch.save(trainer.model.state_dict(), f"{sys.argv[1]}-{trainer.rank}")
     return signum
 
 def leave_after_it():
-    assert parallel() is None, "DistributedDataParallel would end the group"
+    assert step() is None, "NCCL would wait for its graphs"
     leave()
 
 run.fit, torch.distributed.destroy_process_group = fit_and_keep, leave_after_it
@@ -489,8 +489,8 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_two_processes_are_one(text, tmp_path):
-    """Two processes with half the batch each make the steps of one with all of it."""
-    assert train(text, tmp_path / "one") == 0
+    """Two processes with half the batch each make the steps of one with all of it, in halves."""
+    assert train(text, tmp_path / "one", "--accumulate", "2") == 0
     (tmp_path / "worker.py").write_text(WORKER)
     weights, out = tmp_path / "weights", tmp_path / "two"
     command = [
@@ -518,9 +518,14 @@ def test_two_processes_are_one(text, tmp_path):
         assert two == pytest.approx(row, rel=1e-6)
 
 
+def test_micro_batches_of_fp16():
+    with pytest.raises(TrainError, match="--accumulate must be 1 for fp16-mixed, got 2"):
+        parse([*TINY, "--precision", "fp16-mixed", "--accumulate", "2"])
+
+
 def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
-        TrainError, match="--batch-size must be a multiple of the 3 processes, got 4"
+        TrainError, match="--batch-size must be a multiple of the 3 processes times .* 1, got 4"
     ):
         place(parse(TINY)[0])

@@ -44,7 +44,7 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
     def record(losses: list[Tensor], seconds: float) -> None:
         speed = len(losses) * tokens / seconds
         start = done - len(losses)
-        for step, (loss, ce, norm) in enumerate(trainer.gather(losses), start):
+        for step, (loss, ce, norm) in enumerate(torch.stack(losses).tolist(), start):
             # a gradient that overflows fp16 is the scaler's business
             if not math.isfinite(loss if trainer.scaler.is_enabled() else loss + norm):
                 raise TrainError(

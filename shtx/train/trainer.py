@@ -112,7 +112,6 @@ class Trainer:
     ):
         self.config, self.corpus, self.model = config, corpus, model
         self.rank, self.world, self.device = rank, world, model.device
-        self.parallel = DistributedDataParallel(model) if world > 1 else model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -120,13 +119,15 @@ class Trainer:
             self.device.type, enabled=config.precision == "fp16-mixed"
         )
         precision = "fp32" if config.precision == "tf32" else config.precision
-        self.train_step = None
-        if not self.scaler.is_enabled():
+        self.train_step = self.parallel = None  # one of them
+        if self.scaler.is_enabled():
+            self.parallel = DistributedDataParallel(model) if world > 1 else model
+        else:
             self.train_step = TrainStep(
-                *(self.parallel, self.optimizer),
+                *(model, self.optimizer),
                 precision=precision,
                 grad_clip=CLIP,
-                cuda_graph=world == 1,
+                accumulate=config.accumulate,
             )
 
     def autocast(self) -> torch.autocast:
@@ -149,7 +150,7 @@ class Trainer:
         """One update, number `step`, counted from 0.
 
         Returns:
-            (3,) of this process, on its device: loss, cross entropy in nats, gradient norm.
+            (3,) on the device: loss, cross entropy in nats, gradient norm.
         """
         config = self.config
         for group in self.optimizer.param_groups:
@@ -170,7 +171,10 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return torch.stack((loss.detach(), ce.detach(), norm))
+        means = torch.stack((loss.detach(), ce.detach(), norm)) / self.world
+        if self.world > 1:
+            dist.all_reduce(means)
+        return means
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -178,7 +182,7 @@ class Trainer:
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         windows = self.corpus.windows(self.config.eval_sequences)
-        share = self.config.batch_size // self.world
+        share = self.config.batch_size // (self.world * self.config.accumulate)
         for start in range(self.rank * share, len(windows), self.world * share):
             ids = self.ids(windows[start : start + share])
             with self.autocast():
@@ -199,14 +203,6 @@ class Trainer:
             ids = self.model.generate(self.ids(prompt.copy())[None], SAMPLE)
         return prompt.tobytes(), bytes(ids[0].tolist())
 
-    def gather(self, losses: list[Tensor]) -> list[list[float]]:
-        """What `step` returned, averaged over the processes; waits for the device."""
-        rows = torch.stack(losses)
-        if self.world > 1:
-            dist.all_reduce(rows)
-            rows /= self.world
-        return rows.tolist()
-
     def agree(self, signum: int) -> int:
         """The number of the signal that any process got, 0 if none did."""
         if self.world > 1:
@@ -218,9 +214,12 @@ class Trainer:
     def close(self) -> None:
         """Leaves the other processes; no more steps after this.
 
-        DistributedDataParallel goes first. As the last owner of the process group it would end the
-        group with Python's lock held, waiting for a thread of Gloo's that may wait for the lock.
+        CUDA graphs go first, which NCCL would wait for, and DistributedDataParallel. As the last
+        owner of the process group it would end the group with Python's lock held, waiting for a
+        thread of Gloo's that may wait for the lock.
         """
+        if self.train_step is not None:
+            self.train_step.close()
         self.train_step = self.parallel = None
         if self.world > 1:
             dist.destroy_process_group()
