@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_map_only
 from shtx.graphs import Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
-from shtx.parallel import Alone, ranks_of, take_over, unwrap
+from shtx.parallel import Alone, Replicas, ranks_of, take_over, unwrap
 from shtx.plan import Layer, Plan, is_sharded
+from shtx.shares import Shares
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -75,6 +76,8 @@ class TrainStep:
             cannot be captured, steps run eagerly, with a warning.
         process_group: of the processes that step together; None: that of a DistributedDataParallel
             or FSDP2 model, else all; False: this process steps alone.
+        shard_optimizer: each process keeps the optimizer's state of a share of the parameters, and
+            updates these. `optimizer_state_dict` has all of it.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -93,6 +96,7 @@ class TrainStep:
         accumulate: int = 1,
         cuda_graph: bool = True,
         process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+        shard_optimizer: bool = False,
     ):
         if not isinstance(model, Module) or not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -117,6 +121,9 @@ class TrainStep:
                 self._graphs = Graphs(self._device, MAX_GRAPHS)
         take_over(model)
         self._ranks.copy_first()
+        self._shares = None
+        if shard_optimizer and isinstance(self._ranks, Replicas):
+            self._shares = Shares(optimizer, self._ranks)
         if self._graphs is not None:  # where the process group outlives this, or the interpreter
             weakref.finalize(self, self._graphs.kept.clear)
 
@@ -148,13 +155,17 @@ class TrainStep:
         settings = {name: getattr(self, name) for name in ("precision", "grad_clip", "accumulate")}
         settings["cuda_graph"] = self._graphs is not None
         settings["loss_weights"] = self._core.loss_weights
-        for name, p in self._core.named_parameters():
-            trained = "trained" if p.requires_grad else "frozen"
-            settings[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} {p.stride()} {trained}"
         settings["optimizer"] = type(self.optimizer).__name__
+        group_of = {}
         for i, group in enumerate(self.optimizer.param_groups):
+            group_of |= dict.fromkeys(group["params"], i)
             plain = {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
-            settings[f"group {i} of the optimizer"] = plain | {"params": len(group["params"])}
+            settings[f"group {i} of the optimizer"] = plain
+        for name, p in self._core.named_parameters():
+            settings[f"parameter {name}"] = (
+                f"{tuple(p.shape)}, {p.dtype}, strides {p.stride()},"
+                f" requires_grad={p.requires_grad}, group {group_of.get(p)} of the optimizer"
+            )
         return settings
 
     @property
@@ -240,6 +251,8 @@ class TrainStep:
                 norm = norm.full_tensor() if self._sharded else norm
             with self._tensors_in_groups():
                 self.optimizer.step()
+            if self._shares is not None:
+                self._shares.gather()
         finally:
             self.model.zero_grad()
         return loss, parts, norm
@@ -296,6 +309,16 @@ class TrainStep:
             self._ranks.backward(loss, last)
 
     # the optimizer
+
+    def optimizer_state_dict(self) -> dict | None:
+        """The optimizer's state_dict as one process would have it; with shard_optimizer all ranks
+        have to call this, and the first alone gets it.
+        """
+        return (self._shares or self.optimizer).state_dict()
+
+    def load_optimizer_state_dict(self, state_dict: dict) -> None:
+        """Load what `optimizer_state_dict` gave, of any number of ranks, on every rank."""
+        (self._shares or self.optimizer).load_state_dict(state_dict)
 
     def _write_learning_rates(self) -> None:
         """To the device, ahead of the step: within a graph it would be the same number for ever."""

@@ -101,6 +101,37 @@ def ranks_agree_to_the_bit(rank):
     assert torch.equal(first, second)
 
 
+def an_optimizer_may_be_sharded(rank):
+    models = [build(), build(), build()]
+    ours, theirs, later = (adamw(m) for m in models)
+    options = dict(precision="fp32", grad_clip=0.5)
+    step = TrainStep(models[0], ours, shard_optimizer=True, **options)
+    other_step = TrainStep(models[1], theirs, **options)
+    for _ in range(3):
+        assert torch.equal(step(uneven(rank))[0], other_step(uneven(rank))[0])
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    kept = sum(state["exp_avg"].numel() for state in ours.state.values())
+    assert kept <= 0.6 * sum(p.numel() for p in models[0].parameters())
+
+    state, expected = [step.optimizer_state_dict()], theirs.state_dict()
+    assert (state[0] is None) == (rank > 0)
+    dist.broadcast_object_list(state)
+    assert state[0]["param_groups"] == expected["param_groups"]
+    assert state[0]["state"].keys() == expected["state"].keys()
+    for index, values in expected["state"].items():
+        assert all(torch.equal(state[0]["state"][index][name], v) for name, v in values.items())
+
+    models[2].load_state_dict(models[0].state_dict())
+    last_step = TrainStep(models[2], later, shard_optimizer=True, **options)
+    last_step.load_optimizer_state_dict(state[0])
+    for s in (step, other_step, last_step):
+        s(uneven(rank))
+    with pytest.raises(ValueError, match="group .* of the optimizer on rank 0 and .* group"):
+        TrainStep(models[0], ours, **options)  # of which a rank has a share alone
+    for model in models[1:]:
+        assert all(map(torch.equal, models[0].parameters(), model.parameters()))
+
+
 def ddp_is_the_same(rank):
     plain, wrapped = build(), build()
     wrapped = DistributedDataParallel(wrapped)
@@ -328,9 +359,11 @@ def graphs_are_the_eager_steps(rank):
         assert all(map(torch.equal, ours, trained(rank, accumulate, cuda_graph=False)))
 
 
-def graphs_are_those_of_ddp(rank):
+def graphs_are_those_of_ddp_and_of_a_sharded_optimizer(rank):
     wrap = lambda model: DistributedDataParallel(model, device_ids=[rank])
-    assert all(map(torch.equal, trained(rank), trained(rank, wrap=wrap)))
+    ours = trained(rank)
+    assert all(map(torch.equal, ours, trained(rank, wrap=wrap)))
+    assert all(map(torch.equal, ours, trained(rank, shard_optimizer=True)))
 
 
 def graphs_equal_one_process(rank):
@@ -366,6 +399,7 @@ CPU_CASES = [
     steps_equal_those_of_one_process,
     shares_may_be_of_unequal_size,
     ranks_agree_to_the_bit,
+    an_optimizer_may_be_sharded,
     ddp_is_the_same,
     ddp_alone_without_auxiliary_losses,
     micro_batches_are_summed_once,
@@ -380,7 +414,7 @@ CPU_CASES = [
 ]
 GPU_CASES = [
     graphs_are_the_eager_steps,
-    graphs_are_those_of_ddp,
+    graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
     graphs_equal_one_process,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
