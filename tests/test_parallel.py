@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import OPTIONS, adamw
 
 from shtx import HierarchicalTransformer, TrainStep, parallel
-from shtx.graphs import NEVER, Graphs
+from shtx.graphs import NEVER, Graphs, Structure
 from shtx.parallel import Replicas, Summing
 
 RANKS = 2
@@ -99,6 +99,7 @@ def ranks_agree_to_the_bit(rank):
         step(draw(RANKS * n + rank))
     first, second = weights_of_all(model)
     assert torch.equal(first, second)
+    assert Structure(model).hooked() is None  # its own hooks are gone, so that graphs see a user's
 
 
 def an_optimizer_may_be_sharded(rank):
