@@ -6,7 +6,8 @@ buckets before it have started, so that every rank starts them in the same order
 the model it left out. Gradients are summed where they lie; small ones are put side by side before.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Literal
@@ -40,6 +41,10 @@ class Alone:
             settings: returns those of this rank, by name.
         """
         return nullcontext()
+
+    def same(self, value: Hashable) -> bool:
+        """Return whether a value, of numbers, is the same on all ranks; waits for them."""
+        return True
 
     def copy_first(self) -> None:
         """Make all copies of the model those of the first rank."""
@@ -90,11 +95,25 @@ class Replicas(Alone):
     """
 
     def __init__(self, model: Module, group: "dist.ProcessGroup"):
-        self.model, self.group = model, group
-        self.ranks = dist.get_process_group_ranks(group)
+        self.model, self.ranks = model, dist.get_process_group_ranks(group)
+        gloo = dict(backend="gloo", use_local_synchronization=True)
+        is_gloo = dist.get_backend(group) == "gloo"
+        hosts = group if is_gloo else dist.new_group(self.ranks, **gloo)
+        # the last owner of a group of Gloo's ends it with Python's lock held, waiting for a thread
+        # that may wait for the lock: that must not be this object
+        self._groups = weakref.ref(group), weakref.ref(hosts)
         self.trained = []  # in the order of the model, when buckets were last made of them
         self.buckets: list[list[Parameter]] = []
         self.bucket_of: dict[Parameter, int] = {}
+
+    @property
+    def group(self) -> "dist.ProcessGroup":
+        return self._groups[0]()
+
+    @property
+    def hosts(self) -> "dist.ProcessGroup":
+        """The same ranks, for what lies in the memory of their hosts."""
+        return self._groups[1]()
 
     @property
     def why_not_captured(self) -> str | None:
@@ -128,9 +147,14 @@ class Replicas(Alone):
     def gather(self, value: object) -> list:
         """The values of all ranks; waits for them."""
         values = [None] * len(self.ranks)
-        with torch.cuda.device_of(next(self.model.parameters())):
-            dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=self.hosts)
         return values
+
+    def same(self, value: Hashable) -> bool:
+        number = hash(value)
+        most = torch.tensor([number, -number])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(most[0] == -most[1])
 
     @torch.no_grad()
     def copy_first(self) -> None:

@@ -24,8 +24,8 @@ class Shares:
     """
 
     def __init__(self, optimizer: Optimizer, replicas: Replicas):
-        self.optimizer, self.group = optimizer, replicas.group
-        self.rank, size = self.group.rank(), self.group.size()
+        self.optimizer, self.replicas = optimizer, replicas
+        self.rank, size = replicas.group.rank(), len(replicas.ranks)
         self.parameters = [list(group["params"]) for group in optimizer.param_groups]
         trained = [p for p in chain(*self.parameters) if p.requires_grad]
         self.owner, begins, filled = {}, {}, [0] * size
@@ -45,8 +45,9 @@ class Shares:
 
     def gather(self) -> None:
         """Fetch what the other ranks have updated."""
-        own = self.rows[self.rank : self.rank + 1]
-        dist.all_gather_into_tensor(self.rows, own, group=self.group)
+        # the name that it has from PyTorch 2.13 on
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(self.rows, self.rows[self.rank : self.rank + 1], group=self.replicas.group)
 
     def state_dict(self) -> dict | None:
         """The state of the whole optimizer, on the CPU of the first rank; None on the others."""
@@ -57,8 +58,8 @@ class Shares:
             for i, index in enumerate(self._own_indices())
             if i in own["state"]
         }
-        states = [None] * self.group.size() if self.rank == 0 else None
-        dist.gather_object(state, states, group=self.group, group_dst=0)
+        states = [None] * len(self.replicas.ranks) if self.rank == 0 else None
+        dist.gather_object(state, states, group=self.replicas.hosts, group_dst=0)
         if states is None:
             return None
         begins = [0]

@@ -55,8 +55,8 @@ class TrainStep:
     Where torch.distributed is initialized, all its processes make a TrainStep together, which
     starts from the weights of the first, and take each step together, each on a share of the batch.
     Loss, its parts, gradients and their norm are those of the whole batch, whatever labels a share
-    ignores, and weights stay equal to the bit. For CUDA graphs all shares must have one shape, and
-    `close` has to be called before the process group is destroyed.
+    ignores, and weights stay equal to the bit. A step whose shares differ in shape has no CUDA
+    graph. `close` has to be called before the process group is destroyed.
 
     Args:
         model: a HierarchicalTransformer, compiled or not, on its device; or in a
@@ -366,8 +366,12 @@ class TrainStep:
 
     def _graphed_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
         graphs = self._graphs
-        graphs.hold(self._core, self._frozen())
-        if reason := graphs.structure.hooked():
+        holds = graphs.hold(self._core, self._frozen())
+        reason = graphs.structure.hooked()
+        # what one rank captures or replays, NCCL wants all to
+        if not self._ranks.same((holds, reason is None, *ids.shape)):
+            reason = "of the ranks some have ids of another shape, another structure or hooks"
+        if reason is not None:
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"steps run without a CUDA graph: {reason}", stacklevel=3)

@@ -80,8 +80,9 @@ def weights_of_all(model):
 
 
 def steps_equal_those_of_one_process(rank):
-    for accumulate in (1, 2):
-        ours = take(build(seed=rank), uneven(rank), accumulate=accumulate)
+    for accumulate, group in ((1, None), (2, dist.new_group())):
+        options = dict(accumulate=accumulate, process_group=group)
+        ours = take(build(seed=rank), uneven(rank), **options)
         alone = take(build(), whole(), process_group=False)
         assert alone[0][-1] > 0.1  # so that clipping does something
         assert_close(ours, alone)
@@ -300,6 +301,12 @@ def what_differs_is_refused_on_all_ranks(rank):
     refused(ValueError, "fully_shard must shard all parameters of a model or none", model=some)
 
 
+def ranks_know_what_they_have_in_common(rank):
+    replicas = Replicas(build(), dist.group.WORLD)
+    assert replicas.same((True, 4, 17)) and replicas.same((False, -1))
+    assert not replicas.same((True, 4, 17 + rank)) and not replicas.same((rank == 0, 4))
+
+
 def a_process_may_step_alone(rank):
     if rank == 0:
         assert_close(*(take(build(), draw(0), process_group=False) for _ in range(2)))
@@ -380,6 +387,18 @@ def graphs_equal_one_process(rank):
         torch.testing.assert_close(parts, expected_parts, rtol=1e-5, atol=0)
 
 
+def shares_may_differ_in_shape_now_and_then(rank):
+    model, other = build().cuda(), build().cuda()
+    step, other_step = (TrainStep(m, adamw(m), cuda_graph=m is model) for m in (model, other))
+    batches = [2, 2, 2 + rank, 2, 2, 2, 2 + rank, 2 + rank, 2, 2]
+    with pytest.warns(UserWarning, match="without a CUDA graph: of the ranks some have ids of"):
+        for batch in batches:
+            ids = uneven(rank, batch).cuda()
+            assert torch.equal(step(ids)[0], other_step(ids)[0])
+    assert step._graphs.kept[ids.shape].graph
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
     model, capture = build().cuda(), Graphs.capture
 
@@ -409,6 +428,7 @@ CPU_CASES = [
     large_gradients_are_summed_where_they_are,
     a_step_that_fails_loses_nothing,
     what_differs_is_refused_on_all_ranks,
+    ranks_know_what_they_have_in_common,
     a_process_may_step_alone,
     fsdp_trains_and_generates,
     fsdp_steps_equal_those_of_one_process,
@@ -417,6 +437,7 @@ GPU_CASES = [
     graphs_are_the_eager_steps,
     graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
     graphs_equal_one_process,
+    shares_may_differ_in_shape_now_and_then,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
 
