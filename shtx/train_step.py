@@ -105,6 +105,7 @@ class TrainStep:
             )
         self.model, self.optimizer = model, optimizer
         self.precision, self.grad_clip, self.accumulate = precision, grad_clip, accumulate
+        self.shard_optimizer = shard_optimizer
         self.grad_norm = None
         self._learning_rates = []  # a tensor a group, on CUDA
         self._warned = False  # of hooks
@@ -152,14 +153,15 @@ class TrainStep:
 
     def _settings(self) -> dict:
         """What all ranks must have in common, by name."""
-        settings = {name: getattr(self, name) for name in ("precision", "grad_clip", "accumulate")}
+        names = "precision", "grad_clip", "accumulate", "shard_optimizer"
+        settings = {name: getattr(self, name) for name in names}
         settings["cuda_graph"] = self._graphs is not None
         settings["loss_weights"] = self._core.loss_weights
         settings["optimizer"] = type(self.optimizer).__name__
         group_of = {}
         for i, group in enumerate(self.optimizer.param_groups):
             group_of |= dict.fromkeys(group["params"], i)
-            plain = {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+            plain = {k: v for k, v in group.items() if isinstance(v, (int, float, str, tuple))}
             settings[f"group {i} of the optimizer"] = plain
         for name, p in self._core.named_parameters():
             settings[f"parameter {name}"] = (

@@ -10,16 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import without_a_gpu
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import OPTIONS, adamw
+from training import OPTIONS, adamw, replay_a_step
 
 from shtx import HierarchicalTransformer, TrainStep, parallel
 from shtx.graphs import NEVER, Graphs, Structure
 from shtx.parallel import Replicas, Summing
+from shtx.train_step import MAX_GRAPHS
 
 RANKS = 2
 
@@ -307,6 +309,33 @@ def ranks_know_what_they_have_in_common(rank):
     assert not replicas.same((True, 4, 17 + rank)) and not replicas.same((rank == 0, 4))
 
 
+def shares_may_differ_in_shape_now_and_then(rank, device="cpu"):
+    model, other = build().to(device), build().to(device)
+    step = TrainStep(model, adamw(model))
+    other_step = TrainStep(other, adamw(other), cuda_graph=False)
+    if device == "cpu":
+        step._graphs = without_a_gpu(MAX_GRAPHS)
+    batches = [2, 2, 2 + rank, 2, 2, 2, 2 + rank, 2 + rank, 2, 2]
+    with pytest.warns(UserWarning, match="without a CUDA graph: of the ranks some have ids of"):
+        for batch in batches:
+            ids = uneven(rank, batch).to(device)
+            assert torch.equal(step(ids)[0], other_step(ids)[0])
+    assert step._graphs.kept[ids.shape].graph
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def replayed_shares_may_differ_in_shape(rank):
+    with (
+        patch.object(TrainStep, "_capture", replay_a_step),
+        patch("shtx.train_step.run_aside", lambda function, stream: function()),
+    ):
+        shares_may_differ_in_shape_now_and_then(rank)
+
+
+def captured_shares_may_differ_in_shape(rank):
+    shares_may_differ_in_shape_now_and_then(rank, "cuda")
+
+
 def a_process_may_step_alone(rank):
     if rank == 0:
         assert_close(*(take(build(), draw(0), process_group=False) for _ in range(2)))
@@ -387,18 +416,6 @@ def graphs_equal_one_process(rank):
         torch.testing.assert_close(parts, expected_parts, rtol=1e-5, atol=0)
 
 
-def shares_may_differ_in_shape_now_and_then(rank):
-    model, other = build().cuda(), build().cuda()
-    step, other_step = (TrainStep(m, adamw(m), cuda_graph=m is model) for m in (model, other))
-    batches = [2, 2, 2 + rank, 2, 2, 2, 2 + rank, 2 + rank, 2, 2]
-    with pytest.warns(UserWarning, match="without a CUDA graph: of the ranks some have ids of"):
-        for batch in batches:
-            ids = uneven(rank, batch).cuda()
-            assert torch.equal(step(ids)[0], other_step(ids)[0])
-    assert step._graphs.kept[ids.shape].graph
-    assert all(map(torch.equal, model.parameters(), other.parameters()))
-
-
 def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
     model, capture = build().cuda(), Graphs.capture
 
@@ -429,6 +446,7 @@ CPU_CASES = [
     a_step_that_fails_loses_nothing,
     what_differs_is_refused_on_all_ranks,
     ranks_know_what_they_have_in_common,
+    replayed_shares_may_differ_in_shape,
     a_process_may_step_alone,
     fsdp_trains_and_generates,
     fsdp_steps_equal_those_of_one_process,
@@ -437,7 +455,7 @@ GPU_CASES = [
     graphs_are_the_eager_steps,
     graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
     graphs_equal_one_process,
-    shares_may_differ_in_shape_now_and_then,
+    captured_shares_may_differ_in_shape,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
 

@@ -3,7 +3,6 @@
 import copy
 import io
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,29 +11,16 @@ from helpers import DEVICE, without_a_gpu, without_launches
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._pytree import tree_leaves
-from training import LR, adamw, assert_same, build, draw, pair
+from training import LR, adamw, assert_same, build, draw, pair, replay_a_step
 
 from shtx import TrainStep
-from shtx.train_step import MAX_GRAPHS, Step
+from shtx.train_step import MAX_GRAPHS
 
 
 @pytest.fixture(params=["replayed steps", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
 def captured(request, monkeypatch):
     """The shapes of ids that were captured, in their order."""
     shapes, capture = [], TrainStep._capture
-
-    def replay_a_step(step, ids):
-        step_of_shape = Step(ids.clone(), None, ())
-
-        def replay():
-            outputs = step._step(step_of_shape.ids)
-            step_of_shape.outputs = step_of_shape.outputs or outputs
-            for a, b in zip(tree_leaves(step_of_shape.outputs), tree_leaves(outputs), strict=True):
-                assert (a is None and b is None) or a.copy_(b) is a
-
-        step_of_shape.graph = SimpleNamespace(replay=replay)
-        return step_of_shape
 
     def note(step, ids):
         shapes.append(tuple(ids.shape))
