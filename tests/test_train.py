@@ -490,7 +490,8 @@ sys.exit(main(sys.argv[2:]))
 
 def test_two_processes_are_one(text, tmp_path):
     """Two processes with half the batch each make the steps of one with all of it, in halves."""
-    assert train(text, tmp_path / "one", "--accumulate", "2") == 0
+    one = tmp_path / "one"
+    assert train(text, one, "--accumulate", "2") == 0
     (tmp_path / "worker.py").write_text(WORKER)
     weights, out = tmp_path / "weights", tmp_path / "two"
     command = [
@@ -501,7 +502,7 @@ def test_two_processes_are_one(text, tmp_path):
         "--nproc-per-node",
         "2",
     ]
-    arguments = ["train", *TINY, "--data", str(text), "--out", str(out)]
+    arguments = ["train", *TINY, "--data", str(text), "--out", str(out), "--shard", "optimizer"]
     done = subprocess.run(
         [*command, tmp_path / "worker.py", weights, *arguments],
         capture_output=True, text=True, env=child_environment(ROOT, OMP_NUM_THREADS="1"),
@@ -511,16 +512,31 @@ def test_two_processes_are_one(text, tmp_path):
 
     first, second = (torch.load(f"{weights}-{rank}") for rank in (0, 1))
     assert all(first[name].equal(second[name]) for name in first)
-    one = load(tmp_path / "one").weights
-    for name in one:
-        assert (first[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
-    for two, row in zip(rows(out), rows(tmp_path / "one"), strict=True):
-        assert two == pytest.approx(row, rel=1e-6)
+    weights = load(one).weights
+    for name in weights:
+        assert (first[name] - weights[name]).norm() <= 1e-6 * weights[name].norm(), name
+    for ours, row in zip(rows(out), rows(one), strict=True):
+        assert ours == pytest.approx(row, rel=1e-6)
+
+    # its checkpoint is as one process writes it
+    states = [load(run).state["optimizer"] for run in (out, one)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for index, state in states[1]["state"].items():
+        for name, value in state.items():
+            assert (states[0]["state"][index][name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-def test_micro_batches_of_fp16():
-    with pytest.raises(TrainError, match="--accumulate must be 1 for fp16-mixed, got 2"):
-        parse([*TINY, "--precision", "fp16-mixed", "--accumulate", "2"])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--accumulate", "2"], "--accumulate must be 1 for fp16-mixed, got 2"),
+        (["--shard", "optimizer"], "--shard must be none for fp16-mixed, got optimizer"),
+    ],
+)
+def test_what_fp16_has_not(flags, message):
+    with pytest.raises(TrainError, match=message):
+        parse([*TINY, "--precision", "fp16-mixed", *flags])
 
 
 def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ MAX_DEPTH = 10_000
 FREE = (
     *("steps", "schedule", "curve", "data", "out", "resume", "device", "impl", "model"),
     *("log_every", "eval_every", "eval_sequences", "save_every", "activation_checkpointing"),
-    "accumulate",
+    *("accumulate", "shard"),
 )
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
@@ -101,6 +101,8 @@ class Config:
     """Steps of the schedule; None: all."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
     """Of matrix products; weights are fp32."""
+    shard: Literal["none", "optimizer"] = "none"
+    """What each of several processes keeps a share of, for less memory."""
     impl: Literal["auto", "fused", "reference"] = "auto"
     """Fused ops, reference ops, or whichever suits the device."""
     activation_checkpointing: bool = False
@@ -138,8 +140,10 @@ class Config:
         ):
             if not 1 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        if self.accumulate > 1 and self.precision == "fp16-mixed":
-            raise TrainError(f"--accumulate must be 1 for fp16-mixed, got {self.accumulate}")
+        if self.precision == "fp16-mixed":
+            for name, allowed in (("accumulate", 1), ("shard", "none")):
+                if (got := getattr(self, name)) != allowed:
+                    raise TrainError(f"{flag(name)} must be {allowed} for fp16-mixed, got {got}")
         if self.model.depth > MAX_DEPTH:
             raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):

@@ -68,16 +68,18 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
             raise TrainError(
                 f"step {done}: a weight is not finite: stopped, nothing of it is saved"
             )
+        state = trainer.state()
         if first:
             home.check()
             metrics.sync()
-            save(home.path, done, description, weights, trainer.state())
+            save(home.path, done, description, weights, state)
 
     trainer.compile()
     lacking = first and metrics.lacks_validation(done, config.eval_every)
     if done == 0 or trainer.agree(int(lacking)):
         validate()
-    if done and first and not home.holds_checkpoints():  # what is resumed lies elsewhere
+    elsewhere = done > 0 and first and not home.holds_checkpoints()  # what is resumed
+    if trainer.agree(int(elsewhere)):
         keep()
     with Stop() as stop:
         losses, signum, clock = [], 0, time.perf_counter()

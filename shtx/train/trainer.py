@@ -128,6 +128,7 @@ class Trainer:
                 precision=precision,
                 grad_clip=CLIP,
                 accumulate=config.accumulate,
+                shard_optimizer=config.shard == "optimizer",
             )
 
     def autocast(self) -> torch.autocast:
@@ -225,7 +226,15 @@ class Trainer:
             dist.destroy_process_group()
 
     def state(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What a checkpoint keeps besides the weights; all processes have to call this, and the
+        first has it.
+        """
+        optimizer = (
+            self.optimizer.state_dict()
+            if self.train_step is None
+            else self.train_step.optimizer_state_dict()
+        )
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; a TrainError if it is not one of these settings."""
@@ -233,7 +242,10 @@ class Trainer:
         ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             self.model.load_state_dict(checkpoint.weights)
-            self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+            if self.train_step is None:
+                self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+            else:
+                self.train_step.load_optimizer_state_dict(checkpoint.state["optimizer"])
             self.scaler.load_state_dict(checkpoint.state["scaler"])
             for p, state in self.optimizer.state.items():
                 if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
