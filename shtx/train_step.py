@@ -202,12 +202,12 @@ class TrainStep:
     def compile(self, ids: Tensor) -> None:
         """Compile the kernels of the fused ops, side by side, unless that is done.
 
-        Forward and backward run, and compute nothing but garbage, which no parameter sees.
+        Forward and backward run, and compute nothing but garbage, which no parameter sees. Of a
+        sharded model all ranks have to call this.
 
         Args, Raises: as for a step.
         """
-        # sharded parameters are whole within the wrapper alone
-        if self._compiled or self._sharded or self._core.ops_for(self._device) is not FUSED:
+        if self._compiled or self._core.ops_for(self._device) is not FUSED:
             return
         ids = self._check_ids(ids)
         micro = ids[: len(ids) // self.accumulate]
@@ -217,13 +217,18 @@ class TrainStep:
             with self._autocast():
                 loss, _ = self._core(micro, return_loss=True, **self._plan())
                 with torch.autocast(self._device.type, enabled=False):
-                    torch.autograd.grad(loss, trained, allow_unused=True)
+                    if self._sharded:  # what is whole in between has no gradients to be asked for
+                        loss.backward()
+                    else:
+                        torch.autograd.grad(loss, trained, allow_unused=True)
 
         with torch.cuda.device_of(ids):
             if self._graphs is None:
                 compile_ahead(gradients)
             else:
                 run_aside(lambda: compile_ahead(gradients), self._graphs.stream)
+        if self._sharded:
+            self.model.zero_grad()
         self._compiled = True
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import without_a_gpu
+from helpers import without_a_gpu, without_launches
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +20,7 @@ from training import OPTIONS, adamw, replay_a_step
 
 from shtx import HierarchicalTransformer, TrainStep, parallel
 from shtx.graphs import NEVER, Graphs, Structure
+from shtx.ops import why_not_fused
 from shtx.parallel import Replicas, Summing
 from shtx.train_step import MAX_GRAPHS
 
@@ -432,6 +433,21 @@ def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
     assert list(step._graphs.kept.values()) == [NEVER]
 
 
+def fsdp_compiles_ahead_without_a_trace(rank):
+    if why_not_fused(torch.device("cpu")):
+        return
+    results = []
+    for ahead in (without_launches, lambda function: None):
+        model = shard(build(impl="fused"))
+        step = TrainStep(model, sgd(model), precision="fp32")
+        with patch("shtx.train_step.compile_ahead", ahead):
+            step.compile(draw(rank, 1))
+        assert all(p.grad is None for p in model.parameters())
+        loss, _ = step(draw(rank, 1))
+        results.append([loss, *(p.full_tensor() for p in model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
 CPU_CASES = [
     steps_equal_those_of_one_process,
     shares_may_be_of_unequal_size,
@@ -450,6 +466,7 @@ CPU_CASES = [
     a_process_may_step_alone,
     fsdp_trains_and_generates,
     fsdp_steps_equal_those_of_one_process,
+    fsdp_compiles_ahead_without_a_trace,
 ]
 GPU_CASES = [
     graphs_are_the_eager_steps,
