@@ -343,7 +343,7 @@ def a_process_may_step_alone(rank):
 
 
 def shard(model):
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh(model.device.type, (RANKS,))
     for layer in model.layers:
         for block in layer:
             fully_shard(block, mesh=mesh)
@@ -405,16 +405,30 @@ def graphs_are_those_of_ddp_and_of_a_sharded_optimizer(rank):
 
 
 def graphs_equal_one_process(rank):
-    model, alone = build(seed=rank).cuda(), build().cuda()
-    step = TrainStep(model, adamw(model), precision="fp32", grad_clip=0.1)
-    step_alone = TrainStep(
-        alone, adamw(alone), precision="fp32", grad_clip=0.1, process_group=False
+    models = build(seed=rank).cuda(), build().cuda()
+    options = dict(precision="fp32", grad_clip=0.1)
+    # so slow that what rounding makes of an update does not count
+    step, step_alone = (
+        TrainStep(model, adamw(model, lr=1e-7), process_group=group, **options)
+        for model, group in zip(models, (None, False), strict=True)
     )
-    for _ in range(3):
-        loss, parts = step(uneven(rank).cuda())
-        expected, expected_parts = step_alone(whole().cuda())
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-        torch.testing.assert_close(parts, expected_parts, rtol=1e-5, atol=0)
+    for n in range(4):
+        shares = [uneven(r).roll(n, 1).cuda() for r in range(RANKS)]
+        loss, parts = step(shares[rank])
+        expected, expected_parts = step_alone(torch.cat(shares))
+        ours, alone = (
+            (loss, *parts, step.grad_norm),
+            (expected, *expected_parts, step_alone.grad_norm),
+        )
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=0)
+
+
+def fsdp_steps_on_gpus_equal_those_of_one_process(rank):
+    options = dict(accumulate=2, cuda_graph=False)
+    numbers, gradient = take(shard(build().cuda()), uneven(rank).cuda(), **options)
+    alone = take(build().cuda(), whole().cuda(), process_group=False, cuda_graph=False)
+    torch.testing.assert_close(numbers, alone[0], rtol=1e-5, atol=0)
+    assert (gradient - alone[1]).norm() <= 1e-5 * alone[1].norm()
 
 
 def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
@@ -473,6 +487,7 @@ GPU_CASES = [
     graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
     graphs_equal_one_process,
     captured_shares_may_differ_in_shape,
+    fsdp_steps_on_gpus_equal_those_of_one_process,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
 
