@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -152,14 +153,17 @@ class Trainer:
         return torch.stack((loss, ce, self.train_step.grad_norm))
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Bits per byte of the validation sequences."""
+    def evaluate(self, stopped: Callable[[], int] = lambda: 0) -> float | None:
+        """Bits per byte of the validation sequences; None where one process was `stopped`."""
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        windows = self.corpus.windows(self.config.eval_sequences)
+        count = self.config.eval_sequences
         share = self.config.batch_size // self.world
-        for start in range(self.rank * share, len(windows), self.world * share):
-            ids = self.ids(windows[start : start + share])
+        for start in range(self.rank * share, count, self.world * share):
+            if self.world == 1 and stopped():
+                self.model.train()
+                return None
+            ids = self.ids(self.corpus.windows(count, slice(start, start + share)))
             with self.autocast():
                 logits = self.model(ids[:, :-1])
             nats += F.cross_entropy(
@@ -168,7 +172,7 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(nats)
         self.model.train()
-        return nats.item() / windows[:, 1:].size / math.log(2)
+        return nats.item() / (count * self.config.model.seq_len) / math.log(2)
 
     def sample(self) -> tuple[bytes, bytes]:
         """The start of the validation data, and how the model goes on."""
