@@ -39,9 +39,10 @@ PROVIDERS = {
         *("repaired-compiled", "upstream-compiled", "upstream"),
     ),
     "scaling": ("fused", "reference"),
+    "gpus": ("fused",),
     "generate": ("fused", "reference", "upstream"),
 }
-WHOLE = ("model", "scaling", "generate")
+WHOLE = ("model", "scaling", "gpus", "generate")
 OPS = [bench for bench in PROVIDERS if bench not in WHOLE]
 PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 GPU_ALONE = (

@@ -53,7 +53,7 @@ class Captured:
 
     def __post_init__(self):
         pairs = zip(self.parameters, self.gradients, strict=True)
-        self.given = [(p, g.data_ptr()) for p, g in pairs if g is not None]
+        self.places = [(p, g.data_ptr()) for p, g in pairs if g is not None]
         storages = [g.untyped_storage()._cdata for g in self.gradients if g is not None]
         self.memory = [(storage, holders(storage)) for storage in storages]
 
@@ -61,7 +61,7 @@ class Captured:
         """Give gradients that are still in `.grad` memory of their own; return whether nobody else
         has one.
         """
-        kept = [p for p, at in self.given if p.grad is not None and p.grad.data_ptr() == at]
+        kept = [p for p, at in self.places if p.grad is not None and p.grad.data_ptr() == at]
         if kept:
             moved = [torch.empty_like(p.grad) for p in kept]
             torch._foreach_copy_(moved, [p.grad for p in kept])
@@ -125,6 +125,8 @@ class GraphedLoss:
                     "model.graphs must be False under FSDP, which moves parameters about, got True:"
                     " DistributedDataParallel goes with it"
                 )
+        if not graphs.structure.trained:
+            return None
         if reason := graphs.structure.hooked(parameters=False):
             graphs.kept.clear()
             self._warn(f"model.graphs has no effect: {reason}")

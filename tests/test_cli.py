@@ -74,7 +74,7 @@ def test_train_help(capsys):
     assert "shtx train --resume runs/enwik8" in text and "torchrun" in text
     for flag in (
         "--data --preset --steps --batch-size --lr --precision --impl --seed --out --resume"
-        " --device --activation-checkpointing"
+        " --device --activation-checkpointing --accumulate --shard"
         " --dim --depth --seq-len --dim-head --heads --ff-mult --hierarchies --window-sizes"
         " --hierarchical-stride --hierarchy-merge-all --predict-hierarchy"
         " --predict-use-all-hierarchy --recon-loss-weight --hierarchical-ar-loss-weight"

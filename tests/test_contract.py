@@ -184,7 +184,7 @@ def test_the_example_of_readme_runs():
     variables = {}
     for code in blocks:
         exec(code, variables)
-    assert len(blocks) == 3 and variables["model"].to_logits.weight.grad is None  # stepped
+    assert len(blocks) == 4 and variables["model"].to_logits.weight.grad is None  # stepped
     assert variables["loss"].isfinite() and variables["logits"].shape == (2, 100, 256)
     assert variables["sample"].shape == (2, 32) and variables["token"].shape == (2,)
     assert variables["tokens"].shape[1] <= 32

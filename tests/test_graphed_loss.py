@@ -350,6 +350,10 @@ def with_other_labels(model):
     model.ignore_index = 3
 
 
+def parametrized(model):
+    torch.nn.utils.parametrizations.weight_norm(model.layers[0][0].attn.to_out)
+
+
 def loaded(model):
     state = {name: value * 0.5 for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -358,7 +362,7 @@ def loaded(model):
 
 CHANGES = [
     *(swapped, frozen, thawed, with_an_adaptor, with_a_stronger_adaptor, with_other_labels),
-    *(loaded, in_another_impl),
+    *(loaded, parametrized, in_another_impl),
 ]
 
 

@@ -270,6 +270,11 @@ def test_the_weight_of_a_layer_is_narrowed_once_for_all_micro_batches():
     "options, error, message",
     [
         (
+            {"precision": "fp16-mixed", "shard_optimizer": True},
+            ValueError,
+            'precision must not be "fp16-mixed" where a rank has a part of the parameters',
+        ),
+        (
             {"precision": "fp8"},
             ValueError,
             "precision must be one of 'fp32', 'bf16', 'bf16-mixed', 'fp16-mixed', got 'fp8'",

@@ -3,37 +3,24 @@
 import copy
 import io
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import DEVICE, without_a_gpu, without_launches
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._pytree import tree_leaves
-from training import LR, adamw, assert_same, build, draw, pair
+from training import LR, adamw, assert_same, build, draw, pair, replay_a_step
 
 from shtx import TrainStep
-from shtx.train_step import MAX_GRAPHS, Step
+from shtx.train_step import MAX_GRAPHS
 
 
 @pytest.fixture(params=["replayed steps", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
 def captured(request, monkeypatch):
     """The shapes of ids that were captured, in their order."""
     shapes, capture = [], TrainStep._capture
-
-    def replay_a_step(step, ids):
-        step_of_shape = Step(ids.clone(), None, ())
-
-        def replay():
-            outputs = step._step(step_of_shape.ids)
-            step_of_shape.outputs = step_of_shape.outputs or outputs
-            for a, b in zip(tree_leaves(step_of_shape.outputs), tree_leaves(outputs), strict=True):
-                assert (a is None and b is None) or a.copy_(b) is a
-
-        step_of_shape.graph = SimpleNamespace(replay=replay)
-        return step_of_shape
 
     def note(step, ids):
         shapes.append(tuple(ids.shape))
@@ -220,13 +207,20 @@ def process_group(tmp_path):
 
 
 @pytest.mark.gpu  # captures
-def test_a_model_that_is_distributed_runs_eagerly(process_group):
+def test_a_wrapper_of_one_process_changes_nothing(process_group):
     plain = build()
     model = DistributedDataParallel(copy.deepcopy(plain))
-    with pytest.warns(UserWarning, match="DistributedDataParallel"):
-        step, optimizer = pair(model)
+    step, optimizer = pair(model)
     other_step, other_optimizer = eager(plain)
     for n in range(3):
         step(draw(n))
         other_step(draw(n))
+    assert step._graphs.kept[draw(0).shape].graph
     assert_same((model, optimizer), (plain, other_optimizer))
+
+
+@pytest.mark.gpu  # FullyShardedDataParallel needs one
+def test_fsdp1_is_refused(process_group):
+    model = FullyShardedDataParallel(build(), use_orig_params=True)
+    with pytest.raises(ValueError, match="must be sharded by fully_shard .* FullyShardedData"):
+        pair(model)

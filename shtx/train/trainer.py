@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from shtx import HierarchicalTransformer, TrainStep
 from shtx.train import TrainError
@@ -113,15 +112,15 @@ class Trainer:
     ):
         self.config, self.corpus, self.model = config, corpus, model
         self.rank, self.world, self.device = rank, world, model.device
-        self.parallel = DistributedDataParallel(model) if world > 1 else model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
         self.train_step = TrainStep(
-            *(self.parallel, self.optimizer),
+            *(model, self.optimizer),
             precision="fp32" if config.precision == "tf32" else config.precision,
             grad_clip=CLIP,
-            cuda_graph=world == 1,
+            accumulate=config.accumulate,
+            shard_optimizer=config.shard == "optimizer",
         )
         self.scaler = self.train_step.scaler
 
@@ -144,7 +143,7 @@ class Trainer:
         """One update, number `step`, counted from 0.
 
         Returns:
-            (3,) of this process, on its device: loss, cross entropy in nats, gradient norm.
+            (3,) on the device: loss, cross entropy in nats, gradient norm.
         """
         config = self.config
         for group in self.optimizer.param_groups:
@@ -158,7 +157,7 @@ class Trainer:
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         count = self.config.eval_sequences
-        share = self.config.batch_size // self.world
+        share = self.config.batch_size // (self.world * self.config.accumulate)
         for start in range(self.rank * share, count, self.world * share):
             if self.world == 1 and stopped():
                 self.model.train()
@@ -182,14 +181,6 @@ class Trainer:
             ids = self.model.generate(self.ids(prompt.copy())[None], SAMPLE)
         return prompt.tobytes(), bytes(ids[0].tolist())
 
-    def gather(self, losses: list[Tensor]) -> list[list[float]]:
-        """What `step` returned, averaged over the processes; waits for the device."""
-        rows = torch.stack(losses)
-        if self.world > 1:
-            dist.all_reduce(rows)
-            rows /= self.world
-        return rows.tolist()
-
     def agree(self, signum: int) -> int:
         """The number of the signal that any process got, 0 if none did."""
         if self.world > 1:
@@ -201,15 +192,20 @@ class Trainer:
     def close(self) -> None:
         """Leaves the other processes; no more steps after this.
 
-        DistributedDataParallel goes first. As the last owner of the process group it would end the
-        group with Python's lock held, waiting for a thread of Gloo's that may wait for the lock.
+        CUDA graphs go first, which NCCL would wait for.
         """
-        self.train_step = self.parallel = None
+        if self.train_step is not None:
+            self.train_step.close()
+        self.train_step = None
         if self.world > 1:
             dist.destroy_process_group()
 
     def state(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What a checkpoint keeps besides the weights; all processes have to call this, and the
+        first has it.
+        """
+        optimizer = self.train_step.optimizer_state_dict()
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; a TrainError if it is not one of these settings."""
@@ -217,7 +213,7 @@ class Trainer:
         ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             self.model.load_state_dict(checkpoint.weights)
-            self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+            self.train_step.load_optimizer_state_dict(checkpoint.state["optimizer"])
             self.scaler.load_state_dict(checkpoint.state["scaler"])
             for p, state in self.optimizer.state.items():
                 if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
