@@ -1,0 +1,96 @@
+"""Run the campaign, or parts of it."""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+import zlib
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from random import Random
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import triton
+from helpers import ROOT
+
+from tests.campaign import Part, configurations, faults, mutations, sanitizers
+
+# part -> how many cases of it are a campaign
+PARTS = {
+    faults.kills: 300,
+    faults.rank_kills: 30,
+    faults.signals: 100,
+    faults.signals_of_a_start: 20,
+    faults.full_disks: 100,
+    faults.races: 20,
+    faults.corruptions: 500,
+    faults.hostile_checkpoints: 100,
+    configurations.upstream: 2000,
+    configurations.fused: 500,
+    configurations.cached: 500,
+    mutations.listed: 1000,
+    mutations.drawn: 240,
+    sanitizers.sanitizers: 4,
+}
+NAMES = {part.__name__: part for part in PARTS}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(NAMES))
+    parser.add_argument("--count", type=int, help="cases of each part, in place of its own number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("campaign.json"))
+    given = parser.parse_args()
+    if unknown := set(given.parts) - NAMES.keys():
+        parser.error(f"no part {', '.join(unknown)}; the parts are {', '.join(NAMES)}")
+    return given
+
+
+def commit() -> str:
+    git = lambda *args: subprocess.check_output(["git", *args], cwd=ROOT, text=True).strip()
+    return git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "-s") else "")
+
+
+def row(part: Part, seconds: float) -> str:
+    return f"| {part.name} | {part.tried:,} | {len(part.findings)} | {seconds:.0f} | {part.notes} |"
+
+
+def main() -> int:
+    given = arguments()
+    results = json.loads(given.out.read_text()) if given.out.exists() else {"parts": {}}
+    findings = 0
+    print("| part | tried | findings | seconds | |\n|---|---:|---:|---:|---|", flush=True)
+    for name in given.parts or NAMES:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            # a part draws the same whichever others are run
+            random = Random(given.seed + zlib.crc32(name.encode()))
+            count = given.count or PARTS[NAMES[name]]
+            part = NAMES[name](count, random, Path(folder) / name)
+        seconds = time.monotonic() - start
+        print(row(part, seconds), flush=True)
+        for finding in part.findings:
+            print(f"  {finding}", flush=True)
+        findings += len(part.findings)
+        results["parts"][name] = asdict(part) | {
+            "seconds": round(seconds),
+            "seed": given.seed,
+            "commit": commit(),
+            "date": date.today().isoformat(),
+            "versions": {"torch": torch.__version__, "triton": triton.__version__},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+        given.out.write_text(json.dumps(results, indent=1) + "\n")
+    return int(findings > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,476 @@
+"""Mutations: changes of the code that some test must notice.
+
+Those that are listed are mistakes that were made, or that tests once let through. Others are drawn:
+a comparison, an operator, a number or a call is replaced by its neighbour. A mutation that survives
+is either a test that is missing, or is told in UNSEEN, with the reason why nobody can notice it.
+"""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from helpers import ROOT
+
+from tests.campaign import Part
+
+PATIENCE = 900  # seconds, after which tests count as failed: a mutation may loop for ever
+COPIED = ("shtx", "shtx_kernels", "tests", "benchmarks", "pyproject.toml", "README.md")
+
+
+class Mutation(NamedTuple):
+    """`old`, which stands once in `file`, becomes `new`; `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LISTED = [
+    # sampling
+    Mutation(
+        "shtx/sampler.py",
+        "if self.drawn % NOISE == 0 and",
+        "if self.drawn == 0 and",
+        "tests/test_generate.py",
+    ),
+    Mutation(
+        "shtx_kernels/decode/sample.py",
+        "choice = tl.where(highest > best",
+        "choice = tl.where(highest >= best",
+        "tests/test_decode_ops.py",
+    ),
+    Mutation(
+        "shtx_kernels/decode/sample.py",
+        "tl.log(tl.maximum(e, 1e-20))",
+        "tl.log(e)",
+        "tests/test_decode_ops.py",
+    ),
+    # the merge
+    Mutation(
+        "shtx_kernels/hierarchical_merge/forward.py",
+        "level == group.levels[0])",
+        "True)",
+        "tests/test_hierarchical_merge.py",
+    ),
+    Mutation(
+        "shtx_kernels/hierarchical_merge/forward.py",
+        "kind = lambda i: (strides[i], shapes[i][1])",
+        "kind = lambda i: strides[i]",
+        "tests/test_hierarchical_merge.py",
+    ),
+    Mutation(
+        "shtx_kernels/hierarchical_merge/forward.py",
+        "if levels[-1] - levels[0] + 1 == len(levels):",
+        "if True:",
+        "tests/test_hierarchical_merge.py",
+    ),
+    Mutation(
+        "shtx_kernels/hierarchical_merge/forward.py",
+        "least = tl.full(norm.shape, 1e-12,",
+        "least = tl.full(norm.shape, 0.0,",
+        "tests/test_hierarchical_merge.py",
+    ),
+    Mutation(
+        "shtx_kernels/hierarchical_merge/backward.py",
+        "slope = tl.where(live, ",
+        "slope = tl.where(live | True, ",
+        "tests/test_hierarchical_merge.py",
+    ),
+    # levels
+    Mutation(
+        "shtx/levels.py",
+        "if value & (value - 1):",
+        "if value % 2 and value > 1:",
+        "tests/test_bad_input.py",
+    ),
+    Mutation(
+        "shtx/levels.py",
+        "if level.window != 0 and level.dim_head % 2:",
+        "if level.dim_head % 2:",
+        "tests/test_bad_input.py tests/test_model.py",
+    ),
+    Mutation(
+        "shtx/levels.py",
+        "if level.window != 0 and level.dim_head % 2:",
+        "if False:",
+        "tests/test_bad_input.py",
+    ),
+    Mutation(
+        "shtx/levels.py",
+        "if window <= seq_len // compress:",
+        "if window < seq_len // compress:",
+        "tests/test_model.py tests/test_bad_input.py",
+    ),
+    # the schedule
+    Mutation(
+        "shtx/train/trainer.py",
+        "min(1.0, (step - warmup) / (steps - warmup))",
+        "min(1.0, step / steps)",
+        "tests/test_train.py",
+    ),
+    Mutation(
+        "shtx/train/trainer.py",
+        "return config.lr * (step + 1) / warmup",
+        "return config.lr * step / warmup",
+        "tests/test_train.py",
+    ),
+    Mutation(
+        "shtx/train/trainer.py",
+        "torch.manual_seed(config.seed)\n        with self.autocast():",
+        "with self.autocast():",
+        "tests/test_train.py",
+    ),
+    # runs and their files
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "    doomed = _temporary(path)\n    path.rename(doomed)\n    shutil.rmtree(doomed)",
+        "    shutil.rmtree(path)",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "            sync(temporary / name)\n",
+        "",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "        folder.mkdir()\n        sync(run)",
+        "        folder.mkdir()",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "    if path.is_symlink() or not path.is_dir():",
+        "    if not path.is_dir():",
+        "tests/test_home.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "<= {*FILES, MANIFEST}:",
+        ">= {*FILES}:",
+        "tests/test_home.py tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        'written.get("id") == id and',
+        "True and",
+        "tests/test_home.py tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "[: ours.index(newest) + 1][-KEEP:]",
+        "[-KEEP:]",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "with suppress(OSError):  # what cannot",
+        "with suppress(KeyError):  # what cannot",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "if step_of(other) < step_of(path)] + [path]",
+        "] + [path]",
+        "tests/test_train.py tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "if listed != _fingerprint(contents[name]):",
+        "if False:",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        "weights_only=True",
+        "weights_only=False",
+        "tests/test_hostile.py",
+    ),
+    Mutation(
+        "shtx/train/files.py",
+        "    sync(path.parent)\n\n\ndef read(",
+        "\n\ndef read(",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "shtx/train/home.py",
+        "            if _same(lock, file):\n",
+        "            if True:\n",
+        "tests/test_home.py",
+    ),
+    Mutation(
+        "shtx/train/home.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "tests/test_home.py",
+    ),
+    Mutation(
+        "shtx/train/home.py",
+        'return home if written["id"] == id else None',
+        "return home",
+        "tests/test_home.py",
+    ),
+    Mutation(
+        "shtx/train/home.py",
+        '("", *(f"-{n}" for n in range(2, 1000))):\n            with suppress',
+        '("",):\n            with suppress',
+        "tests/test_home.py",
+    ),
+    Mutation(
+        "shtx/train/home.py",
+        "if need > free:",
+        "if need > 2 * free:",
+        "tests/test_train.py",
+    ),
+    Mutation(
+        "shtx/train/loop.py",
+        "            home.check()\n",
+        "",
+        "tests/test_home.py",
+    ),
+    Mutation(
+        "shtx/train/loop.py",
+        "return signum or trainer.agree(ended())",
+        "return signum",
+        "tests/test_ends.py",
+    ),
+    Mutation(
+        "shtx/train/loop.py",
+        "if trainer.world == 1 and losses:",
+        "if False:",
+        "tests/test_train.py",
+    ),
+    Mutation(
+        "shtx/train/metrics.py",
+        "_step(row) is None or _step(row) <= step]",
+        "_step(row) is None or _step(row) < step]",
+        "tests/test_train.py",
+    ),
+    Mutation(
+        "shtx/train/stop.py",
+        "caught = SIGNALS[:-1] if ignored else SIGNALS",
+        "caught = SIGNALS",
+        "tests/test_ends.py",
+    ),
+    Mutation(
+        "shtx/train/progress.py",
+        "self.console.print(visible(text))",
+        "self.console.print(text)",
+        "tests/test_ends.py",
+    ),
+    Mutation(
+        "shtx/train/progress.py",
+        "            self.signum = int(signal.SIGPIPE)",
+        "            pass",
+        "tests/test_ends.py",
+    ),
+    Mutation(
+        "shtx/cli.py",
+        'stream.reconfigure(errors="backslashreplace")',
+        "pass",
+        "tests/test_ends.py",
+    ),
+    Mutation(
+        "shtx/cli.py",
+        "getattr(error, \"signum\", stop.signum) or",
+        'getattr(error, "signum", 0) or',
+        "tests/test_ends.py",
+    ),
+    # data
+    Mutation(
+        "shtx/train/data.py",
+        "or self._identify() != self.identity:",
+        "or False:",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "shtx/train/data.py",
+        'if head[257:262] == b"ustar":',
+        "if False:",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "shtx/train/data.py",
+        "np.uint64(len(self.train) - self.seq_len)",
+        "np.uint64(len(self.train) - self.seq_len - 1)",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "shtx/train/data.py",
+        'head = re.sub(b"^BZh[1-8]", b"BZh9", head)  # the size of its blocks\n',
+        "\n",
+        "tests/test_data.py",
+    ),
+]  # fmt: skip
+
+# what drawn mutations of a file must be noticed by; of other files, all of tests/test_<name>.py
+TESTS = {
+    "shtx/levels.py": "test_bad_input test_model",
+    "shtx/sampling.py": "test_generate test_bad_input",
+    "shtx/sampler.py": "test_generate",
+    "shtx/layers.py": "test_model test_upstream",
+    "shtx/train/checkpoint.py": "test_checkpoint test_home test_hostile",
+    "shtx/train/home.py": "test_home test_train",
+    "shtx/train/files.py": "test_checkpoint test_home test_hostile",
+    "shtx/train/metrics.py": "test_train test_hostile",
+    "shtx/train/data.py": "test_data",
+    "shtx/train/loop.py": "test_train test_ends test_home",
+    "shtx/train/trainer.py": "test_train test_hostile",
+    "shtx/train/stop.py": "test_ends",
+    "shtx_kernels/_groups.py": "test_causal_compress test_hierarchical_ar_loss",
+    "shtx_kernels/_cross_entropy.py": "test_linear_cross_entropy test_reconstruction_loss",
+    "shtx_kernels/_one_hot.py": "test_token_embedding test_causal_compress",
+    "shtx_kernels/norm_token_shift.py": "test_norm_token_shift",
+    "shtx_kernels/token_embedding.py": "test_token_embedding",
+    "shtx_kernels/hierarchical_ar_loss.py": "test_hierarchical_ar_loss",
+    "shtx_kernels/causal_compress/kernels.py": "test_causal_compress",
+    "shtx_kernels/hierarchical_merge/forward.py": "test_hierarchical_merge",
+    "shtx_kernels/hierarchical_merge/backward.py": "test_hierarchical_merge",
+    "shtx_kernels/rotary_attention/tiles.py": "test_rotary_attention",
+    "shtx_kernels/rotary_attention/forward.py": "test_rotary_attention",
+    "shtx_kernels/rotary_attention/backward.py": "test_rotary_attention",
+    "shtx_kernels/decode/sample.py": "test_decode_ops",
+    "shtx_kernels/decode/attend.py": "test_decode_ops",
+    "shtx_kernels/decode/project.py": "test_decode_ops",
+}
+
+# drawn mutations that nobody can notice: (file, line as it is mutated) -> why
+UNSEEN = {}
+
+NEIGHBOURS = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.FloorDiv: "*", ast.Mod: "*", ast.And: "or",
+    ast.Or: "and", ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+CALLS = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum", "any": "all"}
+
+
+def mutants(source: str) -> list[tuple[str, str]]:
+    """All mutations of a file: the file with one, and the line of it."""
+    found = []
+    lines = source.encode().splitlines(keepends=True)
+    starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
+    content = source.encode()
+    position = lambda line, column: starts[line - 1] + column
+
+    def put(start: int, end: int, text: str):
+        mutated = (content[:start] + text.encode() + content[end:]).decode()
+        found.append((mutated, mutated.splitlines()[content[:start].count(b"\n")].strip()))
+
+    def between(left: ast.expr, right: ast.expr, operator: ast.AST):
+        """Replace the operator, which is all that stands between two operands but brackets."""
+        start = position(left.end_lineno, left.end_col_offset)
+        end = position(right.lineno, right.col_offset)
+        text = content[start:end].decode()
+        old = text.strip(" ()\n")
+        if type(operator) in NEIGHBOURS and old and "#" not in text:
+            put(start, end, text.replace(old, NEIGHBOURS[type(operator)]))
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            between(node.left, node.comparators[0], node.ops[0])
+        elif isinstance(node, ast.BinOp):
+            between(node.left, node.right, node.op)
+        elif isinstance(node, ast.BoolOp):
+            between(node.values[0], node.values[1], node.op)
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+            start, end = (
+                position(node.lineno, node.col_offset),
+                position(node.end_lineno, node.end_col_offset),
+            )
+            put(start, end, str(not node.value if type(node.value) is bool else node.value + 1))
+        elif isinstance(node, ast.Call):
+            name = node.func
+            word = name.attr if isinstance(name, ast.Attribute) else getattr(name, "id", "")
+            if word in CALLS:
+                end = position(name.end_lineno, name.end_col_offset)
+                put(end - len(word), end, CALLS[word])
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            start = position(node.lineno, node.col_offset)
+            put(start, start + len("not"), "")
+    return found
+
+
+class Copy:
+    """The project, to be changed."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.folder = folder
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+            copy(ROOT / name, folder / name)
+        self.passed = {}
+
+    def passes(self, tests: str) -> bool:
+        environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"  # that of a file of the same second is stale
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        with subprocess.Popen(
+            [*command, *tests.split()],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            try:
+                return process.wait(PATIENCE) == 0
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                return False
+
+    def survives(self, file: str, content: str, tests: str) -> bool:
+        """Whether the tests do not notice; they pass on what is not changed."""
+        if tests not in self.passed:
+            self.passed[tests] = self.passes(tests)
+        if not self.passed[tests]:
+            raise RuntimeError(f"{tests} fail without a mutation")
+        path = self.folder / file
+        before = path.read_text()
+        path.write_text(content)
+        try:
+            return self.passes(tests)
+        finally:
+            path.write_text(before)
+
+
+def listed(count: int, random: Random, folder: Path) -> Part:
+    """Mistakes that were made, or that tests once let through."""
+    part, copy = Part("mutations: listed"), Copy(folder)
+    for file, old, new, tests in LISTED[:count]:
+        source = (ROOT / file).read_text()
+        part.tried += 1
+        if source.count(old) != 1:
+            part.findings.append(f"{file}: {old!r} stands there {source.count(old)} times")
+        elif copy.survives(file, source.replace(old, new), tests):
+            part.findings.append(f"{file}: {old!r} -> {new!r}: {tests} pass")
+    return part
+
+
+def drawn(count: int, random: Random, folder: Path) -> Part:
+    """As many of every file that has tests of its own."""
+    part, copy = Part("mutations: drawn"), Copy(folder)
+    pool = {file: mutants((ROOT / file).read_text()) for file in TESTS}
+    for mutations in pool.values():
+        random.shuffle(mutations)
+    unseen = 0
+    while part.tried < count and any(pool.values()):
+        for file in [file for file in pool if pool[file]][: count - part.tried]:
+            content, line = pool[file].pop()
+            tests = " ".join(f"tests/{name}.py" for name in TESTS[file].split())
+            part.tried += 1
+            if not copy.survives(file, content, tests):
+                continue
+            unseen += (file, line) in UNSEEN
+            if (file, line) not in UNSEEN:
+                part.findings.append(f"{file}: {line!r}: {tests} pass")
+    part.notes = f"{part.tried - unseen - len(part.findings)} caught, {unseen} explained"
+    return part
