@@ -490,11 +490,8 @@ def test_first_word_is_before_the_data_is_read(text, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Corpus, "_identify", spy)
     assert train(text, tmp_path / "run", "--steps", "1") == 0
     lines = seen[0].splitlines()
-    assert (
-        len(seen) == 1
-        and lines[0].startswith("shtx ")
-        and lines[2] == (f"reading 0.0 GB of {text}")
-    )
+    assert len(seen) == 1 and lines[0].startswith("shtx ")
+    assert lines[2] == f"reading 0.0 GB of {text}"
 
 
 def test_disk_is_looked_at_before_training(text, tmp_path, monkeypatch, capsys):
