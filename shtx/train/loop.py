@@ -111,4 +111,4 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
                 if checkpoint or signum:
                     keep()
                 losses, clock = [], time.perf_counter()
-    return signum
+        return signum or trainer.agree(ended())  # one that came with the last save counts, too

@@ -40,7 +40,7 @@ def every_op() -> None:
 
 
 def sanitizers(count: int, random: Random, folder: Path) -> Part:
-    """Each tool over `every_op`; without the cache of PyTorch, which hides what is out of bounds."""
+    """Each tool over `every_op`, without the cache of PyTorch, which hides bytes out of bounds."""
     part = Part("sanitizers")
     if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
         part.notes = "not run: needs a CUDA device and compute-sanitizer"
