@@ -198,6 +198,19 @@ def test_sample_of_equal_logits_keeps_all():
         assert torch.equal(ids, noise.argmin(-1))
 
 
+@pytest.mark.parametrize("impl", [FUSED, REFERENCE], ids=["fused", "reference"])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_sample_of_ties(impl, temperature):
+    """The first one, also where they lie in different blocks; of noise that is zero, the best."""
+    logits, ids = torch.zeros(2, 40000, device=DEVICE), torch.empty(2, dtype=int, device=DEVICE)
+    logits[0, [7, 9, 33000, 39999]] = 1
+    logits[1, 39999], logits[1, 5] = 2, 1
+    position = torch.zeros_like(ids)
+    for noise in (torch.ones_like(logits), torch.zeros_like(logits)):
+        impl.decode.sample(position, logits, noise[:, None], temperature, 40000, 1.0, ids)
+        assert ids.tolist() == [7, 39999]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
 def test_in_a_graph():
