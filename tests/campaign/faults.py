@@ -27,7 +27,7 @@ from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, find_steps, load, step_of
 from shtx.train.home import RUN
 from tests.campaign import Part
-from tests.campaign.processes import Child, Ended, shtx_command
+from tests.campaign.processes import PATIENCE, Child, Ended, shtx_command
 
 WEIGHTS = ("model.safetensors", "optimizer.pt")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -117,7 +117,8 @@ def kills(count: int, random: Random, folder: Path) -> Part:
 
 
 def rank_kills(count: int, random: Random, folder: Path) -> Part:
-    """kill -9 of one process of two: the other ends by itself."""
+    """kill -9 of one process of two, whose other one a launcher then ends as torchrun does: by
+    SIGTERM, and by SIGKILL if it waits for the dead one where Python cannot hear."""
     return _disturbed("kill -9 of one of two", count, random, Runs(folder, world=2), 2)
 
 
@@ -131,11 +132,17 @@ def _disturbed(name: str, count: int, random: Random, runs: Runs, world: int) ->
             time.sleep(moment)
             victim = random.randrange(world)
             killed = children[victim].kill(signal.SIGKILL)
-            ends = runs.wait(children)
+            others = [child for child in children if child is not children[victim]]
+            for child in others if killed else ():
+                child.kill(signal.SIGTERM)
+            ends = [
+                child.wait(20 if killed and child in others else PATIENCE) for child in children
+            ]
             part.tried += killed
             for index, ended in enumerate(ends):
                 if index != victim:
-                    finding = finding or ended.unclear(0, 1)
+                    terminated = 128 + signal.SIGTERM, -signal.SIGKILL
+                    finding = finding or ended.unclear(0, 1, *terminated * killed)
                 elif not killed:
                     finding = finding or ended.unclear(0)
             finding = finding or runs.lost(out, newest)

@@ -97,9 +97,9 @@ class Child:
         os.kill(self.pid, signum)
         return True
 
-    def wait(self) -> Ended:
-        """The end; a process that hangs is killed, which is an unclear end."""
-        deadline = time.monotonic() + PATIENCE
+    def wait(self, patience: float = PATIENCE) -> Ended:
+        """The end; a process that hangs is killed."""
+        deadline = time.monotonic() + patience
         while not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
