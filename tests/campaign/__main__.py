@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 import triton
 from helpers import ROOT
 
-from tests.campaign import Part, configurations, faults, mutations, sanitizers
+from tests.campaign import configurations, faults, mutations, sanitizers
 
 # part -> how many cases of it are a campaign
 PARTS = {
@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="cases of each part, in place of its own number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("campaign.json"))
+    parser.add_argument("--show", action="store_true", help="print the table of --out, run nothing")
     given = parser.parse_args()
     if unknown := set(given.parts) - NAMES.keys():
         parser.error(f"no part {', '.join(unknown)}; the parts are {', '.join(NAMES)}")
@@ -59,36 +60,46 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "-s") else "")
 
 
-def row(part: Part, seconds: float) -> str:
-    return f"| {part.name} | {part.tried:,} | {len(part.findings)} | {seconds:.0f} | {part.notes} |"
+HEADER = "| part | tried | findings | seconds | commit | |\n|---|---:|---:|---:|---|---|"
+
+
+def row(result: dict) -> str:
+    cells = (
+        *(result["name"], f"{result['tried']:,}", len(result["findings"]), result["seconds"]),
+        *(result["commit"], result["notes"]),
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def run(name: str, count: int, seed: int) -> dict:
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        # a part draws the same whichever others are run
+        random = Random(seed + zlib.crc32(name.encode()))
+        part = NAMES[name](count, random, Path(folder) / name)
+    return asdict(part) | {
+        "seconds": round(time.monotonic() - start),
+        "seed": seed,
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def main() -> int:
     given = arguments()
-    results = json.loads(given.out.read_text()) if given.out.exists() else {"parts": {}}
+    parts = json.loads(given.out.read_text()) if given.out.exists() else {}
+    print(HEADER, flush=True)
+    if given.show:
+        print("\n".join(row(parts[name]) for name in NAMES if name in parts))
+        return 0
     findings = 0
-    print("| part | tried | findings | seconds | |\n|---|---:|---:|---:|---|", flush=True)
     for name in given.parts or NAMES:
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            # a part draws the same whichever others are run
-            random = Random(given.seed + zlib.crc32(name.encode()))
-            count = given.count or PARTS[NAMES[name]]
-            part = NAMES[name](count, random, Path(folder) / name)
-        seconds = time.monotonic() - start
-        print(row(part, seconds), flush=True)
-        for finding in part.findings:
-            print(f"  {finding}", flush=True)
-        findings += len(part.findings)
-        results["parts"][name] = asdict(part) | {
-            "seconds": round(seconds),
-            "seed": given.seed,
-            "commit": commit(),
-            "date": date.today().isoformat(),
-            "versions": {"torch": torch.__version__, "triton": triton.__version__},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        }
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
+        parts[name] = run(name, given.count or PARTS[NAMES[name]], given.seed)
+        given.out.write_text(json.dumps(parts, indent=1) + "\n")
+        print(row(parts[name]), *parts[name]["findings"], sep="\n  ", flush=True)
+        findings += len(parts[name]["findings"])
     return int(findings > 0)
 
 

@@ -132,12 +132,9 @@ def _disturbed(name: str, count: int, random: Random, runs: Runs, world: int) ->
             time.sleep(moment)
             victim = random.randrange(world)
             killed = children[victim].kill(signal.SIGKILL)
-            others = [child for child in children if child is not children[victim]]
-            for child in others if killed else ():
-                child.kill(signal.SIGTERM)
-            ends = [
-                child.wait(20 if killed and child in others else PATIENCE) for child in children
-            ]
+            for child in children if killed else ():
+                child.kill(signal.SIGTERM)  # the victim does not hear it any more
+            ends = [child.wait(20 if killed else PATIENCE) for child in children]
             part.tried += killed
             for index, ended in enumerate(ends):
                 if index != victim:
