@@ -1,5 +1,7 @@
 """Bad input gets an error of at most two lines: the argument, what it got, what is allowed."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import DEVICE
@@ -34,11 +36,6 @@ def assert_raises(error, message, call):
         ({"seq_len": 0}, ValueError, "seq_len must be at least 1, got 0"),
         ({"dim_head": 0}, ValueError, "dim_head must be at least 1, got 0"),
         ({"dim_head": 5}, ValueError, "dim_head must be even, as rotary pairs its channels, got 5"),
-        (
-            {"dim_head": (4, 5), "window_sizes": (0, None)},
-            ValueError,
-            "dim_head must be even, as rotary pairs its channels, got 5",
-        ),
         ({"dim_head": (4,)}, ValueError, "dim_head must be one value or 2"),
         ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
         ({"heads": [1, 1, 1]}, ValueError, "heads must be one value or 2"),
@@ -89,6 +86,25 @@ def assert_raises(error, message, call):
 )
 def test_constructor(options, error, message):
     assert_raises(error, message, lambda: HierarchicalTransformer(**OPTIONS | options))
+
+
+def test_odd_heads_where_nothing_rotates():
+    model = HierarchicalTransformer(**OPTIONS | dict(dim_head=(5, 4), window_sizes=(0, 2)))
+    assert [level.dim_head for level in model.levels] == [5, 4]
+    message = "dim_head must be even, as rotary pairs its channels, got 5"
+    odd = OPTIONS | dict(dim_head=(4, 5), window_sizes=(0, 2))
+    assert_raises(ValueError, message, lambda: HierarchicalTransformer(**odd))
+
+
+def test_windows_as_long_as_the_level():
+    """Level 2 has 3 tokens."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(6, 3)))
+    assert [level.window for level in model.levels] == [6, 3]
+    with pytest.warns(UserWarning, match="window_sizes: 4 is more than the 3 tokens"):
+        model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(6, 4)))
+    assert [level.window for level in model.levels] == [6, None]
 
 
 @pytest.fixture(scope="module")

@@ -322,18 +322,6 @@ def test_lists_are_tuples():
     assert torch.equal(build(lists)(draw()), build()(draw()))
 
 
-def test_odd_heads_without_attention():
-    """Rotary has no channels to pair there."""
-    model = build(dim_head=(5, 4), window_sizes=(0, 2))
-    loss, _ = train(model, draw())
-    assert loss.isfinite() and [level.dim_head for level in model.levels] == [5, 4]
-
-
-def test_window_as_large_as_the_sequence_is_a_window(recwarn):
-    model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(48, 12)))
-    assert [level.window for level in model.levels] == [48, 12] and not recwarn.list
-
-
 def test_window_larger_than_the_sequence_is_full_attention():
     with pytest.warns(UserWarning, match="window_sizes: 13 is more than the 12 tokens"):
         model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(8, 13)))

@@ -43,13 +43,13 @@ LISTED = [
         "shtx_kernels/decode/sample.py",
         "choice = tl.where(highest > best",
         "choice = tl.where(highest >= best",
-        "tests/test_decode_ops.py::test_sample_of_ties",
+        "tests/test_decode_ops.py::test_sample_takes_the_first_of_the_best",
     ),
     Mutation(
         "shtx_kernels/decode/sample.py",
         "tl.log(tl.maximum(e, 1e-20))",
         "tl.log(e)",
-        "tests/test_decode_ops.py::test_sample_of_ties",
+        "tests/test_decode_ops.py::test_sample_where_noise_is_zero",
     ),
     # the merge
     Mutation(
@@ -93,7 +93,7 @@ LISTED = [
         "shtx/levels.py",
         "if level.window != 0 and level.dim_head % 2:",
         "if level.dim_head % 2:",
-        "tests/test_model.py::test_odd_heads_without_attention",
+        "tests/test_bad_input.py::test_odd_heads_where_nothing_rotates",
     ),
     Mutation(
         "shtx/levels.py",
@@ -105,7 +105,7 @@ LISTED = [
         "shtx/levels.py",
         "if window <= seq_len // compress:",
         "if window < seq_len // compress:",
-        "tests/test_model.py::test_window_as_large_as_the_sequence_is_a_window",
+        "tests/test_bad_input.py::test_windows_as_long_as_the_level",
     ),
     # the schedule
     Mutation(
