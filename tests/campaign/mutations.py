@@ -407,7 +407,13 @@ class Copy:
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
             copy(ROOT / name, folder / name)
-        self.passed = {}
+        self.passed = set()
+
+    def require(self, tests: str) -> None:
+        """They have to pass on what is not changed."""
+        if tests not in self.passed and not self.passes(tests):
+            raise RuntimeError(f"{tests} fail without a mutation")
+        self.passed.add(tests)
 
     def passes(self, tests: str) -> bool:
         environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
@@ -428,11 +434,7 @@ class Copy:
                 return False
 
     def survives(self, file: str, content: str, tests: str) -> bool:
-        """Whether the tests do not notice; they pass on what is not changed."""
-        if tests not in self.passed:
-            self.passed[tests] = self.passes(tests)
-        if not self.passed[tests]:
-            raise RuntimeError(f"{tests} fail without a mutation")
+        """Whether the tests do not notice."""
         path = self.folder / file
         before = path.read_text()
         path.write_text(content)
@@ -445,8 +447,9 @@ class Copy:
 def listed(count: int, random: Random, folder: Path) -> Part:
     """Mistakes that were made, or that tests once let through."""
     part, copy = Part("mutations: listed"), Copy(folder)
+    copy.require(" ".join(sorted({mutation.tests for mutation in LISTED[:count]})))
     for file, old, new, tests in LISTED[:count]:
-        source = (ROOT / file).read_text()
+        source = (copy.folder / file).read_text()
         part.tried += 1
         if source.count(old) != 1:
             part.findings.append(f"{file}: {old!r} stands there {source.count(old)} times")
@@ -467,6 +470,7 @@ def drawn(count: int, random: Random, folder: Path) -> Part:
             content, line = pool[file].pop()
             tests = " ".join(f"tests/{name}.py" for name in TESTS[file].split())
             part.tried += 1
+            copy.require(tests)
             if not copy.survives(file, content, tests):
                 continue
             unseen += (file, line) in UNSEEN
