@@ -10,7 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from random import Random
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from helpers import ROOT
 
 from tests.campaign import Part
 
+WORKERS = max(1, (os.cpu_count() or 1) // 2)
 PATIENCE = 900  # seconds, after which tests count as failed: a mutation may loop for ever
 COPIED = ("shtx", "shtx_kernels", "tests", "benchmarks", "pyproject.toml", "README.md")
 
@@ -402,18 +406,11 @@ class Copy:
     """The project, to be changed."""
 
     def __init__(self, folder: Path):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.folder = folder
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
             copy(ROOT / name, folder / name)
-        self.passed = set()
-
-    def require(self, tests: str) -> None:
-        """They have to pass on what is not changed."""
-        if tests not in self.passed and not self.passes(tests):
-            raise RuntimeError(f"{tests} fail without a mutation")
-        self.passed.add(tests)
 
     def passes(self, tests: str) -> bool:
         environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
@@ -444,37 +441,70 @@ class Copy:
             path.write_text(before)
 
 
+def survivors(mutated: list[tuple[str, str, str]], unchanged: set[str], folder: Path) -> list[bool]:
+    """Which mutations survive; several are tried at once, each in a copy of the project.
+
+    Args:
+        mutated: file, what it becomes, and the tests that have to notice.
+        unchanged: tests that have to pass without a mutation.
+        folder: where the copies go.
+    """
+    copies = Queue()
+    for number in range(WORKERS):
+        copies.put(Copy(folder / str(number)))
+
+    def in_a_copy(method: Callable, *args) -> bool:
+        copy = copies.get()
+        try:
+            return method(copy, *args)
+        finally:
+            copies.put(copy)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        passed = pool.map(lambda tests: in_a_copy(Copy.passes, tests), unchanged)
+        if failed := [tests for tests, good in zip(unchanged, passed, strict=True) if not good]:
+            raise RuntimeError(f"{', '.join(failed)} fail without a mutation")
+        return [*pool.map(lambda mutation: in_a_copy(Copy.survives, *mutation), mutated)]
+
+
 def listed(count: int, random: Random, folder: Path) -> Part:
     """Mistakes that were made, or that tests once let through."""
-    part, copy = Part("mutations: listed"), Copy(folder)
-    copy.require(" ".join(sorted({mutation.tests for mutation in LISTED[:count]})))
-    for file, old, new, tests in LISTED[:count]:
-        source = (copy.folder / file).read_text()
-        part.tried += 1
+    part, mutations, mutated = Part("mutations: listed"), LISTED[:count], []
+    for file, old, new, tests in mutations:
+        source = (ROOT / file).read_text()
         if source.count(old) != 1:
-            part.findings.append(f"{file}: {old!r} stands there {source.count(old)} times")
-        elif copy.survives(file, source.replace(old, new), tests):
+            raise RuntimeError(f"{file}: {old!r} stands there {source.count(old)} times")
+        mutated.append((file, source.replace(old, new), tests))
+    unchanged = {" ".join(sorted({mutation.tests for mutation in mutations}))}
+    for (file, old, new, tests), survives in zip(
+        mutations, survivors(mutated, unchanged, folder), strict=True
+    ):
+        if survives:
             part.findings.append(f"{file}: {old!r} -> {new!r}: {tests} pass")
+    part.tried = len(mutations)
     return part
 
 
 def drawn(count: int, random: Random, folder: Path) -> Part:
     """As many of every file that has tests of its own."""
-    part, copy = Part("mutations: drawn"), Copy(folder)
+    part = Part("mutations: drawn")
     pool = {file: mutants((ROOT / file).read_text()) for file in TESTS}
     for mutations in pool.values():
         random.shuffle(mutations)
+    chosen = []  # file, what it becomes, the line of it
+    while len(chosen) < count and any(pool.values()):
+        for file in [file for file in pool if pool[file]][: count - len(chosen)]:
+            chosen.append((file, *pool[file].pop()))
+    tests = {f: " ".join(f"tests/{name}.py" for name in n.split()) for f, n in TESTS.items()}
+    mutated = [(file, content, tests[file]) for file, content, _ in chosen]
+    unchanged = {tests[file] for file, _, _ in chosen}
     unseen = 0
-    while part.tried < count and any(pool.values()):
-        for file in [file for file in pool if pool[file]][: count - part.tried]:
-            content, line = pool[file].pop()
-            tests = " ".join(f"tests/{name}.py" for name in TESTS[file].split())
-            part.tried += 1
-            copy.require(tests)
-            if not copy.survives(file, content, tests):
-                continue
-            unseen += (file, line) in UNSEEN
-            if (file, line) not in UNSEEN:
-                part.findings.append(f"{file}: {line!r}: {tests} pass")
+    for (file, _, line), survives in zip(
+        chosen, survivors(mutated, unchanged, folder), strict=True
+    ):
+        unseen += survives and (file, line) in UNSEEN
+        if survives and (file, line) not in UNSEEN:
+            part.findings.append(f"{file}: {line!r}: {tests[file]} pass")
+    part.tried = len(chosen)
     part.notes = f"{part.tried - unseen - len(part.findings)} caught, {unseen} explained"
     return part
