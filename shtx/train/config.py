@@ -21,9 +21,9 @@ IDENTITY = {"bytes": int, "sha256": str}  # of data
 MAX_DEPTH = 10_000
 # what a resumed run may change: what it learns does not depend on it, or it is told
 FREE = (
-    *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "model"),
-    *("device", "impl", "activation_checkpointing", "accumulate", "shard"),
-    *("log_every", "eval_every", "eval_sequences", "save_every"),
+    *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "device"),
+    *("impl", "model", "log_every", "eval_every", "eval_sequences", "save_every"),
+    *("activation_checkpointing", "accumulate", "shard"),
 )
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.

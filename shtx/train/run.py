@@ -125,7 +125,7 @@ def run(
 def jump_of(config: Config, before: Config, done: int) -> str | None:
     """What to say where the learning rate jumps."""
     same = (config.steps, config.schedule) == (before.steps, before.schedule)
-    if same or done == 0 or done >= config.steps:
+    if done == 0 or done >= config.steps or same:
         return None
     was, now = learning_rate(before, done - 1), learning_rate(config, done)
     if now < 1.5 * was:
