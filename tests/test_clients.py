@@ -90,6 +90,24 @@ def test_quantized_weights(impl):
     assert not torch.equal(logits, exact)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_products_in_float8(impl):
+    """Of torchao: linear modules become a subclass, which rounds what it multiplies."""
+    float8 = pytest.importorskip("torchao.float8", reason="needs the extra clients")
+    config = float8.Float8LinearConfig(emulate=True)  # products as narrow as 8 have no kernel
+    ours, theirs = pair(impl)
+    exact = run(ours)[0][0]
+    for model in (ours, theirs):
+        float8.convert_to_float8_training(
+            model, config=config, module_filter_fn=lambda m, name: "ff.net" in name
+        )
+    assert unfused(ours).keys() == {
+        f"layers.0.{level}.ff.net.{i}" for level in range(2) for i in (1, 3)
+    }
+    assert_same(ours, theirs)
+    assert not torch.equal(run(ours)[0][0], exact)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(DEVICE == "cuda", reason="dynamic quantization is a CPU's")
 def test_dynamic_quantization():

@@ -3,6 +3,8 @@
 import math
 import os
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shtx import HierarchicalTransformer, TrainStep
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint
-from shtx.train.config import Config
+from shtx.train.checkpoint import Checkpoint, load
+from shtx.train.config import Config, of
 from shtx.train.data import Corpus
 from shtx.train_step import AUTOCAST
 
@@ -54,6 +56,26 @@ def build(config: Config, device: torch.device, copies: int = 1) -> Hierarchical
         raise TrainError(" ".join(str(error).split())) from error
     model.checkpointing = config.activation_checkpointing
     return model.to(device)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[HierarchicalTransformer, Checkpoint]:
+    """The model of a checkpoint, with impl="auto", and the checkpoint.
+
+    Args:
+        path: the directory of a run, for its newest checkpoint, or that of a checkpoint.
+        device: where the model will be.
+
+    Raises:
+        TrainError: in one line why there is none.
+    """
+    checkpoint = load(path)
+    model = build(replace(of(checkpoint), impl="auto"), device)
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
+    return model, checkpoint
 
 
 def memory_of(device: torch.device) -> int:
