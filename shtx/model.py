@@ -257,7 +257,8 @@ class HierarchicalTransformer(Layer):
                 f" got {ids.shape[1]}"
             )
         if not checked and (ids.device.type == "cpu" or self.checked):
-            return checked_ids(ids, self.num_tokens)
+            if not torch.compiler.is_exporting():  # to where only PyTorch's own ops are known
+                return checked_ids(ids, self.num_tokens)
         return ids.long()
 
     def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, plan: Plan):

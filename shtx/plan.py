@@ -157,6 +157,16 @@ def is_sharded(parameter: Tensor) -> bool:
     return type(parameter).__name__ == "DTensor"
 
 
+def check_in_memory(model: Module):
+    """Raise a ValueError for a model with a parameter that has no values."""
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(
+                f"model must be in memory, got {name} on meta: model.to_empty(device=...) and"
+                " model.load_state_dict(...) give it values"
+            )
+
+
 def _is_variant(actual: type, kind: type, state: dict, sharded_is_plain: bool) -> bool:
     """Return whether a class is one that parametrizations or FSDP2 put in the place of `kind`."""
     bases = actual.__mro__

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
-from shtx.plan import Layer, Plan, is_sharded
+from shtx.plan import Layer, Plan, check_in_memory, is_sharded
 
 PARAMETERS = {
     "fp32": torch.float32,
@@ -92,6 +92,7 @@ class TrainStep:
                 "TrainStep takes a model and its optimizer, in this order, got"
                 f" {type(model).__name__} and {type(optimizer).__name__}"
             )
+        check_in_memory(model)
         if precision not in PARAMETERS:
             allowed = ", ".join(map(repr, PARAMETERS))
             raise ValueError(f"precision must be one of {allowed}, got {precision!r}")

@@ -41,12 +41,13 @@ def with_adaptors(peft, model):
 def test_lora(peft, impl):
     """With the base frozen: every adaptor and the saved head get upstream's gradient."""
     ours, theirs = pair(impl)
-    before = run(ours)[0][0]
+    before = run(theirs)[0][0]
     ours, theirs = (with_adaptors(peft, model) for model in (ours, theirs))
-    assert_same(ours, theirs)
+    assert abs(assert_same(ours, theirs) - before) > 5e-5
     trained = [p for p in ours.parameters() if p.requires_grad]
     assert len(trained) > 20 and all(p.grad.abs().sum() > 0 for p in trained)
-    assert not torch.equal(run(ours)[0][0], before)
+    if impl == "fused" and DEVICE == "cpu":
+        return  # interpreted, whole models take long for a token
     prompt = draw(tokens=9)
     tokens = ours.base_model.model.generate(prompt, 3, temperature=0)
     assert torch.equal(tokens, theirs.base_model.model.generate(prompt, 3, temperature=0.0))
@@ -96,7 +97,7 @@ def test_products_in_float8(impl):
     float8 = pytest.importorskip("torchao.float8", reason="needs the extra clients")
     config = float8.Float8LinearConfig(emulate=True)  # products as narrow as 8 have no kernel
     ours, theirs = pair(impl)
-    exact = run(ours)[0][0]
+    exact = run(theirs)[0][0]
     for model in (ours, theirs):
         float8.convert_to_float8_training(
             model, config=config, module_filter_fn=lambda m, name: "ff.net" in name
@@ -104,8 +105,7 @@ def test_products_in_float8(impl):
     assert unfused(ours).keys() == {
         f"layers.0.{level}.ff.net.{i}" for level in range(2) for i in (1, 3)
     }
-    assert_same(ours, theirs)
-    assert not torch.equal(run(ours)[0][0], exact)
+    assert abs(assert_same(ours, theirs) - exact) > 5e-5
 
 
 @pytest.mark.filterwarnings("ignore")
