@@ -26,7 +26,7 @@ GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 ORDINARY = (Parameter, Tensor, type(None))
 CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # whose weights products read in autocast's dtype
 
-# what else decides on the result of calling a module
+# what else decides on the result of calling a module; layers add their own
 OPTIONS = {
     nn.Linear: lambda m: m._parameters.get("bias") is None,
     nn.Embedding: lambda m: (m.padding_idx, m.max_norm, m.scale_grad_by_freq, m.sparse),
@@ -152,7 +152,7 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
     if state.get("_compiled_call_impl") is not None:
         return "is compiled on its own"
     if (get := OPTIONS.get(kind)) is not None and get(module) != options:
-        return f"has other options than it was made with: {module}"
+        return f"has other options or buffers than it was made with: {module}"
     for name, p in state["_parameters"].items():
         # what is sharded is whole once the module around it has been called
         if type(p) not in ORDINARY and not is_sharded(p):
@@ -216,11 +216,11 @@ class Plan:
 
     def reads(self, *modules: Module) -> bool:
         """Return whether the weights of all of them may be read."""
-        return not self.called or self.called.keys().isdisjoint(modules)
+        return not self.called or not any(m in self.called for m in modules)
 
     def reads_all(self, module: Module) -> bool:
         """Return whether the weights of a module and of all below it may be read."""
-        return not self.called or self.called.keys().isdisjoint(module.modules())
+        return not self.called or self.reads(*module.modules())
 
     def linear(self, module: Module, x: Tensor) -> Tensor:
         """A linear layer without a bias."""

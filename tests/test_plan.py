@@ -348,6 +348,41 @@ def test_the_buffers_of_a_rotation_that_was_replaced_count():
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_buffers_of_rotations_that_were_edited(impl):
+    """In place, or by another; what moves or rounds a model is no edit."""
+    ours, theirs = pair(impl)
+    for same in (copy.deepcopy(ours), copy.deepcopy(ours).bfloat16(), copy.deepcopy(ours).double()):
+        assert not look(same).called
+    for model in (ours, theirs):
+        full, window = model.layers[0][1].attn.rotary_emb, model.layers[0][0].attn.attn_fn.rel_pos
+        full.inv_freq *= 0.5
+        full.scale = full.scale * 0.9
+        window.inv_freq *= 0.25
+    names = {"layers.0.1.attn.rotary_emb", "layers.0.0.attn.attn_fn.rel_pos"}
+    assert unfused(ours).keys() == names
+    assert_same(ours, theirs)
+    fresh, _ = pair(impl)
+    fresh.load_state_dict(ours.state_dict())
+    assert unfused(fresh).keys() == names
+    # and back
+    full, window = ours.layers[0][1].attn.rotary_emb, ours.layers[0][0].attn.attn_fn.rel_pos
+    full.inv_freq *= 2
+    full.scale = full.scale / 0.9
+    window.inv_freq.data = window.inv_freq.data * 4
+    assert not unfused(ours)
+
+
+def test_compiled_code_calls_what_has_to_be_called():
+    ours, theirs = pair("reference")
+    for model in (ours, theirs):
+        model.layers[0][1].attn.rotary_emb.inv_freq *= 0.5
+        replace(model, "layers.0.0.ff.net.1", Scaled)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(draw()), theirs(draw()), rtol=1e-4, atol=1e-5)
+
+
 def test_attributes_that_scripts_read():
     ours, theirs = pair("reference")
     for name in (
