@@ -380,6 +380,8 @@ class HierarchicalMerge(Layer):
         if not plan.reads_all(self.net):
             tokens = list(map(add, tokens, branches))
             return tokens, dense(self.net(hierarchical_cat(tokens, self.strides)))
+        if len({branch.dtype for branch in filter(exists, branches)}) > 1:  # as of called modules
+            tokens, branches = list(map(add, tokens, branches)), [None] * len(tokens)
         norm, w_in, _, w_out = self.net
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias
         merge = plan.ops.hierarchical_merge

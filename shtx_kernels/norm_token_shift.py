@@ -223,7 +223,7 @@ _backward = register(
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """An incoming gradient may have any layout (that of a sum is expanded)."""
+    """A weight or an incoming gradient may have any layout (that of a sum is expanded)."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -297,6 +297,7 @@ def norm_token_shift(
         raise ValueError(f'norm must be "rms" or "layer", got {norm!r}')
     if (beta is None) != (norm == "rms"):
         raise ValueError(f'beta must be given for norm="layer" and only there, got norm={norm!r}')
+    gamma, beta = _rows(gamma), _rows(beta)
     for name, t, shape in (
         ("gamma", gamma, (D,)), ("beta", beta, (D,)), ("branch", branch, x.shape),
     ):  # fmt: skip

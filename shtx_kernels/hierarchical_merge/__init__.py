@@ -128,7 +128,7 @@ class _HierarchicalMerge(torch.autograd.Function):
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """An incoming gradient may have any layout (that of a sum is expanded)."""
+    """A weight or an incoming gradient may have any layout (that of a sum is expanded)."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -197,6 +197,7 @@ def hierarchical_merge(
     J, D, D_out = w_in.shape[0], sum([t.shape[2] for t in levels]), w_out.shape[0]
     if not (J and D_out):
         raise ValueError(f"w_in and w_out must have at least one row, got {J} and {D_out}")
+    gamma, w_in, b_in, w_out, b_out = map(_rows, (gamma, w_in, b_in, w_out, b_out))
     _check("gamma", gamma, (D,), x.device)
     _check("w_in", w_in, (J, D), x.device)
     _check("b_in", b_in, (J,), x.device)
