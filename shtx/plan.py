@@ -39,6 +39,7 @@ OPTIONS = {
     nn.Sequential: len,
 }
 no_options = lambda m: None
+FORWARDS = {kind: kind.forward for kind in OPTIONS}
 
 
 class Made(NamedTuple):
@@ -104,7 +105,11 @@ class Found(NamedTuple):
 def look(layer: Layer) -> Found:
     """Find the modules below a layer that have to be called, and the weights of the others."""
     found = Found({}, {}, [])
-    _look(layer, found, "is seen by global hooks" if any_global_hooks() else None)
+    everything = "is seen by global hooks" if any_global_hooks() else None
+    for kind, forward in FORWARDS.items():
+        if kind.forward is not forward:
+            everything = f"may be a {kind.__name__}, whose forward was replaced"
+    _look(layer, found, everything)
     return found
 
 
