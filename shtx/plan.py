@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from local_attention import LocalAttention
 from torch import Tensor, nn
 from torch.nn import Module, Parameter
 from torch.nn.modules import module as global_hooks
@@ -38,13 +37,9 @@ OPTIONS = {
     nn.GELU: lambda m: m.approximate,
     nn.Dropout: lambda m: m.p,
     nn.Sequential: len,
-    LocalAttention: lambda m: (
-        (m.window_size, m.exact_windowsize, m.look_backward, m.look_forward, m.causal),
-        (m.autopad, m.scale, m.shared_qk, m.use_xpos),
-    ),
 }
 no_options = lambda m: None
-FORWARDS = {kind: kind.forward for kind in OPTIONS}  # of classes, which tools replace, too
+FORWARDS = {kind: kind.forward for kind in OPTIONS}
 
 
 class Made(NamedTuple):
@@ -113,7 +108,7 @@ def look(layer: Layer) -> Found:
     everything = "is seen by global hooks" if any_global_hooks() else None
     for kind, forward in FORWARDS.items():
         if kind.forward is not forward:
-            everything = f"runs while another {kind.__name__}.forward is in use"
+            everything = f"may be a {kind.__name__}, whose forward was replaced"
     _look(layer, found, everything)
     return found
 

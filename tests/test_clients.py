@@ -3,6 +3,7 @@
 They come with the extra `clients`, without which these tests are skipped.
 """
 
+import copy
 import warnings
 
 import pytest
@@ -61,6 +62,16 @@ def test_lora_merged_is_plain_again(peft, impl):
     # PEFT leaves the head that it saved in a wrapper
     assert not unfused(ours).keys() - {"to_logits"}
     assert_same(ours, theirs)
+
+
+def test_copies_of_lora_have_adaptors_of_their_own(peft):
+    ours, theirs = (with_adaptors(peft, model) for model in pair("reference"))
+    other = copy.deepcopy(ours)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if "lora" in name:
+                p.mul_(3)
+    assert_same(other, theirs)
 
 
 def test_lora_in_a_train_step(peft):

@@ -240,8 +240,11 @@ def test_other_options(impl):
         lambda m: nn.utils.weight_norm(m),
         lambda m: parametrizations.weight_norm(m),
         lambda m: parametrizations.weight_norm(m, dim=1),
+        lambda m: torch.manual_seed(3) and parametrizations.spectral_norm(m),
+        lambda m: parametrizations.orthogonal(m),
     ],
-    ids=["prune", "old weight_norm", "weight_norm", "weight_norm of columns"],
+    ids=["prune", "old weight_norm", "weight_norm", "weight_norm of columns"]
+    + ["spectral_norm", "orthogonal"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_weights_that_are_computed(impl, change):
@@ -381,6 +384,81 @@ def test_compiled_code_calls_what_has_to_be_called():
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(draw()), theirs(draw()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_in_the_place_of_others(impl):
+    """Swapped, assigned, tied: all plain."""
+    ours, theirs = pair(impl, dim=16)
+    ours(draw(), return_loss=True)
+    state = {name: value.clone() for name, value in theirs.state_dict().items()}
+    for model in (ours, theirs):
+        weight = model.layers[0][0].ff.net[1].weight
+        torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 1.5))
+        values = {name: state[name] * 0.8 for name in state if name.startswith("layers.0.1.attn.t")}
+        assert len(values) == 2
+        model.load_state_dict(values, strict=False, assign=True)
+        model.requires_grad_(True)
+        model.to_logits.weight = model.token_emb.weight
+    assert not unfused(ours)
+    assert_same(ours, theirs)
+    if impl == "fused" and DEVICE == "cpu":
+        return  # interpreted, whole models take long for a token
+    prompt = draw(tokens=9)
+    for factor in (1.0, -1.3):
+        with torch.no_grad():
+            for model in (ours, theirs):
+                model.token_emb.weight *= factor
+        tokens = ours.generate(prompt, 4, temperature=0)
+        assert torch.equal(tokens, theirs.generate(prompt, 4, temperature=0.0))
+
+
+def test_hooks_of_the_model_itself():
+    ours, theirs = pair("reference")
+    seen = []
+    for model in (ours, theirs):
+        kept = []
+        model.register_forward_pre_hook(lambda m, args: (args[0].flip(0), *args[1:]))
+        model.register_forward_hook(lambda m, args, out, kept=kept: kept.append(type(out)))
+        model.register_full_backward_hook(lambda m, dx, dy, kept=kept: kept.append(len(dy)))
+        seen.append(kept)
+    assert_same(ours, theirs)
+    assert seen[0] == seen[1] and len(seen[0]) > 2
+    assert not unfused(ours)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_class_whose_forward_was_replaced(impl, monkeypatch):
+    ours, theirs = pair(impl)
+    assert not unfused(ours)
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) * 1.5)
+    assert "Linear, whose forward was replaced" in unfused(ours)["to_logits"]
+    assert_same(ours, theirs)
+
+
+def test_a_head_that_is_no_layer():
+    ours, theirs = pair("reference", num_tokens=8)
+    for model in (ours, theirs):
+        model.to_logits = nn.Identity()
+    ids = draw() % 8
+    torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-4, atol=1e-5)
+    losses = [model(ids, return_loss=True)[0] for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_were_taken_out_or_shared():
+    for change in (
+        lambda m: (m.layers.pop(1), m.hierarchical_merges.pop(1)),
+        lambda m: m.layers.__setitem__(1, m.layers[0]),
+    ):
+        ours, theirs = pair("reference", depth=2)
+        for model in (ours, theirs):
+            change(model)
+        assert_same(ours, theirs)
+        prompt = draw(tokens=9)
+        tokens = ours.generate(prompt, 3, temperature=0)
+        assert torch.equal(tokens, theirs.generate(prompt, 3, temperature=0.0))
 
 
 def test_attributes_that_scripts_read():
