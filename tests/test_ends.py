@@ -33,8 +33,13 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("phase", PHASES)
+SIGNALLED = [(phase, signal.SIGTERM) for phase in PHASES] + [
+    *(("data", signal.SIGINT), ("validation", signal.SIGINT), ("sample", signal.SIGINT)),
+    *(("compiling", signal.SIGHUP), ("a step", signal.SIGHUP)),
+]
+
+
+@pytest.mark.parametrize("phase, signum", SIGNALLED)
 def test_signal(text, run, tmp_path, monkeypatch, capsys, phase, signum):
     """One line, 128 and its number, and a run that goes on to the same end."""
     place, turn = PHASES[phase]
