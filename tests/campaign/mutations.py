@@ -19,7 +19,7 @@ from helpers import ROOT
 
 from tests.campaign import Part
 
-PATIENCE = 900  # seconds, after which tests count as failed: a mutation may loop for ever
+PATIENCE = 1800  # seconds, after which tests count as failed: a mutation may loop for ever
 COPIED = ("shtx", "shtx_kernels", "tests", "benchmarks", "pyproject.toml", "README.md")
 
 
