@@ -126,7 +126,7 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/trainer.py",
-        "torch.manual_seed(config.seed)\n        with self.autocast():",
+        "torch.manual_seed(self.config.seed)\n        with self.autocast():",
         "with self.autocast():",
         "tests/test_train.py::test_output",
     ),
@@ -183,7 +183,7 @@ LISTED = [
         "shtx/train/checkpoint.py",
         "if step_of(other) < step_of(path)] + [path]",
         "] + [path]",
-        "tests/test_train.py::test_resume_of_a_damaged_checkpoint",
+        "tests/test_checkpoint.py::test_fallback_never_goes_ahead",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
@@ -193,8 +193,8 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/checkpoint.py",
-        "weights_only=True",
-        "weights_only=False",
+        "weights_only=True, map",
+        "weights_only=False, map",
         "tests/test_hostile.py::test_one_line",
     ),
     Mutation(
@@ -207,7 +207,7 @@ LISTED = [
         "shtx/train/home.py",
         "            if _same(lock, file):\n",
         "            if True:\n",
-        "tests/test_home.py::test_one_of_many_that_start_together",
+        "tests/test_home.py::test_lock_that_was_removed_before_it_was_held",
     ),
     Mutation(
         "shtx/train/home.py",
@@ -310,7 +310,7 @@ LISTED = [
         "shtx/train/data.py",
         'head = re.sub(b"^BZh[1-8]", b"BZh9", head)  # the size of its blocks\n',
         "\n",
-        "tests/test_data.py::test_first_bytes_tell_what_is_packed",
+        "tests/test_data.py::test_blocks_of_bz2_are_of_any_size",
     ),
 ]  # fmt: skip
 
