@@ -24,6 +24,7 @@ GIB_PER_COMPILATION = 25  # GPU memory: the most that a model's first steps take
 EXAMPLES = """examples:
   python -m benchmarks model --config A C --out results   train steps of two configurations
   python -m benchmarks scaling --out results                the step against batch and length
+  python -m benchmarks gpus --out results                   the step on 1, 2, 4, ... GPUs
   python -m benchmarks ops --op norm_token_shift            one op, against all its peers
   python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
   python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one

@@ -1,7 +1,9 @@
 """A train step on random ids: zero_grad, forward under bf16 autocast, backward, fused AdamW.
 
-`fused` is shtx.TrainStep, which replays a CUDA graph; `fused-eager` the same without one. What
-torch.compile makes is timed with a CUDA graph of the step where that is faster, or without.
+`fused` is shtx.TrainStep, which replays a CUDA graph. `fused-graphs` is the loop that users write,
+under model.graphs; `fused-eager` the same without, `fused-compiled` and the like of what
+torch.compile makes of the model. What it makes of peers is timed with a CUDA graph of the step
+where that is faster, or without.
 `repaired-compiled` is the peer to beat: the reference with the best attention PyTorch has.
 
 Its floor: every matrix product of forward, input gradient and weight gradient through cuBLAS in
@@ -16,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import shapes
-from benchmarks.providers import FLOORS, build_reference, load
+from benchmarks.providers import FLOORS, LOOPS, build_reference, load
 from benchmarks.timing import (
     DEVICE,
     DTYPE,
@@ -40,6 +42,7 @@ PARTS = {  # of a fused step, by what its kernels are called; the first that is 
     "cuBLAS": "nvjet|gemm|gemv|cutlass|cublas|splitK",
     "others": "",
 }
+WITH_GRAPHS = ("fused", "fused-graphs", "fused-reduce-overhead-compiled")
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):
@@ -69,8 +72,8 @@ def time_step(benchmark, config, provider, wait_for_turn):
 
     model = load(provider, reference, config)
     del reference
-    compiled = provider.endswith("-compiled") and DEVICE == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=compiled)
+    graph_by_hand = provider.endswith("-compiled") and provider not in LOOPS and DEVICE == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=graph_by_hand)
     if provider == "fused":
         train_step = TrainStep(
             model, optimizer, precision="bf16-mixed" if DEVICE == "cuda" else "fp32"
@@ -79,6 +82,7 @@ def time_step(benchmark, config, provider, wait_for_turn):
     def step():
         if provider == "fused":
             return train_step(ids)[0]
+        torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad()
         with autocast():
             loss, _ = model(ids, return_loss=True)
@@ -98,18 +102,18 @@ def time_step(benchmark, config, provider, wait_for_turn):
 
     optimizer.zero_grad()
     wait_for_turn()
-    if provider != "fused":  # whose replays allocate nothing: its capture did
+    if provider not in WITH_GRAPHS:  # whose replays allocate nothing: their captures did
         reset_peak()
     step()
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
-    timed, with_graph = faster_with_or_without_graph(step) if compiled else (step, False)
+    timed, with_graph = faster_with_or_without_graph(step) if graph_by_hand else (step, False)
     (ms,) = median_ms(benchmark, timed)
     if not math.isfinite(last := float(step())):
         raise ValueError(f"loss became {last}")
     benchmark.extra_info |= {
         "ms": ms,
         "peak_gib": peak,
-        "cuda_graph": with_graph or provider == "fused" and DEVICE == "cuda",
+        "cuda_graph": with_graph or DEVICE == "cuda" and provider in WITH_GRAPHS,
         "first_step_s": first_step_s,
         "first_steps_s": first_steps_s,
         "loss": loss,

@@ -13,7 +13,12 @@ from shtx.ops import why_not_fused
 
 UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
-FUSED = ("fused", "fused-eager", "products")
+# of the model: TrainStep, the plain loop under model.graphs, without, and of a compiled model
+LOOPS = (
+    *("fused", "fused-graphs", "fused-eager"),
+    *("fused-compiled", "fused-reduce-overhead-compiled"),
+)
+FUSED = (*LOOPS, "products")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
     "causal_compress": (*OURS, "products", "cublas"),
@@ -30,14 +35,14 @@ PROVIDERS = {
     ),
     "token_embedding": OURS,
     "model": (
-        *FLOORS,
-        *OURS,
-        *("fused-eager", "repaired-compiled", "upstream-compiled", "upstream"),
+        *(*FLOORS, *LOOPS, "reference-compiled", "reference"),
+        *("repaired-compiled", "upstream-compiled", "upstream"),
     ),
     "scaling": ("fused", "reference"),
+    "gpus": ("fused",),
     "generate": ("fused", "reference", "upstream"),
 }
-WHOLE = ("model", "scaling", "generate")
+WHOLE = ("model", "scaling", "gpus", "generate")
 OPS = [bench for bench in PROVIDERS if bench not in WHOLE]
 PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 GPU_ALONE = (
@@ -79,7 +84,7 @@ def load(provider: str, reference: Module, config: Config) -> Module:
     """The provider's model, with the weights of `reference`."""
     model = reference
     if provider in FUSED:
-        model.impl = "fused"
+        model.impl, model.graphs = "fused", provider == "fused-graphs"
     if provider.startswith(("upstream", "repaired")):
         if provider.startswith("upstream"):
             from simple_hierarchical_transformer import HierarchicalTransformer as Peer
@@ -92,4 +97,4 @@ def load(provider: str, reference: Module, config: Config) -> Module:
     if not provider.endswith("-compiled"):
         return model
     torch._dynamo.config.cache_size_limit = 256  # upstream breaks into many graphs
-    return torch.compile(model)
+    return torch.compile(model, mode="reduce-overhead" if "reduce-overhead" in provider else None)

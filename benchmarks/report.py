@@ -12,6 +12,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
     "scaling": "Train step against the batch, and against the length at as many tokens",
+    "gpus": "Train step on several GPUs; weak: a batch each, strong: four batches for all",
     "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
 HEADLINES = ("model", "generate")  # which README shows
@@ -130,6 +131,7 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
         "provider": row["provider"],
         "step (ms)": number(row.get("ms")),
         "over floor (x)": number(ratio(row.get("ms"), floor)),
+        "over TrainStep (x)": number(ratio(row.get("ms"), find(rows, row, "fused").get("ms"))),
         "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
         "throughput (tokens/s)": number(row.get("tokens_per_s")),
         "peak memory (GiB)": number(row.get("peak_gib")),
@@ -153,6 +155,27 @@ def scaling_line(row: dict, rows: list[dict], results: dict) -> dict:
         "step (ms)": number(row.get("ms")),
         "time a token (us)": number(ratio(1e6, row.get("tokens_per_s"))),
         "peak memory (GiB)": number(row.get("peak_gib")),
+    }
+
+
+def share_of_one(row: dict, rows: list[dict]) -> float | None:
+    """Throughput over that of as many GPUs as if each were alone."""
+    one = find(rows, row | {"variant": "GPUs: 1"}, row["provider"]).get("tokens_per_s")
+    return ratio(row.get("tokens_per_s"), one and one * row.get("gpus", 1))
+
+
+def gpus_line(row: dict, rows: list[dict], results: dict) -> dict:
+    share = share_of_one(row, rows)
+    return {
+        "config": row["config"],
+        "scaling": row.get("shape", "-"),
+        "GPUs": str(row.get("gpus", "-")),
+        "provider": row["provider"],
+        "batch x length": f"{row.get('batch', '-')} x {row.get('seq_len', '-')}",
+        "step (ms)": number(row.get("ms")),
+        "throughput (tokens/s)": number(row.get("tokens_per_s")),
+        "of as many alone (%)": number(share and 100 * share),
+        "peak memory of one (GiB)": number(row.get("peak_gib")),
     }
 
 
@@ -227,7 +250,8 @@ PRODUCTS = {  # what cuBLAS is measured on
     "reconstruction_loss": "with all logits in memory",
     "token_embedding": "of every token",
 }
-LINES = {"model": model_line, "scaling": scaling_line, "generate": generate_line}
+LINES = {"model": model_line, "scaling": scaling_line, "gpus": gpus_line}
+LINES |= {"generate": generate_line}
 LINES |= dict.fromkeys(PRODUCTS, products_line) | {"causal_compress": compress_line}
 
 
@@ -306,6 +330,7 @@ def splice(page: str, text: str) -> str:
 def save_charts(results: dict, folder: Path):
     save_bars(results, folder)
     save_scaling(results, folder)
+    save_gpus(results, folder)
 
 
 def panels_of(results: dict, bench: str) -> dict[str, list[dict]]:
@@ -351,6 +376,30 @@ def save_scaling(results: dict, folder: Path):
         axis.legend()
     figure.suptitle(f"{TITLES['scaling']}\n{title(results)}", fontsize="medium", wrap=True)
     figure.savefig(folder / "scaling.png", dpi=120)
+
+
+def save_gpus(results: dict, folder: Path):
+    """Throughput on several GPUs over that on one."""
+    measured = [row for rows in panels_of(results, "gpus").values() for row in rows]
+    if not measured:
+        return
+    figure = Figure((5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    lines = {}
+    for row in sorted(measured, key=lambda row: row["gpus"]):
+        if share := share_of_one(row, measured):
+            line = lines.setdefault(f"{row['config']}, {row['shape']}", [])
+            line.append((row["gpus"], row["gpus"] * share))
+    for label, line in sorted(lines.items()):
+        axis.plot(*zip(*line, strict=True), marker="o", label=label)
+    ticks = sorted({row["gpus"] for row in measured})
+    axis.plot(ticks, ticks, color="tab:gray", linestyle="--", label="as if each were alone")
+    axis.set_xticks(ticks)
+    axis.set(xlabel="GPUs", ylabel="throughput over that of one GPU (x)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.suptitle(f"{TITLES['gpus']}\n{title(results)}", fontsize="medium", wrap=True)
+    figure.savefig(folder / "gpus.png", dpi=120)
 
 
 def save_bars(results: dict, folder: Path):

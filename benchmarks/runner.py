@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.providers import LOOPS
+
 HERE = Path(__file__).parent
 
 
@@ -23,7 +25,7 @@ class Job(NamedTuple):
 
     @property
     def compiles(self) -> bool:
-        own = self.provider in ("fused", "fused-eager")  # Triton kernels, on a single core
+        own = self.provider in LOOPS  # Triton kernels, on a single core
         return self.bench == "model" and (own or self.provider.endswith("-compiled"))
 
     @property

@@ -7,6 +7,7 @@ are given up. A function that cannot be captured stays eager.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -18,11 +19,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from shtx.ops import matmul_precision
-from shtx.plan import HOOKS, any_global_hooks
+from shtx.plan import HOOKS, OPTIONS, any_global_hooks, look
 
 # in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
 # failed, so it stays eager.
 ONCE, NEVER = "once", "never"
+
+MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 
 KEPT = ("_modules", "_parameters", "_buffers")
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -51,7 +54,8 @@ class Graphs:
     def __init__(self, device: torch.device, limit: int | None = None):
         self.limit = limit
         self.stream = torch.cuda.Stream(device)  # of eager first turns and captures
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = None  # of memory
+        self.replayed = torch.cuda.Event()
         self.kept, self.structure, self.more, self._warned = {}, None, None, False
 
     def hold(self, model: Module, more: object = None) -> bool:
@@ -66,6 +70,7 @@ class Graphs:
             return True
         self.structure, self.more = Structure(model), more
         self.kept.clear()
+        self.pool = None  # what is in use still, as gradients, keeps it from taking other graphs
         return False
 
     def get(self, key: Hashable, make: Callable[[], Any], name: str) -> Any:
@@ -103,6 +108,8 @@ class Graphs:
             function: has run aside on `stream`.
         """
         graph = torch.cuda.CUDAGraph()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         # a loader's thread may pin memory meanwhile
         options = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         try:
@@ -114,13 +121,20 @@ class Graphs:
             raise
         return graph, outputs
 
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Replay on the current stream, after what was replayed here before, on whatever stream."""
+        stream = torch.cuda.current_stream(self.stream.device)
+        stream.wait_event(self.replayed)
+        graph.replay()
+        self.replayed.record(stream)
+
     def _put_right(self):
         """A capture that CUDA itself breaks off leaves the allocator and the generator of random
         numbers as if it went on; the end of one that succeeds is what the generator waits for.
         """
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = None
         with suppress(RuntimeError), torch.cuda.stream(self.stream):
             spare = torch.zeros(1, device=self.stream.device)
             with torch.cuda.graph(
@@ -130,12 +144,27 @@ class Graphs:
 
 
 def comparable(value: Any) -> Any:
-    """Put a value of an optimizer's group so that == neither waits for a device nor raises."""
+    """Put a value so that == neither waits for a device nor raises: numbers, names and what is made
+    of them as they are, all else by identity.
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return value
     if isinstance(value, Tensor):
         return "tensor", id(value), value.data_ptr()
+    if isinstance(value, dict):
+        return [(name, comparable(v)) for name, v in value.items()]
     if isinstance(value, (list, tuple)):
         return [comparable(v) for v in value]
-    return value
+    return "object", id(value)
+
+
+def changeable(model: Module) -> Iterator[Module]:
+    """Yield the modules that are a tool's: their attributes may change in any way."""
+    for module in model.modules():
+        if "parametrizations" in module._modules:
+            yield from module._modules["parametrizations"].modules()
+    for module in look(model).called:
+        yield from module.modules()
 
 
 class Structure:
@@ -144,21 +173,28 @@ class Structure:
     """
 
     def __init__(self, model: Module):
-        self.model = model
+        # owners of graphs may be kept by model, so that it must not be kept by them
+        self.model, self.of_model = weakref.ref(model), vars(model)
+        self.modules = list(model.modules())[1:]
         self.states = [vars(module) for module in model.modules()]
-        self.modules = list(model.modules())
         self.parameters = list(model.parameters())
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        self.changeable = [vars(module) for module in changeable(model)]
+        self.options = [(OPTIONS[type(m)], m) for m in self.modules if type(m) in OPTIONS]
         self.alive = list(self.children())  # so that no other takes the place of one that went
         self.seen = self.read()
 
     def read(self) -> list:
-        model, matmul = self.model, torch.backends.cuda.matmul
+        model, matmul = self.model(), torch.backends.cuda.matmul
         return [
             list(map(type, self.modules)),
             list(map(itemgetter("training"), self.states)),
             list(map(id, self.children())),
             [*map(Tensor.data_ptr, self.parameters)],
             [*map(attrgetter("requires_grad", "dtype"), self.parameters)],
+            [get(module) for get, module in self.options],
+            ["forward" in state for state in self.states],
+            list(map(comparable, self.changeable)),
             (model.impl, model.ignore_index, model.loss_weights, model.checkpointing),
             matmul_precision(),
             matmul.allow_bf16_reduced_precision_reduction,
@@ -175,14 +211,18 @@ class Structure:
     def holds(self) -> bool:
         return self.read() == self.seen
 
-    def hooked(self) -> str | None:
-        """Say what runs Python that a replay would leave out; None if nothing does."""
+    def hooked(self, parameters: bool = True) -> str | None:
+        """Say what runs Python that a replay would leave out; None if nothing does.
+
+        Args:
+            parameters: whether a replay leaves out hooks of parameters.
+        """
         if any_global_hooks():
             return "there are global hooks of modules"
         for kind in HOOKS:
             if any(map(itemgetter(kind), self.states)):
                 return f"the model has {kind[1:].replace('_', ' ')}"
-        for kind in PARAMETER_HOOKS:
+        for kind in PARAMETER_HOOKS * parameters:
             if any(map(attrgetter(kind), self.parameters)):
                 return "a parameter has hooks"
         return None

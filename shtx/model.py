@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shtx import ops
 from shtx.generate import generate
+from shtx.graphed_loss import replay
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
 from shtx.ops import REFERENCE, cosine_distance, cross_entropy, windows
@@ -70,13 +71,20 @@ class HierarchicalTransformer(Layer):
         ignore_index: label that the next-token loss leaves out.
         use_flash_attn: accepted and without effect, as upstream.
         impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors,
-            reference elsewhere. `model.impl = ...` changes it.
+            reference elsewhere and within torch.func (vmap, grad, ...). `model.impl = ...` changes
+            it.
 
     Attributes:
         checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a
             synchronisation.
         checkpointing: in training, keep no more of a block than what enters it, and run it again in
             the backward: less memory, one more forward, the same gradients to the bit.
+        graphs: in training on CUDA, replay a CUDA graph in place of a forward with return_loss, and
+            another in place of its backward, from the second forward of a shape of ids on: the same
+            bits at the speed of TrainStep, in any loop, DistributedDataParallel included. A forward
+            has one backward. What a graph froze may change at any time, which costs an eager
+            forward and a capture. Shapes have a graph each, up to four; other forwards, and those
+            of a model with hooks, run eagerly.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -107,7 +115,8 @@ class HierarchicalTransformer(Layer):
         super().__init__()
         self.checked = False
         self.checkpointing = False
-        num_tokens = integer("num_tokens", num_tokens, at_least=1)
+        self.graphs = False
+        self._num_tokens = num_tokens = integer("num_tokens", num_tokens, at_least=1)
         self.seq_len = integer("seq_len", seq_len, at_least=1)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.recon_loss_weight = number("recon_loss_weight", recon_loss_weight)
@@ -160,6 +169,9 @@ class HierarchicalTransformer(Layer):
         dim_logits = sum(dims) if predict_use_all_hierarchy else predicting.dim
         self.to_logits = Linear(dim_logits, num_tokens, bias=False)
         self.remember()
+        # equal in all processes: if DistributedDataParallel wrote them every step, they would have
+        # to be read again every step
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.impl = impl
         self._told = False  # which of its modules run unfused
 
@@ -196,8 +208,9 @@ class HierarchicalTransformer(Layer):
 
     @property
     def num_tokens(self) -> int:
-        """V, as the embedding has it."""
-        return self.token_emb.num_embeddings
+        """V, as the embedding or what is in its place has it; else as it was made."""
+        sizes = (getattr(m, "num_embeddings", None) for m in self.token_emb.modules())
+        return next(filter(exists, sizes), self._num_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -249,14 +262,15 @@ class HierarchicalTransformer(Layer):
                 f" got {ids.shape[1]}"
             )
         if not checked and (ids.device.type == "cpu" or self.checked):
-            return checked_ids(ids, self.num_tokens)
+            if not torch.compiler.is_exporting():  # to where only PyTorch's own ops are known
+                return checked_ids(ids, self.num_tokens)
         return ids.long()
 
     def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, plan: Plan):
         def run(x, branch):
             if plan.reads(block):
                 return (block if block in plan.sharded else block.run)(x, branch, plan)
-            return dense(block(add(x, branch))), None
+            return dense(block(add(x, branch)).to(x.dtype)), None
 
         def run_in_any_thread(x, branch):  # backward has one of its own
             with plan.narrow_weights():
@@ -319,6 +333,12 @@ class HierarchicalTransformer(Layer):
         """
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+        other = return_hierarchical_token_embeds or return_hierarchical_embeds
+        other = other or ablate_hierarchical_merge or plan is not None
+        if self.graphs and return_loss and not other:
+            outputs = replay(self, ids, loss_reduction)
+            if outputs is not None:
+                return outputs
         plan = plan or self.plan()
         ids = self.check_ids(ids, return_loss, plan.checked)
         labels = None

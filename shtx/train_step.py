@@ -5,25 +5,37 @@ tensors that are written before a replay: the ids and the learning rates. Everyt
 graph took in is compared at every call, and graphs that no longer hold are given up. The first step
 of a shape runs eagerly, once its kernels are compiled, and creates the optimizer's state. The
 second is captured, which computes nothing, and replayed. So every call is exactly one step.
+
+Of several processes, each has a share of the batch; see shtx.parallel.
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
-from shtx.graphs import Graphs, comparable, run_aside
+from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.ops import FUSED, compile_ahead
-from shtx.plan import Layer, Plan, is_sharded
+from shtx.parallel import Alone, Replicas, ranks_of, take_over, unwrap
+from shtx.plan import Layer, Plan, check_in_memory, is_sharded
+from shtx.shares import Shares
 
-MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
-PARAMETERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.float32}
+PARAMETERS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-mixed": torch.float32,
+    "fp16-mixed": torch.float32,
+}
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
 
 @dataclass
@@ -45,24 +57,39 @@ def _reads_tensors(group: dict) -> bool:
 class TrainStep:
     """Forward, backward, clipping and update of a HierarchicalTransformer, as a function of ids.
 
+    Where torch.distributed is initialized, all its processes make a TrainStep together, which
+    starts from the weights of the first, and take each step together, each on a share of the batch.
+    Loss, its parts, gradients and their norm are those of the whole batch, whatever labels a share
+    ignores, and weights stay equal to the bit. A step whose shares differ in shape has no CUDA
+    graph. `close` has to be called before the process group is destroyed.
+
     Args:
-        model: a HierarchicalTransformer, compiled or not, on its device; or one that
-            DistributedDataParallel or FSDP has wrapped, whose steps run without a CUDA graph.
+        model: a HierarchicalTransformer, compiled or not, on its device; or in a
+            DistributedDataParallel, in whose place this sums gradients from then on, or sharded by
+            FSDP2's fully_shard, whose steps run without a CUDA graph.
         optimizer: of the model's parameters. For a CUDA graph its groups must have fused=True or
             capturable=True. Learning rates may change between calls, in any way; fused and
             capturable groups read them in fp32 on CUDA, with a CUDA graph or without. Any other
             change, of a group, of the model, of an attribute of this object or of PyTorch's modes,
             costs an eager step and a capture.
-        precision: "bf16-mixed" (autocast; fp32 parameters), "fp32", or "bf16" (bf16 parameters).
+        precision: "bf16-mixed" (autocast; fp32 parameters), "fp16-mixed" (the same; gradients are
+            scaled, and a step in which one overflows changes nothing but the scale), "fp32", or
+            "bf16" (bf16 parameters).
         grad_clip: greatest norm of all gradients together; None: any.
         accumulate: micro-batches that the batch of ids is split into, for less memory. Loss and
             gradients are those of the whole batch, whatever labels each of them ignores.
         cuda_graph: on CUDA, replay a CUDA graph from the second call with a shape of ids on. Hooks
             of the optimizer's step do not run in a replay. Of a model that has hooks, or that
             cannot be captured, steps run eagerly, with a warning.
+        process_group: of the processes that step together; None: that of a DistributedDataParallel
+            or FSDP2 model, else all; False: this process steps alone.
+        shard_optimizer: each process keeps the optimizer's state of a share of the parameters, and
+            updates these. `optimizer_state_dict` has all of it.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
+        scaler: the torch.amp.GradScaler of precision="fp16-mixed", whose state belongs in a
+            checkpoint; of other precisions it does nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -77,12 +104,44 @@ class TrainStep:
         grad_clip: float | None = None,
         accumulate: int = 1,
         cuda_graph: bool = True,
+        process_group: "dist.ProcessGroup | Literal[False] | None" = None,
+        shard_optimizer: bool = False,
     ):
         if not isinstance(model, Module) or not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 "TrainStep takes a model and its optimizer, in this order, got"
                 f" {type(model).__name__} and {type(optimizer).__name__}"
             )
+        check_in_memory(model)
+        self.model, self.optimizer = model, optimizer
+        self.precision, self.grad_clip, self.accumulate = precision, grad_clip, accumulate
+        self.shard_optimizer = shard_optimizer
+        self.grad_norm = None
+        self._learning_rates = []  # a tensor a group, on CUDA
+        self._warned = False  # of hooks
+        self._compiled = False
+        self._graphs = None
+        self._sharded = any(map(is_sharded, self._parameters))
+        self._ranks = ranks_of(model, process_group)
+        with self._ranks.together(self._settings):
+            self._check_arguments()
+            self._module = unwrap(model)  # what steps call
+            self._core = getattr(self._module, "module", self._module)
+            self._device = self._core.device
+            fp16 = precision == "fp16-mixed"
+            self.scaler = torch.amp.GradScaler(self._device.type, enabled=fp16)
+            if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
+                self._graphs = Graphs(self._device, MAX_GRAPHS)
+        take_over(model)
+        self._ranks.copy_first()
+        self._shares = None
+        if shard_optimizer and isinstance(self._ranks, Replicas):
+            self._shares = Shares(optimizer, self._ranks)
+        if self._graphs is not None:  # where the process group outlives this, or the interpreter
+            weakref.finalize(self, self._graphs.kept.clear)
+
+    def _check_arguments(self) -> None:
+        model, precision, grad_clip = self.model, self.precision, self.grad_clip
         if precision not in PARAMETERS:
             allowed = ", ".join(map(repr, PARAMETERS))
             raise ValueError(f"precision must be one of {allowed}, got {precision!r}")
@@ -94,28 +153,39 @@ class TrainStep:
                 )
         if grad_clip is not None and not grad_clip > 0:
             raise ValueError(f"grad_clip must be above 0 or None, got {grad_clip}")
+        self.accumulate = integer("accumulate", self.accumulate, at_least=1)
+        if precision == "fp16-mixed" and (self.shard_optimizer or self._sharded):
+            raise ValueError(
+                'precision must not be "fp16-mixed" where a rank has a part of the parameters'
+                " (shard_optimizer, fully_shard): what overflows elsewhere would go unseen"
+            )
         trained = {p for p in model.parameters() if p.requires_grad}
         if not trained:
             raise ValueError("model must have a parameter that requires a gradient, got none")
-        if not any(p in trained for group in optimizer.param_groups for p in group["params"]):
+        if not any(p in trained for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "optimizer must have parameters of the model that require a gradient, got none of"
                 f" the {len(trained)}: it was made of another model's, or before they were replaced"
             )
-        self.model, self.optimizer = model, optimizer
-        self.precision, self.grad_clip = precision, grad_clip
-        self.accumulate = integer("accumulate", accumulate, at_least=1)
-        self.grad_norm = None
-        self._core = getattr(model, "module", model)  # what a wrapper wraps
-        self._device = self._core.device
-        self._learning_rates = []  # a tensor a group, on CUDA
-        self._warned = False  # of hooks
-        self._compiled = False
-        self._sharded = any(map(is_sharded, self._parameters))
-        self._distributed = self._sharded or self._core is not model
-        self._graphs = None
-        if cuda_graph and self._device.type == "cuda" and self._can_be_captured():
-            self._graphs = Graphs(self._device, MAX_GRAPHS)
+
+    def _settings(self) -> dict:
+        """What all ranks must have in common, by name."""
+        names = "precision", "grad_clip", "accumulate", "shard_optimizer"
+        settings = {name: getattr(self, name) for name in names}
+        settings["cuda_graph"] = self._graphs is not None
+        settings["loss_weights"] = self._core.loss_weights
+        settings["optimizer"] = type(self.optimizer).__name__
+        group_of = {}
+        for i, group in enumerate(self.optimizer.param_groups):
+            group_of |= dict.fromkeys(group["params"], i)
+            plain = {k: v for k, v in group.items() if isinstance(v, (int, float, str, tuple))}
+            settings[f"group {i} of the optimizer"] = plain
+        for name, p in self._core.named_parameters():
+            settings[f"parameter {name}"] = (
+                f"{tuple(p.shape)}, {p.dtype}, strides {p.stride()},"
+                f" requires_grad={p.requires_grad}, group {group_of.get(p)} of the optimizer"
+            )
+        return settings
 
     @property
     def _parameters(self) -> list[Parameter]:
@@ -149,12 +219,12 @@ class TrainStep:
     def compile(self, ids: Tensor) -> None:
         """Compile the kernels of the fused ops, side by side, unless that is done.
 
-        Forward and backward run, and compute nothing but garbage, which no parameter sees.
+        Forward and backward run, and compute nothing but garbage, which no parameter sees. Of a
+        sharded model all ranks have to call this.
 
         Args, Raises: as for a step.
         """
-        # sharded parameters are whole within the wrapper alone
-        if self._compiled or self._sharded or self._core.ops_for(self._device) is not FUSED:
+        if self._compiled or self._core.ops_for(self._device) is not FUSED:
             return
         ids = self._check_ids(ids)
         micro = ids[: len(ids) // self.accumulate]
@@ -164,14 +234,24 @@ class TrainStep:
             with self._autocast():
                 loss, _ = self._core(micro, return_loss=True, **self._plan())
                 with torch.autocast(self._device.type, enabled=False):
-                    torch.autograd.grad(loss, trained, allow_unused=True)
+                    if self._sharded:  # what is whole in between has no gradients to be asked for
+                        loss.backward()
+                    else:
+                        torch.autograd.grad(loss, trained, allow_unused=True)
 
         with torch.cuda.device_of(ids):
             if self._graphs is None:
                 compile_ahead(gradients)
             else:
                 run_aside(lambda: compile_ahead(gradients), self._graphs.stream)
+        if self._sharded:
+            self.model.zero_grad()
         self._compiled = True
+
+    def close(self) -> None:
+        """Give up the CUDA graphs. NCCL waits for them where its process group is destroyed."""
+        if self._graphs is not None:
+            self._graphs.kept.clear()
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         ids = self._core.check_ids(ids, return_loss=True)
@@ -189,11 +269,16 @@ class TrainStep:
         self.model.zero_grad()
         try:
             loss, parts = self._forward_backward(ids)
+            self.scaler.unscale_(self.optimizer)
             norm = None
             if self.grad_clip is not None:
                 norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
+                norm = norm.full_tensor() if self._sharded else norm
             with self._tensors_in_groups():
-                self.optimizer.step()
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self._shares is not None:
+                self._shares.gather()
         finally:
             self.model.zero_grad()
         return loss, parts, norm
@@ -201,22 +286,31 @@ class TrainStep:
     def _forward_backward(self, ids: Tensor) -> tuple[Tensor, tuple]:
         with self._autocast():
             plan = self._plan()
-            if self.accumulate == 1:
-                loss, parts = self.model(ids, return_loss=True, **plan)
+            if self.accumulate == 1 and type(self._ranks) is Alone:
+                loss, parts = self._module(ids, return_loss=True, **plan)
                 self._backward(loss)
                 return loss.detach(), tuple(part.detach() for part in parts)
-            weights, counts = self._core.loss_weights, self._core.loss_counts(ids).clamp(min=1)
-            weighted = lambda losses: sum(w * x for w, x in zip(weights, losses, strict=True))
+            counts = self._ranks.sum(self._core.loss_counts(ids))
+            micros = ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate))
             totals = 0
-            for micro in ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate)):
-                sums, _ = self.model(micro, return_loss=True, loss_reduction="sum", **plan)
-                losses = sums / counts
-                self._backward(weighted(losses))
+            for number, micro in enumerate(micros, 1):
+                sums, _ = self._module(micro, return_loss=True, loss_reduction="sum", **plan)
+                losses = sums / counts().clamp(min=1)
                 totals = totals + losses.detach()
-            compressed = sum(level.compress > 1 for level in self._core.levels)
-            split = len(totals) - compressed
-            parts = totals[0], totals[1:split].sum(), totals[split:].sum()
-            return weighted(totals), parts
+                if last := number == self.accumulate:
+                    summed = self._ranks.sum(totals)
+                self._backward(self._combine(losses)[0], last)
+            return self._combine(summed())
+
+    def _combine(self, losses: Tensor) -> tuple[Tensor, tuple]:
+        """The loss and its parts, of the means of all losses."""
+        core = self._core
+        compressed = sum(level.compress > 1 for level in core.levels)
+        kinds = losses.split((1, len(losses) - 1 - compressed, compressed))
+        ce, recon, hierarchical_ar = (kind.sum() for kind in kinds)
+        loss = ce + recon * core.recon_loss_weight
+        loss = loss + hierarchical_ar * core.hierarchical_ar_loss_weight
+        return loss, (ce, recon, hierarchical_ar)
 
     def _plan(self) -> dict[str, Plan]:
         """Plan once for all micro-batches, so that weights are cast once; what is compiled or
@@ -229,18 +323,28 @@ class TrainStep:
     def _autocast(self) -> Iterator[None]:
         """One region, whose casts of weights are of this step alone."""
         torch.clear_autocast_cache()  # the caller's own region may be open
-        mixed = self.precision == "bf16-mixed"
+        dtype = AUTOCAST.get(self.precision)
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
+            with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
                 yield
         finally:
             torch.clear_autocast_cache()
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, last: bool = True) -> None:
         with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
+            self._ranks.backward(self.scaler.scale(loss), last)
 
     # the optimizer
+
+    def optimizer_state_dict(self) -> dict | None:
+        """The optimizer's state_dict as one process would have it; with shard_optimizer all ranks
+        have to call this, and the first alone gets it.
+        """
+        return (self._shares or self.optimizer).state_dict()
+
+    def load_optimizer_state_dict(self, state_dict: dict) -> None:
+        """Load what `optimizer_state_dict` gave, of any number of ranks, on every rank."""
+        (self._shares or self.optimizer).load_state_dict(state_dict)
 
     def _write_learning_rates(self) -> None:
         """To the device, ahead of the step: within a graph it would be the same number for ever."""
@@ -268,17 +372,23 @@ class TrainStep:
                 group |= values
 
     def _can_be_captured(self) -> bool:
-        """False, with a warning, for a distributed model."""
-        if self._distributed:
+        """False, with a warning, for a model that something else wraps or shards."""
+        reason = self._ranks.why_not_captured
+        if self._core is not self._module:
+            reason = f"the model is in a {type(self._module).__name__}"
+        if reason is not None:
             warnings.warn(
-                f"cuda_graph=True does nothing for a distributed model ({type(self.model).__name__}"
-                " or its parameters): steps run eagerly",
-                stacklevel=3,
+                f"cuda_graph=True does nothing as {reason}: steps run eagerly", stacklevel=3
             )
             return False
-        if not all(map(_reads_tensors, self.optimizer.param_groups)):
+        needed = "fused=True or capturable=True"
+        fits = all(map(_reads_tensors, self.optimizer.param_groups))
+        if self.scaler.is_enabled():  # only a fused update finds out for itself what overflowed
+            needed = 'fused=True with precision="fp16-mixed"'
+            fits = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if not fits:
             raise ValueError(
-                "optimizer must have fused=True or capturable=True for a CUDA graph, got"
+                f"optimizer must have {needed} for a CUDA graph, got"
                 f" {type(self.optimizer).__name__} without; cuda_graph=False takes any"
             )
         return True
@@ -287,8 +397,12 @@ class TrainStep:
 
     def _graphed_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
         graphs = self._graphs
-        graphs.hold(self._core, self._frozen())
-        if reason := graphs.structure.hooked():
+        holds = graphs.hold(self._core, self._frozen())
+        reason = graphs.structure.hooked()
+        # what one rank captures or replays, NCCL wants all to
+        if not self._ranks.same((holds, reason is None, *ids.shape)):
+            reason = "of the ranks some have ids of another shape, another structure or hooks"
+        if reason is not None:
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"steps run without a CUDA graph: {reason}", stacklevel=3)
@@ -306,7 +420,8 @@ class TrainStep:
 
     def _capture(self, ids: Tensor) -> Step:
         ids = ids.clone(memory_format=torch.contiguous_format)
-        return Step(ids, *self._graphs.capture(lambda: self._step(ids)))
+        with self._ranks.together(lambda: {"the shape of ids": tuple(ids.shape)}):
+            return Step(ids, *self._graphs.capture(lambda: self._step(ids)))
 
     def _frozen(self) -> list:
         """What a graph of a step has frozen besides the model."""
@@ -318,4 +433,8 @@ class TrainStep:
         stepped = [list(map(id, group["params"])) for group in self.optimizer.param_groups]
         # load_state_dict puts another state in the place of the one whose memory graphs update
         options = self.precision, self.grad_clip, self.accumulate, id(self.optimizer.state)
+        scaler = self.scaler
+        if scaler.is_enabled():
+            growth = scaler.get_growth_factor(), scaler.get_backoff_factor()
+            options = *options, *growth, scaler.get_growth_interval()
         return [groups, stepped, options]

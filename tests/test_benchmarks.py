@@ -17,6 +17,7 @@ from benchmarks import (
     bench_causal_compress,
     bench_feed_forward,
     bench_generate,
+    bench_gpus,
     bench_hierarchical_ar_loss,
     bench_hierarchical_merge,
     bench_linear,
@@ -194,6 +195,17 @@ def test_scaling_has_a_row_for_each_batch_and_length(monkeypatch):
     assert (row["batch"], row["seq_len"]) == (2, 64)
     assert row["tokens_per_s"] == pytest.approx(128 / row["ms"] * 1e3)
     assert {job.configs for job in cli.plan(cli.parse(["scaling"]))[0]} == {("B",), ("C",)}
+
+
+def test_processes_share_a_train_step(monkeypatch):
+    in_tiny_configuration(monkeypatch)
+    case = bench_gpus.Case("C", "strong", 2)
+    row = row_of(bench_gpus.bench_gpus, case=case, provider="reference")
+    assert (row["gpus"], row["batch"], row["seq_len"]) == (2, 4, 128) and row["ms"] > 0
+    assert row["tokens_per_s"] == pytest.approx(4 * 128 / row["ms"] * 1e3)
+    assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
+    assert bench_gpus.Case("C", "weak", 2).config_of().batch == 2
+    assert case.labels() == {"config": "C", "shape": "strong", "variant": "GPUs: 2"}
 
 
 def test_scaling_past_the_memory_is_a_failure_that_keeps_none(monkeypatch):
@@ -453,7 +465,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "KIND: 'trian' is unknown, choose from ops model scaling generate"),
+        (["trian"], "KIND: 'trian' is unknown, choose from ops model scaling gpus generate"),
         (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress feed_forward"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),

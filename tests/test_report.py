@@ -36,6 +36,14 @@ RESULTS = {
         | {"batch": 4, "seq_len": 2048},
         {"bench": "scaling", "config": "C", "provider": "reference", "commit": "abc"}
         | {"shape": "16 x 2048", "error": "Failed: out of memory: much"},
+        {"bench": "gpus", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "weak", "variant": "GPUs: 1", "gpus": 1, "batch": 8, "seq_len": 2048}
+        | {"ms": 40.0, "tokens_per_s": 400_000.0, "peak_gib": 4.0},
+        {"bench": "gpus", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "weak", "variant": "GPUs: 2", "gpus": 2, "batch": 16, "seq_len": 2048}
+        | {"ms": 42.0, "tokens_per_s": 760_000.0, "peak_gib": 4.5},
+        {"bench": "gpus", "config": "C", "provider": "fused", "commit": "abc"}
+        | {"shape": "strong", "variant": "GPUs: 2", "error": "ValueError: other weights"},
         {"bench": "generate", "config": "C", "provider": "fused", "commit": "abc"}
         | {"variant": "batch 64", "us_per_token": 200.0, "tokens_per_s": 320_000.0}
         | {"prompt_tokens": 128, "new_tokens": 1024, "first_us": 3000.0}
@@ -89,13 +97,14 @@ RESULTS = {
 TITLE = "GPU X, driver 1.2, torch 9, triton 8; copy 4,000 GB/s, matrix product 700 TFLOP/s"
 TABLES = [
     """
-    config | provider | step (ms) | over floor (x) | speed-up over upstream (x) |
-        throughput (tokens/s) | peak memory (GiB) | first step (s) | first two steps (s)
-    A | fused | - | - | - | - | - | - | -
-    B | floor-folded | 20.0 | 1.00 | 10.0 | - | - | - | -
-    B | fused | 25.0 | 1.25 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
-    B | floor | 40.0 | 2.00 | 5.00 | - | - | - | -
-    B | upstream | 200 | 10.0 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
+    config | provider | step (ms) | over floor (x) | over TrainStep (x) |
+        speed-up over upstream (x) | throughput (tokens/s) | peak memory (GiB) | first step (s) |
+        first two steps (s)
+    A | fused | - | - | - | - | - | - | - | -
+    B | floor-folded | 20.0 | 1.00 | 0.800 | 10.0 | - | - | - | -
+    B | fused | 25.0 | 1.25 | 1.00 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
+    B | floor | 40.0 | 2.00 | 1.60 | 5.00 | - | - | - | -
+    B | upstream | 200 | 10.0 | 8.00 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
     """,
     """
     config | all kernels (ms) | attention (ms) | cuBLAS (ms)
@@ -106,6 +115,13 @@ TABLES = [
     C | 4 x 2048 | fused | 16.4 | 2.00 | 2.00
     C | 16 x 2048 | fused | 65.5 | 2.00 | 4.00
     C | 16 x 2048 | reference | - | - | -
+    """,
+    """
+    config | scaling | GPUs | provider | batch x length | step (ms) | throughput (tokens/s) |
+        of as many alone (%) | peak memory of one (GiB)
+    C | strong | - | fused | - x - | - | - | - | -
+    C | weak | 1 | fused | 8 x 2048 | 40.0 | 400,000 | 100 | 4.00
+    C | weak | 2 | fused | 16 x 2048 | 42.0 | 760,000 | 95.0 | 4.50
     """,
     """
     config | variant | provider | prompt + new | first token (ms) | per token (us) |
@@ -237,7 +253,8 @@ def test_tables_go_between_the_markers_of_two_pages(results_file, tmp_path, caps
             assert text.startswith(f"# shtx\n{report.BEGIN}\n{TITLE}")
             assert text.endswith(f"\n{report.END}\nend\n") and "former" not in text
         heads = [re.findall(r"^\*\*(Train step|What|\w+)", text, re.M) for text in texts]
-        assert heads == [["Train step", "What", "Generation"], ["Train step", *providers.OPS]]
+        steps = ["Train step"] * 2
+        assert heads == [["Train step", "What", "Generation"], [*steps, *providers.OPS]]
         lines = [line for table in cells(report.tables(RESULTS)) for line in table]
         written = [line for text in texts for table in cells(text) for line in table]
         assert sorted(written) == sorted(lines)
@@ -259,6 +276,7 @@ def test_results_are_joined(results_file, tmp_path):
     assert {file.name for file in (tmp_path / "both").iterdir()} == {
         "results.json",
         "model.png",
+        "gpus.png",
         "scaling.png",
         "generate.png",
     }

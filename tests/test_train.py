@@ -535,14 +535,14 @@ from shtx.train import run
 fit, leave = run.fit, torch.distributed.destroy_process_group
 
 def fit_and_keep(trainer, *rest):
-    global parallel
-    parallel = weakref.ref(trainer.parallel)
+    global step
+    step = weakref.ref(trainer.train_step)
     signum = fit(trainer, *rest)
     torch.save(trainer.model.state_dict(), f"{sys.argv[1]}-{trainer.rank}")
     return signum
 
 def leave_after_it():
-    assert parallel() is None, "DistributedDataParallel would end the group"
+    assert step() is None, "NCCL would wait for its graphs"
     leave()
 
 run.fit, torch.distributed.destroy_process_group = fit_and_keep, leave_after_it
@@ -551,8 +551,9 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_two_processes_are_one(text, tmp_path):
-    """Two processes with half the batch each make the steps of one with all of it."""
-    assert train(text, tmp_path / "one") == 0
+    """Two processes with half the batch each make the steps of one with all of it, in halves."""
+    one = tmp_path / "one"
+    assert train(text, one, "--accumulate", "2") == 0
     (tmp_path / "worker.py").write_text(WORKER)
     weights, out = tmp_path / "weights", tmp_path / "two"
     command = [
@@ -563,7 +564,7 @@ def test_two_processes_are_one(text, tmp_path):
         "--nproc-per-node",
         "2",
     ]
-    arguments = ["train", *TINY, "--data", str(text), "--out", str(out)]
+    arguments = ["train", *TINY, "--data", str(text), "--out", str(out), "--shard", "optimizer"]
     done = subprocess.run(
         [*command, tmp_path / "worker.py", weights, *arguments],
         capture_output=True, text=True, env=child_environment(ROOT, OMP_NUM_THREADS="1"),
@@ -573,16 +574,29 @@ def test_two_processes_are_one(text, tmp_path):
 
     first, second = (torch.load(f"{weights}-{rank}") for rank in (0, 1))
     assert all(first[name].equal(second[name]) for name in first)
-    one = load(tmp_path / "one").weights
-    for name in one:
-        assert (first[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
-    for two, row in zip(rows(out), rows(tmp_path / "one"), strict=True):
-        assert two == pytest.approx(row, rel=1e-6)
+    weights = load(one).weights
+    for name in weights:
+        assert (first[name] - weights[name]).norm() <= 1e-6 * weights[name].norm(), name
+    for ours, row in zip(rows(out), rows(one), strict=True):
+        assert ours == pytest.approx(row, rel=1e-6)
+
+    # its checkpoint is as one process writes it
+    states = [load(run).state["optimizer"] for run in (out, one)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for index, state in states[1]["state"].items():
+        for name, value in state.items():
+            assert (states[0]["state"][index][name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_what_fp16_has_not():
+    with pytest.raises(TrainError, match="--shard must be none for fp16-mixed, got optimizer"):
+        parse([*TINY, "--precision", "fp16-mixed", "--shard", "optimizer"])
 
 
 def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
-        TrainError, match="--batch-size must be a multiple of the 3 processes, got 4"
+        TrainError, match="--batch-size must be a multiple of the 3 processes times .* 1, got 4"
     ):
         place(parse(TINY)[0])

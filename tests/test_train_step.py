@@ -57,6 +57,44 @@ def test_steps_are_those_of_the_plain_loop(precision, grad_clip, cuda_graph):
     assert_same((ours, optimizer), (plain, plain_optimizer))
 
 
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_scaled_steps(fused, cuda_graph):
+    """Of fp16: those of a loop with a scaler, which leaves out the steps that overflow."""
+    ours, plain = build(), build()
+    optimizer, plain_optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=LR, fused=fused) for model in (ours, plain)
+    )
+    options = dict(precision="fp16-mixed", grad_clip=0.5)
+    if DEVICE == "cuda" and cuda_graph and not fused:
+        with pytest.raises(ValueError, match='fused=True with precision="fp16-mixed"'):
+            TrainStep(ours, optimizer, **options)
+        return
+    step = TrainStep(ours, optimizer, **options, cuda_graph=cuda_graph)
+    scaler = torch.amp.GradScaler(DEVICE)
+    for each in (scaler, step.scaler):
+        each.load_state_dict({**scaler.state_dict(), "scale": 2.0**24, "growth_interval": 3})
+    scales, norms = [], []
+    for n in range(12):
+        loss, _ = step(draw(n))
+        with torch.autocast(DEVICE, torch.float16):
+            other, _ = plain(draw(n), return_loss=True)
+        scaler.scale(other).backward()
+        scaler.unscale_(plain_optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        scaler.step(plain_optimizer)
+        scaler.update()
+        plain_optimizer.zero_grad()
+        assert torch.equal(loss, other)
+        assert norm.isfinite() == step.grad_norm.isfinite()
+        scales.append(scaler.get_scale())
+        norms.append(norm.isfinite())
+        assert step.scaler.state_dict() == scaler.state_dict()
+    assert min(scales) < scales[-1] and not all(norms) and any(norms)
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("impl, accumulate", [("reference", 2), ("fused", 1)])
 def test_checkpointing_changes_no_bit(impl, accumulate):
     ours, plain = build(impl=impl), build(impl=impl)
@@ -232,9 +270,14 @@ def test_the_weight_of_a_layer_is_narrowed_once_for_all_micro_batches():
     "options, error, message",
     [
         (
-            {"precision": "fp16-mixed"},
+            {"precision": "fp16-mixed", "shard_optimizer": True},
             ValueError,
-            "precision must be one of 'fp32', 'bf16', 'bf16-mixed', got 'fp16-mixed'",
+            'precision must not be "fp16-mixed" where a rank has a part of the parameters',
+        ),
+        (
+            {"precision": "fp8"},
+            ValueError,
+            "precision must be one of 'fp32', 'bf16', 'bf16-mixed', 'fp16-mixed', got 'fp8'",
         ),
         (
             {"precision": "bf16"},

@@ -130,7 +130,9 @@ def load(path: Path, fallback: bool = False) -> Checkpoint:
             if not steps or not fallback:
                 hint = "no older step is left"
                 if steps:
-                    hint = f"an older step is {steps[-1]}, to which --resume-fallback goes back"
+                    hint = (
+                        f"an older step is {steps[-1]} (shtx train --resume-fallback goes on there)"
+                    )
                 raise TrainError(f"{error}; {hint}") from error
 
 

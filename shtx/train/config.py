@@ -21,9 +21,9 @@ IDENTITY = {"bytes": int, "sha256": str}  # of data
 MAX_DEPTH = 10_000
 # what a resumed run may change: what it learns does not depend on it, or it is told
 FREE = (
-    *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "model"),
-    *("device", "impl", "activation_checkpointing"),
-    *("log_every", "eval_every", "eval_sequences", "save_every"),
+    *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "device"),
+    *("impl", "model", "log_every", "eval_every", "eval_sequences", "save_every"),
+    *("activation_checkpointing", "accumulate", "shard"),
 )
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
@@ -93,6 +93,8 @@ class Config:
     """Steps in all, those before --resume included."""
     batch_size: int
     """Sequences a step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches that each process splits its sequences into: less memory, the same step."""
     lr: float
     """Peak learning rate: a short warmup leads to it, --schedule away from it."""
     schedule: Literal["cosine", "constant", "minimum"] = "cosine"
@@ -102,6 +104,8 @@ class Config:
     """Steps of the schedule; None: all."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
     """Of matrix products; weights are fp32."""
+    shard: Literal["none", "optimizer"] = "none"
+    """What each of several processes keeps a share of, for less memory."""
     impl: Literal["auto", "fused", "reference"] = "auto"
     """Fused ops, reference ops, or whichever suits the device."""
     activation_checkpointing: bool = False
@@ -134,6 +138,7 @@ class Config:
         for name in (
             "steps",
             "batch_size",
+            "accumulate",
             "eval_every",
             "save_every",
             "log_every",
@@ -141,6 +146,8 @@ class Config:
         ):
             if not 1 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.precision == "fp16-mixed" and self.shard != "none":
+            raise TrainError(f"--shard must be none for fp16-mixed, got {self.shard}")
         if self.model.depth > MAX_DEPTH:
             raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):

@@ -46,7 +46,7 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
     def record(losses: list[Tensor], seconds: float) -> None:
         speed = len(losses) * tokens / seconds
         start = done - len(losses)
-        for step, (loss, ce, norm) in enumerate(trainer.gather(losses), start):
+        for step, (loss, ce, norm) in enumerate(torch.stack(losses).tolist(), start):
             # a gradient that overflows fp16 is the scaler's business
             if not math.isfinite(loss if trainer.scaler.is_enabled() else loss + norm):
                 raise TrainError(
@@ -72,16 +72,18 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
             raise TrainError(
                 f"step {done}: a weight is not finite: stopped, nothing of it is saved"
             )
+        state = trainer.state()
         if first:
             home.check()
             metrics.sync()
-            save(home.path, done, description, weights, trainer.state())
+            save(home.path, done, description, weights, state)
 
     trainer.compile()
     lacking = first and metrics.lacks_validation(done, config.eval_every)
     if done == 0 or trainer.agree(int(lacking)):
         validate()
-    if done and first and not home.holds_checkpoints():  # what is resumed lies elsewhere
+    elsewhere = done > 0 and first and not home.holds_checkpoints()  # what is resumed
+    if trainer.agree(int(elsewhere)):
         keep()
     with Stop() as stop:
         ended = lambda: stop.signum or display.output.signum

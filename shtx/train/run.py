@@ -125,7 +125,7 @@ def run(
 def jump_of(config: Config, before: Config, done: int) -> str | None:
     """What to say where the learning rate jumps."""
     same = (config.steps, config.schedule) == (before.steps, before.schedule)
-    if same or done == 0 or done >= config.steps:
+    if done == 0 or done >= config.steps or same:
         return None
     was, now = learning_rate(before, done - 1), learning_rate(config, done)
     if now < 1.5 * was:
@@ -143,9 +143,10 @@ def place(config: Config) -> tuple[torch.device, int, int]:
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
     )
     device = find_device(config.device, "--device cpu needs none")
-    if config.batch_size % world:
+    if config.batch_size % (world * config.accumulate):
         raise TrainError(
-            f"--batch-size must be a multiple of the {world} processes, got {config.batch_size}"
+            f"--batch-size must be a multiple of the {world} processes times --accumulate"
+            f" {config.accumulate}, got {config.batch_size}"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)

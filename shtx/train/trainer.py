@@ -4,21 +4,22 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from shtx import HierarchicalTransformer, TrainStep
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint
-from shtx.train.config import Config
+from shtx.train.checkpoint import Checkpoint, load
+from shtx.train.config import Config, of
 from shtx.train.data import Corpus
+from shtx.train_step import AUTOCAST
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 CLIP = 1.0  # gradient norm
 WARMUP, DECAY = 0.05, 0.2  # of the steps
 MINIMUM = 0.02  # of the peak learning rate
@@ -55,6 +56,26 @@ def build(config: Config, device: torch.device, copies: int = 1) -> Hierarchical
         raise TrainError(" ".join(str(error).split())) from error
     model.checkpointing = config.activation_checkpointing
     return model.to(device)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[HierarchicalTransformer, Checkpoint]:
+    """The model of a checkpoint, with impl="auto", and the checkpoint.
+
+    Args:
+        path: the directory of a run, for its newest checkpoint, or that of a checkpoint.
+        device: where the model will be.
+
+    Raises:
+        TrainError: in one line why there is none.
+    """
+    checkpoint = load(path)
+    model = build(replace(of(checkpoint), impl="auto"), device)
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
+    return model, checkpoint
 
 
 def memory_of(device: torch.device) -> int:
@@ -113,22 +134,17 @@ class Trainer:
     ):
         self.config, self.corpus, self.model = config, corpus, model
         self.rank, self.world, self.device = rank, world, model.device
-        self.parallel = DistributedDataParallel(model) if world > 1 else model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.precision == "fp16-mixed"
+        self.train_step = TrainStep(
+            *(model, self.optimizer),
+            precision="fp32" if config.precision == "tf32" else config.precision,
+            grad_clip=CLIP,
+            accumulate=config.accumulate,
+            shard_optimizer=config.shard == "optimizer",
         )
-        precision = "fp32" if config.precision == "tf32" else config.precision
-        self.train_step = None
-        if not self.scaler.is_enabled():
-            self.train_step = TrainStep(
-                *(self.parallel, self.optimizer),
-                precision=precision,
-                grad_clip=CLIP,
-                cuda_graph=world == 1,
-            )
+        self.scaler = self.train_step.scaler
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.config.precision)
@@ -139,8 +155,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Kernels of a step, side by side; others compile when they are first launched."""
-        if self.train_step is not None:
-            self.train_step.compile(self.ids(self.batch(0)))
+        self.train_step.compile(self.ids(self.batch(0)))
 
     def batch(self, step: int) -> np.ndarray:
         config = self.config
@@ -150,28 +165,13 @@ class Trainer:
         """One update, number `step`, counted from 0.
 
         Returns:
-            (3,) of this process, on its device: loss, cross entropy in nats, gradient norm.
+            (3,) on the device: loss, cross entropy in nats, gradient norm.
         """
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        ids = self.ids(self.batch(step))
-        if self.train_step is None:
-            return self.scaled_step(ids)
-        loss, (ce, *_) = self.train_step(ids)
+        loss, (ce, *_) = self.train_step(self.ids(self.batch(step)))
         return torch.stack((loss, ce, self.train_step.grad_norm))
-
-    def scaled_step(self, ids: Tensor) -> Tensor:
-        """The same in fp16, whose gradients are scaled, and dropped where they overflow."""
-        with self.autocast():
-            loss, (ce, *_) = self.parallel(ids, return_loss=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return torch.stack((loss.detach(), ce.detach(), norm))
 
     @torch.no_grad()
     def evaluate(self, stopped: Callable[[], int] = lambda: 0) -> float | None:
@@ -179,7 +179,7 @@ class Trainer:
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         count = self.config.eval_sequences
-        share = self.config.batch_size // self.world
+        share = self.config.batch_size // (self.world * self.config.accumulate)
         for start in range(self.rank * share, count, self.world * share):
             if self.world == 1 and stopped():
                 self.model.train()
@@ -203,14 +203,6 @@ class Trainer:
             ids = self.model.generate(self.ids(prompt.copy())[None], SAMPLE)
         return prompt.tobytes(), bytes(ids[0].tolist())
 
-    def gather(self, losses: list[Tensor]) -> list[list[float]]:
-        """What `step` returned, averaged over the processes; waits for the device."""
-        rows = torch.stack(losses)
-        if self.world > 1:
-            dist.all_reduce(rows)
-            rows /= self.world
-        return rows.tolist()
-
     def agree(self, signum: int) -> int:
         """The number of the signal that any process got, 0 if none did."""
         if self.world > 1:
@@ -222,15 +214,20 @@ class Trainer:
     def close(self) -> None:
         """Leaves the other processes; no more steps after this.
 
-        DistributedDataParallel goes first. As the last owner of the process group it would end the
-        group with Python's lock held, waiting for a thread of Gloo's that may wait for the lock.
+        CUDA graphs go first, which NCCL would wait for.
         """
-        self.train_step = self.parallel = None
+        if self.train_step is not None:
+            self.train_step.close()
+        self.train_step = None
         if self.world > 1:
             dist.destroy_process_group()
 
     def state(self) -> dict:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What a checkpoint keeps besides the weights; all processes have to call this, and the
+        first has it.
+        """
+        optimizer = self.train_step.optimizer_state_dict()
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; a TrainError if it is not one of these settings."""
@@ -238,7 +235,7 @@ class Trainer:
         ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             self.model.load_state_dict(checkpoint.weights)
-            self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+            self.train_step.load_optimizer_state_dict(checkpoint.state["optimizer"])
             self.scaler.load_state_dict(checkpoint.state["scaler"])
             for p, state in self.optimizer.state.items():
                 if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:

@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from helpers import ROOT, child_environment
 from running import TINY, rows, write_text
 from test_hostile import DAMAGE
 
-from shtx.train import TrainError
+from shtx.train import TrainError, visible
 from shtx.train.checkpoint import CHECKPOINTS, find_steps, load, step_of
 from shtx.train.home import RUN
 from tests.campaign import Part
@@ -398,7 +397,7 @@ def hostile_checkpoints(count: int, random: Random, folder: Path) -> Part:
             finding = ended.unclear(*((1,) if refused and verb == "train" else (0, 1)))
             if ended.status and {*runs.folder.rglob("*")} != before:
                 finding = finding or "left something behind"
-            if not {*ended.out} <= {*string.printable} - {"\x0b", "\x0c"}:
+            if visible(ended.out) != ended.out:
                 finding = finding or f"said {ended.out!r}"
             part.tried += 1
             if finding:

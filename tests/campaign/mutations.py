@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from random import Random
 from typing import NamedTuple
 
@@ -19,12 +21,13 @@ from helpers import ROOT
 
 from tests.campaign import Part
 
-PATIENCE = 1800  # seconds, after which tests count as failed: a mutation may loop for ever
+WORKERS = max(1, (os.cpu_count() or 1) // 2)
+PATIENCE = 900  # seconds, after which tests count as failed: a mutation may loop for ever
 COPIED = ("shtx", "shtx_kernels", "tests", "benchmarks", "pyproject.toml", "README.md")
 
 
 class Mutation(NamedTuple):
-    """`old`, which stands once in `file`, becomes `new`; one of `tests` must fail."""
+    """`old`, which stands once in `file`, becomes `new`; `tests` must fail."""
 
     file: str
     old: str
@@ -38,280 +41,280 @@ LISTED = [
         "shtx/sampler.py",
         "if self.drawn % NOISE == 0 and",
         "if self.drawn == 0 and",
-        "test_generate::test_noise_is_never_used_twice",
+        "tests/test_generate.py::test_noise_is_never_used_twice",
     ),
     Mutation(
         "shtx_kernels/decode/sample.py",
         "choice = tl.where(highest > best",
         "choice = tl.where(highest >= best",
-        "test_decode_ops::test_sample_takes_the_first_of_the_best",
+        "tests/test_decode_ops.py::test_sample_takes_the_first_of_the_best",
     ),
     Mutation(
         "shtx_kernels/decode/sample.py",
         "tl.log(tl.maximum(e, 1e-20))",
         "tl.log(e)",
-        "test_decode_ops::test_sample_where_noise_is_zero",
+        "tests/test_decode_ops.py::test_sample_where_noise_is_zero",
     ),
     # the merge
     Mutation(
         "shtx_kernels/hierarchical_merge/forward.py",
         "level == group.levels[0])",
         "True)",
-        "test_hierarchical_merge::test_matches_reference",
+        "tests/test_hierarchical_merge.py::test_matches_reference",
     ),
     Mutation(
         "shtx_kernels/hierarchical_merge/forward.py",
         "kind = lambda i: (strides[i], shapes[i][1])",
         "kind = lambda i: strides[i]",
-        "test_hierarchical_merge::test_matches_reference",
+        "tests/test_hierarchical_merge.py::test_matches_reference",
     ),
     Mutation(
         "shtx_kernels/hierarchical_merge/forward.py",
         "if levels[-1] - levels[0] + 1 == len(levels):",
         "if True:",
-        "test_hierarchical_merge::test_matches_reference",
+        "tests/test_hierarchical_merge.py::test_matches_reference",
     ),
     Mutation(
         "shtx_kernels/hierarchical_merge/forward.py",
         "least = tl.full(norm.shape, 1e-12,",
         "least = tl.full(norm.shape, 0.0,",
-        "test_hierarchical_merge::test_rows_at_and_below_the_clamp",
+        "tests/test_hierarchical_merge.py::test_rows_at_and_below_the_clamp",
     ),
     Mutation(
         "shtx_kernels/hierarchical_merge/backward.py",
         "slope = tl.where(live, ",
         "slope = tl.where(live | True, ",
-        "test_hierarchical_merge::test_rows_at_and_below_the_clamp",
+        "tests/test_hierarchical_merge.py::test_rows_at_and_below_the_clamp",
     ),
     # levels
     Mutation(
         "shtx/levels.py",
         "if value & (value - 1):",
         "if value % 2 and value > 1:",
-        "test_bad_input::test_constructor",
+        "tests/test_bad_input.py::test_constructor",
     ),
     Mutation(
         "shtx/levels.py",
         "if level.window != 0 and level.dim_head % 2:",
         "if level.dim_head % 2:",
-        "test_bad_input::test_odd_heads_where_nothing_rotates",
+        "tests/test_bad_input.py::test_odd_heads_where_nothing_rotates",
     ),
     Mutation(
         "shtx/levels.py",
         "if level.window != 0 and level.dim_head % 2:",
         "if False:",
-        "test_bad_input::test_odd_heads_where_nothing_rotates",
+        "tests/test_bad_input.py::test_constructor",
     ),
     Mutation(
         "shtx/levels.py",
         "if window <= seq_len // compress:",
         "if window < seq_len // compress:",
-        "test_bad_input::test_windows_as_long_as_the_level",
+        "tests/test_bad_input.py::test_windows_as_long_as_the_level",
     ),
     # the schedule
     Mutation(
         "shtx/train/trainer.py",
         "min(1.0, (step - warmup) / (steps - warmup))",
         "min(1.0, step / steps)",
-        "test_train::test_learning_rate",
+        "tests/test_train.py::test_learning_rate",
     ),
     Mutation(
         "shtx/train/trainer.py",
         "return config.lr * (step + 1) / warmup",
         "return config.lr * step / warmup",
-        "test_train::test_learning_rate",
+        "tests/test_train.py::test_learning_rate",
     ),
     Mutation(
         "shtx/train/trainer.py",
-        "        torch.manual_seed(self.config.seed)\n",
-        "",
-        "test_train::test_output",
+        "torch.manual_seed(config.seed)\n        with self.autocast():",
+        "with self.autocast():",
+        "tests/test_train.py::test_output",
     ),
     # runs and their files
     Mutation(
         "shtx/train/checkpoint.py",
         "    doomed = _temporary(path)\n    path.rename(doomed)\n    shutil.rmtree(doomed)",
         "    shutil.rmtree(path)",
-        "test_checkpoint::test_removal_that_was_interrupted",
+        "tests/test_checkpoint.py::test_removal_that_was_interrupted",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "            sync(temporary / name)\n",
         "",
-        "test_checkpoint::test_synced_before_it_is_named",
+        "tests/test_checkpoint.py::test_synced_before_it_is_named",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "        folder.mkdir()\n        sync(run)",
         "        folder.mkdir()",
-        "test_checkpoint::test_directory_of_the_first_checkpoint_is_synced_too",
+        "tests/test_checkpoint.py::test_directory_of_the_first_checkpoint_is_synced_too",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "    if path.is_symlink() or not path.is_dir():",
         "    if not path.is_dir():",
-        "test_home::test_files_of_others_stay",
+        "tests/test_home.py::test_files_of_others_stay",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "<= {*FILES, MANIFEST}:",
         ">= {*FILES}:",
-        "test_home::test_files_of_others_stay",
+        "tests/test_home.py::test_files_of_others_stay",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         'written.get("id") == id and',
         "True and",
-        "test_home::test_checkpoint_of_another_run test_home::test_files_of_others_stay",
+        "tests/test_home.py::test_files_of_others_stay",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "[: ours.index(newest) + 1][-KEEP:]",
         "[-KEEP:]",
-        "test_checkpoint::test_resuming_an_older_step_gives_up_the_later_ones",
+        "tests/test_checkpoint.py::test_resuming_an_older_step_gives_up_the_later_ones",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "with suppress(OSError):  # what cannot",
         "with suppress(KeyError):  # what cannot",
-        "test_checkpoint::test_what_cannot_be_removed_ends_nothing",
+        "tests/test_checkpoint.py::test_what_cannot_be_removed_ends_nothing",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "if step_of(other) < step_of(path)] + [path]",
         "] + [path]",
-        "test_train::test_resume_of_a_damaged_checkpoint",
+        "tests/test_train.py::test_resume_of_a_damaged_checkpoint",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
         "if listed != _fingerprint(contents[name]):",
         "if False:",
-        "test_checkpoint::test_damage_is_named_and_nothing_is_deleted",
+        "tests/test_checkpoint.py::test_damage_is_named_and_nothing_is_deleted",
     ),
     Mutation(
         "shtx/train/checkpoint.py",
-        "weights_only=True, map_location",
-        "weights_only=False, map_location",
-        "test_hostile::test_one_line",
+        "weights_only=True",
+        "weights_only=False",
+        "tests/test_hostile.py::test_one_line",
     ),
     Mutation(
         "shtx/train/files.py",
         "    sync(path.parent)\n\n\ndef read(",
         "\n\ndef read(",
-        "test_checkpoint::test_synced_before_it_is_named",
+        "tests/test_checkpoint.py::test_synced_before_it_is_named",
     ),
     Mutation(
         "shtx/train/home.py",
         "            if _same(lock, file):\n",
         "            if True:\n",
-        "test_home::test_one_of_many_that_start_together",
+        "tests/test_home.py::test_one_of_many_that_start_together",
     ),
     Mutation(
         "shtx/train/home.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "test_home::test_lock_is_of_one",
+        "tests/test_home.py::test_lock_is_of_one",
     ),
     Mutation(
         "shtx/train/home.py",
         'return home if written["id"] == id else None',
         "return home",
-        "test_home::test_checkpoint_of_another_run",
+        "tests/test_home.py::test_checkpoint_of_another_run",
     ),
     Mutation(
         "shtx/train/home.py",
         '("", *(f"-{n}" for n in range(2, 1000))):\n            with suppress',
         '("",):\n            with suppress',
-        "test_home::test_names_of_one_second",
+        "tests/test_home.py::test_names_of_one_second",
     ),
     Mutation(
         "shtx/train/home.py",
         "if need > free:",
         "if need > 2 * free:",
-        "test_train::test_disk_is_looked_at_before_training",
+        "tests/test_train.py::test_disk_is_looked_at_before_training",
     ),
     Mutation(
         "shtx/train/loop.py",
         "            home.check()\n",
         "",
-        "test_home::test_directory_that_is_removed_meanwhile",
+        "tests/test_home.py::test_directory_that_is_removed_meanwhile",
     ),
     Mutation(
         "shtx/train/loop.py",
         "return signum or trainer.agree(ended())",
         "return signum",
-        "test_ends::test_signal",
+        "tests/test_ends.py::test_signal",
     ),
     Mutation(
         "shtx/train/loop.py",
         "if trainer.world == 1 and losses:",
         "if False:",
-        "test_train::test_data_that_changes_meanwhile_costs_no_step",
+        "tests/test_train.py::test_data_that_changes_meanwhile_costs_no_step",
     ),
     Mutation(
         "shtx/train/metrics.py",
         "_step(row) is None or _step(row) <= step]",
         "_step(row) is None or _step(row) < step]",
-        "test_train::test_metrics_drop_later_rows",
+        "tests/test_train.py::test_resume_of_an_older_step",
     ),
     Mutation(
         "shtx/train/stop.py",
         "caught = SIGNALS[:-1] if ignored else SIGNALS",
         "caught = SIGNALS",
-        "test_ends::test_hangup_that_nohup_ignores",
+        "tests/test_ends.py::test_hangup_that_nohup_ignores",
     ),
     Mutation(
         "shtx/train/progress.py",
         "self.console.print(visible(text))",
         "self.console.print(text)",
-        "test_ends::test_control_characters_stay_off_the_terminal",
+        "tests/test_ends.py::test_control_characters_stay_off_the_terminal",
     ),
     Mutation(
         "shtx/train/progress.py",
         "            self.signum = int(signal.SIGPIPE)",
         "            pass",
-        "test_ends::test_reader_that_leaves",
+        "tests/test_ends.py::test_reader_that_leaves",
     ),
     Mutation(
         "shtx/cli.py",
         'stream.reconfigure(errors="backslashreplace")',
         "pass",
-        "test_ends::test_locale_without_characters",
+        "tests/test_ends.py::test_locale_without_characters",
     ),
     Mutation(
         "shtx/cli.py",
         "getattr(error, \"signum\", stop.signum) or",
         'getattr(error, "signum", 0) or',
-        "test_ends::test_signal_that_somebody_swallows",
+        "tests/test_ends.py::test_signal_that_somebody_swallows",
     ),
     # data
     Mutation(
         "shtx/train/data.py",
         "or self._identify() != self.identity:",
         "or False:",
-        "test_data::test_data_that_changes_meanwhile",
+        "tests/test_data.py::test_data_that_changes_meanwhile",
     ),
     Mutation(
         "shtx/train/data.py",
         'if head[257:262] == b"ustar":',
         "if False:",
-        "test_data::test_noise_is_refused",
+        "tests/test_data.py::test_noise_is_refused",
     ),
     Mutation(
         "shtx/train/data.py",
         "np.uint64(len(self.train) - self.seq_len)",
         "np.uint64(len(self.train) - self.seq_len - 1)",
-        "test_data::test_batch_is_pieces_of_the_training_part",
+        "tests/test_data.py::test_data_order_never_changes",
     ),
     Mutation(
         "shtx/train/data.py",
         'head = re.sub(b"^BZh[1-8]", b"BZh9", head)  # the size of its blocks\n',
         "\n",
-        "test_data::test_first_bytes_tell_what_is_packed",
+        "tests/test_data.py::test_first_bytes_tell_what_is_packed",
     ),
 ]  # fmt: skip
 
-# what drawn mutations of a file must be noticed by
+# what drawn mutations of a file must be noticed by; of other files, all of tests/test_<name>.py
 TESTS = {
     "shtx/levels.py": "test_bad_input test_model",
     "shtx/sampling.py": "test_generate test_bad_input",
@@ -353,16 +356,6 @@ NEIGHBOURS = {
 CALLS = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum", "any": "all"}
 
 
-def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those in f-strings, whose places Python 3.11 does not tell, and but those that
-    decide about speed alone."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        speed = isinstance(child, ast.keyword) and child.arg in ("num_warps", "num_stages")
-        if not speed and not isinstance(child, ast.JoinedStr):
-            yield from walk(child)
-
-
 def mutants(source: str) -> list[tuple[str, str]]:
     """All mutations of a file: the file with one, and the line of it."""
     found = []
@@ -373,7 +366,6 @@ def mutants(source: str) -> list[tuple[str, str]]:
 
     def put(start: int, end: int, text: str):
         mutated = (content[:start] + text.encode() + content[end:]).decode()
-        ast.parse(mutated)
         found.append((mutated, mutated.splitlines()[content[:start].count(b"\n")].strip()))
 
     def between(left: ast.expr, right: ast.expr, operator: ast.AST):
@@ -385,7 +377,7 @@ def mutants(source: str) -> list[tuple[str, str]]:
         if type(operator) in NEIGHBOURS and old and "#" not in text:
             put(start, end, text.replace(old, NEIGHBOURS[type(operator)]))
 
-    for node in walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             between(node.left, node.comparators[0], node.ops[0])
         elif isinstance(node, ast.BinOp):
@@ -414,22 +406,18 @@ class Copy:
     """The project, to be changed."""
 
     def __init__(self, folder: Path):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.folder = folder
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
             copy(ROOT / name, folder / name)
-        self.passed = set()
 
     def passes(self, tests: str) -> bool:
-        """tests: names of files and, after ::, of tests, without folder and ending."""
-        parts = [test.partition("::") for test in tests.split()]
-        paths = [f"tests/{file}.py{colons}{name}" for file, colons, name in parts]
         environment = os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
         environment["PYTHONDONTWRITEBYTECODE"] = "1"  # that of a file of the same second is stale
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
         with subprocess.Popen(
-            [*command, *paths],
+            [*command, *tests.split()],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -442,16 +430,8 @@ class Copy:
                 os.killpg(process.pid, 9)
                 return False
 
-    def check(self, tests: str) -> None:
-        """Raise a RuntimeError if tests fail without a mutation."""
-        if unseen := {*tests.split()} - self.passed:
-            if not self.passes(" ".join(unseen)):
-                raise RuntimeError(f"{', '.join(unseen)} fail without a mutation")
-            self.passed |= unseen
-
     def survives(self, file: str, content: str, tests: str) -> bool:
         """Whether the tests do not notice."""
-        self.check(tests)
         path = self.folder / file
         before = path.read_text()
         path.write_text(content)
@@ -461,35 +441,70 @@ class Copy:
             path.write_text(before)
 
 
+def survivors(mutated: list[tuple[str, str, str]], unchanged: set[str], folder: Path) -> list[bool]:
+    """Which mutations survive; several are tried at once, each in a copy of the project.
+
+    Args:
+        mutated: file, what it becomes, and the tests that have to notice.
+        unchanged: tests that have to pass without a mutation.
+        folder: where the copies go.
+    """
+    copies = Queue()
+    for number in range(WORKERS):
+        copies.put(Copy(folder / str(number)))
+
+    def in_a_copy(method: Callable, *args) -> bool:
+        copy = copies.get()
+        try:
+            return method(copy, *args)
+        finally:
+            copies.put(copy)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        passed = pool.map(lambda tests: in_a_copy(Copy.passes, tests), unchanged)
+        if failed := [tests for tests, good in zip(unchanged, passed, strict=True) if not good]:
+            raise RuntimeError(f"{', '.join(failed)} fail without a mutation")
+        return [*pool.map(lambda mutation: in_a_copy(Copy.survives, *mutation), mutated)]
+
+
 def listed(count: int, random: Random, folder: Path) -> Part:
     """Mistakes that were made, or that tests once let through."""
-    part, copy = Part("mutations: listed"), Copy(folder)
-    copy.check(" ".join(mutation.tests for mutation in LISTED[:count]))
-    for file, old, new, tests in LISTED[:count]:
+    part, mutations, mutated = Part("mutations: listed"), LISTED[:count], []
+    for file, old, new, tests in mutations:
         source = (ROOT / file).read_text()
-        part.tried += 1
         if source.count(old) != 1:
-            part.findings.append(f"{file}: {old!r} stands there {source.count(old)} times")
-        elif copy.survives(file, source.replace(old, new), tests):
+            raise RuntimeError(f"{file}: {old!r} stands there {source.count(old)} times")
+        mutated.append((file, source.replace(old, new), tests))
+    unchanged = {" ".join(sorted({mutation.tests for mutation in mutations}))}
+    for (file, old, new, tests), survives in zip(
+        mutations, survivors(mutated, unchanged, folder), strict=True
+    ):
+        if survives:
             part.findings.append(f"{file}: {old!r} -> {new!r}: {tests} pass")
+    part.tried = len(mutations)
     return part
 
 
 def drawn(count: int, random: Random, folder: Path) -> Part:
     """As many of every file that has tests of its own."""
-    part, copy = Part("mutations: drawn"), Copy(folder)
+    part = Part("mutations: drawn")
     pool = {file: mutants((ROOT / file).read_text()) for file in TESTS}
     for mutations in pool.values():
         random.shuffle(mutations)
+    chosen = []  # file, what it becomes, the line of it
+    while len(chosen) < count and any(pool.values()):
+        for file in [file for file in pool if pool[file]][: count - len(chosen)]:
+            chosen.append((file, *pool[file].pop()))
+    tests = {f: " ".join(f"tests/{name}.py" for name in n.split()) for f, n in TESTS.items()}
+    mutated = [(file, content, tests[file]) for file, content, _ in chosen]
+    unchanged = {tests[file] for file, _, _ in chosen}
     unseen = 0
-    while part.tried < count and any(pool.values()):
-        for file in [file for file in pool if pool[file]][: count - part.tried]:
-            content, line = pool[file].pop()
-            part.tried += 1
-            if not copy.survives(file, content, TESTS[file]):
-                continue
-            unseen += (file, line) in UNSEEN
-            if (file, line) not in UNSEEN:
-                part.findings.append(f"{file}: {line!r}: {TESTS[file]} pass")
+    for (file, _, line), survives in zip(
+        chosen, survivors(mutated, unchanged, folder), strict=True
+    ):
+        unseen += survives and (file, line) in UNSEEN
+        if survives and (file, line) not in UNSEEN:
+            part.findings.append(f"{file}: {line!r}: {tests[file]} pass")
+    part.tried = len(chosen)
     part.notes = f"{part.tried - unseen - len(part.findings)} caught, {unseen} explained"
     return part

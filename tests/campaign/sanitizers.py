@@ -15,6 +15,7 @@ from tests.campaign import Part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PATIENCE = 3600  # seconds
+PLACES = os.pathsep.join((os.environ["PATH"], "/usr/local/cuda/bin"))
 
 
 def every_op() -> None:
@@ -43,12 +44,13 @@ def sanitizers(count: int, random: Random, folder: Path) -> Part:
     """Each tool over `every_op`. PyTorch's cache of memory, which hides what is out of bounds, is
     off."""
     part = Part("sanitizers")
-    if not torch.cuda.is_available() or shutil.which("compute-sanitizer") is None:
+    sanitizer = shutil.which("compute-sanitizer", path=PLACES)
+    if not torch.cuda.is_available() or sanitizer is None:
         part.notes = "not run: needs a CUDA device and compute-sanitizer"
         return part
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     for tool in TOOLS[:count]:
-        command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
+        command = [sanitizer, "--tool", tool, "--target-processes", "all"]
         done = subprocess.run(
             [*command, sys.executable, "-m", "tests.campaign.sanitizers"],
             capture_output=True,

@@ -1,0 +1,115 @@
+"""A train step on 1, 2, 4, ... GPUs, as many as there are; on a CPU, processes in their place.
+
+Weak scaling: every GPU has the batch of the configuration. Strong: all of them share four times it.
+"""
+
+import json
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks import shapes
+from benchmarks.providers import build_reference, load
+from benchmarks.timing import DEVICE, autocast, elapsed_ms, mark, synchronize
+from shtx import TrainStep
+
+SHARED = 4  # batches of the configuration, in strong scaling
+STEPS, WARMUP = (30, 10) if DEVICE == "cuda" else (3, 1)
+MOST = torch.cuda.device_count() if DEVICE == "cuda" else 2
+
+
+class Case(NamedTuple):
+    config: str
+    scaling: str
+    gpus: int
+
+    def config_of(self) -> shapes.Config:
+        """With the batch of all."""
+        config = shapes.configs(DEVICE)[self.config]
+        times = self.gpus if self.scaling == "weak" else SHARED
+        return config._replace(batch=config.batch * times)
+
+    def labels(self) -> dict:
+        """As a row names it."""
+        return {"config": self.config, "shape": self.scaling, "variant": f"GPUs: {self.gpus}"}
+
+
+GPUS = [2**i for i in range(MOST.bit_length())]
+CASES = [
+    case
+    for name in shapes.CONFIGS
+    for scaling in ("weak", "strong")
+    for gpus in GPUS
+    if (case := Case(name, scaling, gpus)).config_of().batch % gpus == 0
+]
+
+
+def pytest_generate_tests(metafunc):
+    names = metafunc.config.getoption("--config")
+    cases = [case for case in CASES if case.config in names]
+    metafunc.parametrize("case", cases, ids=lambda case: "-".join(case.labels().values()))
+
+
+def bench_gpus(benchmark, case, provider):
+    config = case.config_of()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (case.gpus, config, provider, Path(folder)), case.gpus)
+        row = json.loads(Path(folder, "row").read_text())
+    tokens = config.batch * config.model["seq_len"]
+    row |= {"gpus": case.gpus, "batch": config.batch, "seq_len": config.model["seq_len"]}
+    benchmark.extra_info |= row | {"tokens_per_s": tokens / row["ms"] * 1e3}
+
+
+def work(rank: int, gpus: int, config: shapes.Config, provider: str, folder: Path):
+    """Of one process; the first leaves what all have measured in the folder."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/rendezvous", world_size=gpus, rank=rank)
+    model = build_reference(config)
+    torch.manual_seed(1 + rank)
+    size = (config.batch // gpus, config.model["seq_len"] + 1)
+    ids = torch.randint(1, config.model["num_tokens"], size, device=DEVICE)  # all labels count
+    with torch.no_grad(), autocast():  # a few at a time, for memory
+        parts = [len(part) * model(part, return_loss=True)[0] for part in ids.split(4)]
+    expected = sum(parts) / config.batch
+    dist.all_reduce(expected)
+
+    model = load(provider, model, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    precision = "bf16-mixed" if DEVICE == "cuda" else "fp32"
+    step = TrainStep(model, optimizer, precision=precision)
+    loss = float(step(ids)[0])
+    if not abs(loss - expected) <= 2e-2 * abs(expected):
+        raise ValueError(f"loss {loss:.4f} disagrees with the reference's {float(expected):.4f}")
+    for _ in range(WARMUP):
+        step(ids)
+    synchronize()
+    marks = [mark()]
+    for _ in range(STEPS):
+        step(ids)
+        marks.append(mark())
+    synchronize()
+    ms = torch.tensor(median(elapsed_ms(*pair) for pair in pairwise(marks)), device=DEVICE)
+    dist.all_reduce(ms, dist.ReduceOp.MAX)
+    check_equal(model)
+    if rank == 0:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
+        row = {"ms": float(ms), "peak_gib": peak, "loss": loss, "reference_loss": float(expected)}
+        Path(folder, "row").write_text(json.dumps(row))
+    step.close()
+    dist.destroy_process_group()
+
+
+def check_equal(model: torch.nn.Module):
+    for name, p in model.named_parameters():
+        first = p.detach().clone()
+        dist.broadcast(first, 0)
+        if not torch.equal(first, p):
+            raise ValueError(f"rank {dist.get_rank()} has other weights than rank 0: {name}")
