@@ -130,7 +130,7 @@ def test_signal_that_somebody_swallows(text, tmp_path, monkeypatch, capsys):
 
 def test_reader_that_leaves(text, tmp_path):
     """`shtx train | head`: what was trained is saved."""
-    arguments = [*TINY, "--data", str(text), "--steps", "100000", "--out", str(tmp_path / "run")]
+    arguments = [*TINY, "--data", str(text), "--steps", "3000", "--out", str(tmp_path / "run")]
     with subprocess.Popen(
         [sys.executable, "-m", "shtx", "train", *arguments, "--log-every", "1"],
         stdout=subprocess.PIPE,
