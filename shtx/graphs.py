@@ -192,7 +192,7 @@ class Structure:
             [*map(Tensor.data_ptr, self.parameters)],
             [*map(attrgetter("requires_grad", "dtype"), self.parameters)],
             list(map(comparable, self.changeable)),
-            (model.impl, model.ignore_index, model.loss_weights, model.checkpointing),
+            model.options,
             matmul_precision(),
             matmul.allow_bf16_reduced_precision_reduction,
             matmul.allow_fp16_reduced_precision_reduction,

@@ -23,6 +23,7 @@ from shtx.levels import integer, make_levels, number
 from shtx.losses import HierarchicalAR, NextToken, Reconstruction, Term
 from shtx.ops import REFERENCE
 from shtx.plan import Layer, Plan, make_plan, unfused
+from shtx.versions import refuse_other_version
 
 
 @torch.library.custom_op("shtx::checked_ids", mutates_args=())
@@ -52,10 +53,12 @@ class Trunk(Layer):
     in between.
 
     Attributes:
+        version: of simple-hierarchical-transformer, whose interface and checkpoints it has.
         terms: the losses, see losses.py.
         is_interleaved: whether rotary pairs neighbouring channels in full attention.
     """
 
+    version: str
     terms: list[Term]
     is_interleaved = False
 
@@ -314,12 +317,22 @@ class Trunk(Layer):
         parts = zip(self.norms, tokens, branches, strict=True)
         return [end_norm(norm, t, branch, plan) for norm, t, branch in parts]
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        refuse_other_version(keys, self.version)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def recon_terms(self) -> list[Term]:
         """The terms of what is reconstructed: every compressed level, unless it weighs nothing."""
         compressed = [i for i, level in enumerate(self.levels) if level.compress > 1]
         return [
             Term(Reconstruction, self.recon_loss_weight, i) for i in compressed * self.should_recon
         ]
+
+    @property
+    def options(self) -> tuple:
+        """What may be changed after the model was made, and what a CUDA graph of it freezes."""
+        return self.impl, self.ignore_index, self.loss_weights, self.checkpointing
 
     @property
     def loss_weights(self) -> list[float]:
@@ -380,6 +393,8 @@ class HierarchicalTransformer(Trunk):
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
     """
+
+    version = "0.2.0"
 
     def __init__(
         self,
