@@ -1,6 +1,4 @@
-"""Checkpoints of simple-hierarchical-transformer 0.2.0 and 0.4.0: which is which, and one from the
-other.
-"""
+"""Checkpoints of simple-hierarchical-transformer 0.2.0 and 0.4.0: which is which."""
 
 from collections.abc import Iterable
 
@@ -32,7 +30,7 @@ def refuse_other_version(keys: Iterable[str], version: str) -> None:
     if found in MODULES:
         hint = (
             f"which {MODULES[found]}.HierarchicalTransformer loads, and `shtx convert --to"
-            f" {version}` or shtx.versions.convert makes one of {version} of"
+            f" {version}` or shtx.convert.convert makes one of {version} of"
         )
     raise RuntimeError(
         f"state_dict is that of a model of simple-hierarchical-transformer {found}, {hint}; this"

@@ -274,7 +274,7 @@ def test_registration(shape, transposed):
     qkv = torch.randn(shape, device=DEVICE)
     qkv = qkv.transpose(0, 1) if transposed else qkv
     for window in (-1, 1):
-        options = 1, window, 2, True, 0.5
+        options = 1, window, 2, True, True, 0.5
         inputs = qkv, op.make_table(qkv, 4, 19)
         torch.library.opcheck(torch.ops.shtx.rotary_attention, (*inputs, *options))
         out, lse, _ = torch.ops.shtx.rotary_attention(*inputs, *options)

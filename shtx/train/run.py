@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shtx import HierarchicalTransformer, __version__, ops
+from shtx import __version__, ops
+from shtx.model import Trunk
 from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint
 from shtx.train.config import Config, look, of, parse
@@ -68,7 +69,7 @@ def run(
     config: Config,
     checkpoint: Checkpoint | None,
     home: Home | None,
-    model: HierarchicalTransformer,
+    model: Trunk,
     rank: int,
     world: int,
 ) -> int:
