@@ -273,7 +273,6 @@ def test_short_inputs():
         (dict(dynamics_num_layers=0), ValueError, "dynamics_num_layers must be at least 1"),
         (dict(hierarchical_ar_loss_weight=0.1), TypeError, "hierarchical_ar_loss_weight"),
     ],
-    ids=str,
 )
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
@@ -345,17 +344,16 @@ def test_steps_in_micro_batches(impl):
 
 @pytest.mark.gpu  # graphs are CUDA's
 def test_graphs_in_a_loop_give_the_same_bits():
-    losses = []
+    results = []
     for graphs in (False, True):
         model = build()
         model.graphs = graphs
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for seed in range(4):
+        for decay in (1.0, 1.0, 1.0, 0.3, 0.3, 0.3):  # which a graph has frozen
+            model.dynamic_loss_decay = decay
             loss, parts = model(draw(), return_loss=True)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append((loss.detach(), parts))
-        model.dynamic_loss_decay = 0.1 * seed  # which a graph has frozen
-        losses.append(model(draw(), return_loss=True))
-    torch.testing.assert_close(losses[:5], losses[5:], rtol=0, atol=0)
+            results.append((loss.detach(), parts))
+    torch.testing.assert_close(results[:6], results[6:], rtol=0, atol=0)
