@@ -5,8 +5,6 @@ over all of them. A model lists what it has as terms. In their order are the col
 `loss_reduction="sum"`, of `model.loss_weights` and of `model.loss_counts`.
 """
 
-from collections.abc import Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -158,21 +156,19 @@ def combine(terms: list[Term], values: list[Tensor]) -> tuple[Tensor, dict[type,
     """The loss of a model, and what each of its losses has in it.
 
     Args:
-        terms: those of a loss stand side by side.
-        values: one for each.
+        terms, values: as many of each.
     """
-    parts = {loss: _part(list(group)) for loss, group in _by_loss(terms, values)}
+    groups = {}
+    for term, value in zip(terms, values, strict=True):
+        groups.setdefault(term.loss, []).append((term, value))
+    parts = {loss: _part(group) for loss, group in groups.items()}
     return sum(part.weighted for part in parts.values()), parts
-
-
-def _by_loss(terms: list[Term], values: list[Tensor]) -> Iterator:
-    return groupby(zip(terms, values, strict=True), key=lambda pair: pair[0].loss)
 
 
 def _part(pairs: list[tuple[Term, Tensor]]) -> Part:
     value = sum(value for _, value in pairs)
     by_level = {term.level: value for term, value in pairs}
-    if len({term.weight for term, _ in pairs}) == 1:
-        weight = pairs[0][0].weight
+    weight = pairs[0][0].weight
+    if all(term.weight == weight for term, _ in pairs):
         return Part(value, value if weight == 1 else value * weight, by_level)
     return Part(value, sum(value * term.weight for term, value in pairs), by_level)
