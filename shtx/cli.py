@@ -28,7 +28,8 @@ usage: shtx {train,warmup,generate,convert,info} [options]
   warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
   convert    weights for the other version of simple-hierarchical-transformer
-  info       versions, device, which ops run fused; --check compares them with their references
+  info       versions, device, which ops run fused; --check compares them with their references,
+              --checkpoint names what of a checkpoint's model does not
 
 examples:
   shtx train                          this Python's own sources, on whatever device is there
@@ -36,6 +37,7 @@ examples:
   shtx train --resume runs/enwik8
   shtx generate --checkpoint runs/enwik8 --prompt "The city of" --length 1000
   shtx info --check
+  shtx info --checkpoint runs/enwik8
 
 `shtx <verb> --help` lists the options of a verb; `--traceback` with any verb shows where in the
 code an error arose.
@@ -75,7 +77,8 @@ def dispatch(verb: str, *rest: str) -> int:
         return fail(
             "", f"unknown verb {verb!r}; the verbs are train, warmup, generate, convert and info"
         )
-    missing = [name for name in TRAIN_EXTRA if verb != "info" and find_spec(name) is None]
+    needs_extra = verb != "info" or any(a.startswith("--checkpoint") for a in rest)
+    missing = [name for name in TRAIN_EXTRA if needs_extra and find_spec(name) is None]
     if missing:
         return fail(verb, f'{", ".join(missing)} not installed: pip install "shtx[train]"')
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shtx.levels import integer
 from shtx.ops import product_dtype
-from shtx.plan import unfused
+from shtx.plan import check_in_memory, unfused
 from shtx.sampler import Sampler
 from shtx.sampling import Sampling, make_sampling
 
@@ -91,6 +91,7 @@ def generate(
         TypeError, ValueError: naming the argument, what it got and what is allowed.
     """
     _check_names(model, kwargs)
+    check_in_memory(model)
     use_cache = use_cache and not kwargs
     if use_cache and (called := unfused(model)):
         first, reason = next(iter(called.items()))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from shtx.ops import matmul_precision
-from shtx.plan import HOOKS, any_global_hooks, look
+from shtx.plan import HOOKS, OPTIONS, any_global_hooks, look
 
 # in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
 # failed, so it stays eager.
@@ -180,6 +180,7 @@ class Structure:
         self.parameters = list(model.parameters())
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.changeable = [vars(module) for module in changeable(model)]
+        self.options = [(OPTIONS[type(m)], m) for m in self.modules if type(m) in OPTIONS]
         self.alive = list(self.children())  # so that no other takes the place of one that went
         self.seen = self.read()
 
@@ -191,6 +192,8 @@ class Structure:
             list(map(id, self.children())),
             [*map(Tensor.data_ptr, self.parameters)],
             [*map(attrgetter("requires_grad", "dtype"), self.parameters)],
+            [get(module) for get, module in self.options],
+            ["forward" in state for state in self.states],
             list(map(comparable, self.changeable)),
             model.options,
             matmul_precision(),

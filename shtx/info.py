@@ -1,9 +1,12 @@
-"""`shtx info`: versions, device, fused ops, and whether these agree with their references."""
+"""`shtx info`: versions, device, fused ops, whether these agree with their references, and which
+modules of a checkpoint's model run unfused."""
 
 import argparse
 import math
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -12,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx import HierarchicalTransformer, __version__, ops
 from shtx.decode import Decoder
+from shtx.plan import unfused
 
 # relative to the reference's norm; fp32 differs in the order of sums alone
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -32,14 +36,21 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="shtx info",
         description="Versions, device, and which ops run fused.",
-        epilog="examples: shtx info, shtx info --check",
+        epilog="examples: shtx info, shtx info --check, shtx info --checkpoint runs/enwik8",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--check",
         action="store_true",
         help="compare values and gradients of fused ops and references; exit 1 if they differ",
     )
-    check_too = parser.parse_args(argv).check
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="which modules of its model run unfused, and why; a run, for its newest checkpoint, or"
+        " one of its checkpoints",
+    )
+    options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, value in versions(device).items():
         print(f"{name:<8}{value}")
@@ -48,7 +59,27 @@ def main(argv: list[str]) -> int:
     for name in (*sorted(ops.REFERENCE_OPS), *map("decode.{}".format, ops.TOKEN_OPS)):
         reason = why_reference(name, device)
         print(f"{name:<24}{'reference' if reason else 'fused':<12}{reason or ''}".rstrip())
-    return check(device) if check_too else 0
+    if options.checkpoint:
+        describe(Path(os.path.abspath(options.checkpoint)), device)
+    return check(device) if options.check else 0
+
+
+def describe(path: Path, device: torch.device):
+    """Print how the model of a checkpoint runs by these ops."""
+    from shtx.train.trainer import load_model  # which the extra `train` has
+
+    model, checkpoint = load_model(path, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\n{checkpoint.path}: {parameters:,} parameters, trained with", end=" ")
+    print(f'impl="{checkpoint.config["run"]["impl"]}"')
+    called = unfused(model)
+    if not called:
+        print("every module is as it was made: the ops above are all that runs")
+        return
+    width = 2 + max(map(len, called))
+    print(f"{'module':<{width}}why it runs by itself, and not within a fused op")
+    for name, reason in called.items():
+        print(f"{name:<{width}}{reason}")
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
-from local_attention import LocalMHA
+from local_attention import LocalAttention, LocalMHA
+from local_attention.rotary import SinusoidalEmbeddings
 from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
 
@@ -27,7 +28,7 @@ from shtx.ops import (
     token_shift,
     windows,
 )
-from shtx.plan import Layer, Plan
+from shtx.plan import OPTIONS, Layer, Plan
 
 
 def exists(v):
@@ -143,9 +144,8 @@ class RotaryEmbedding(Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        channel = arange(0, dim, 2, dtype=torch.float32)
-        self.register_buffer("inv_freq", 1.0 / (10000 ** (channel / dim)))
-        self.register_buffer("scale", (channel + 0.4 * dim) / (1.4 * dim))
+        for name, values in rotary_buffers(dim).items():
+            self.register_buffer(name, values)
 
     def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """Return angles and xpos factors (seq_len, E), as upstream makes them."""
@@ -155,14 +155,20 @@ class RotaryEmbedding(Module):
         return torch.cat((angles, angles), dim=-1), torch.cat((factors, factors), dim=-1)
 
 
+def rotary_buffers(dim: int, device: torch.device | None = None) -> dict[str, Tensor]:
+    channel = arange(0, dim, 2, dtype=torch.float32, device=device)
+    inv_freq, scale = 1.0 / (10000 ** (channel / dim)), (channel + 0.4 * dim) / (1.4 * dim)
+    return dict(inv_freq=inv_freq, scale=scale)
+
+
 class InterleavedRotary(Module):
     """The same of a checkpoint of 0.4.0, which pairs neighbouring channels."""
 
     def __init__(self, dim: int):
         super().__init__()
-        channel = arange(0, dim, 2, dtype=torch.float32)
-        self.freqs = nn.Parameter(1.0 / (10000 ** (channel / dim)), requires_grad=False)
-        self.register_buffer("scale", (channel + 0.4 * dim) / (1.4 * dim), persistent=False)
+        made = rotary_buffers(dim)
+        self.freqs = nn.Parameter(made["inv_freq"], requires_grad=False)
+        self.register_buffer("scale", made["scale"], persistent=False)
 
     def rotate_queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate (B, H, N, E), as the module does that upstream has in this place."""
@@ -172,6 +178,46 @@ class InterleavedRotary(Module):
         factors = torch.cat((self.scale.to(wide) ** ((t - len(t) // 2) / 512),) * 2, dim=-1)
         q, k = rotate(halves(q), angles, factors), rotate(halves(k), angles, 1 / factors)
         return neighbours(q).to(wide), neighbours(k).to(wide)
+
+
+def rotates_as_made(rotary: Module, *names: str) -> bool:
+    """Return whether the buffers that a rotary embedding reads have the values of the op."""
+    buffers = rotary._buffers
+    return all(exists(b := buffers.get(name)) and has_made_values(b, name) for name in names)
+
+
+@torch.compiler.assume_constant_result
+def has_made_values(buffer: Tensor, name: str) -> bool:
+    """Return whether a buffer is that of `rotary_buffers`, or that rounded to a narrower dtype.
+
+    The values are read, and a device waited for, once after each change. PyTorch counts changes,
+    all but those through `buffer.data`.
+    """
+    if type(buffer) not in (Tensor, nn.Parameter) or buffer.is_meta:  # stands for values
+        return True
+    try:
+        stamp = buffer.data_ptr(), None if buffer.is_inference() else buffer._version
+    except RuntimeError:  # within torch.func, a buffer that differs from model to model
+        return False
+    seen = getattr(buffer, "_has_made_values", None)
+    if seen is None or seen[0] != stamp:
+        values, made = buffer.detach().cpu().double(), rotary_buffers(2 * len(buffer), "cpu")[name]
+        rounded = (made.to(dtype).double() for dtype in (made.dtype, torch.bfloat16, torch.float16))
+        same = any(torch.allclose(values, r, rtol=1e-6, atol=0) for r in rounded)
+        buffer._has_made_values = seen = stamp, same
+    return seen[1]
+
+
+OPTIONS[LocalAttention] = lambda m: (
+    (m.window_size, m.exact_windowsize, m.look_backward, m.look_forward, m.causal),
+    (m.autopad, m.scale, m.shared_qk, m.use_xpos),
+)
+OPTIONS[InterleavedRotary] = lambda m: (
+    exists(freqs := m._parameters.get("freqs")) and has_made_values(freqs, "inv_freq"),
+    rotates_as_made(m, "scale"),
+)
+OPTIONS[RotaryEmbedding] = lambda m: rotates_as_made(m, "inv_freq", "scale")
+OPTIONS[SinusoidalEmbeddings] = lambda m: (m.use_xpos, rotates_as_made(m, "inv_freq"))
 
 
 class Attention(Layer):
@@ -376,6 +422,8 @@ class HierarchicalMerge(Layer):
         if not plan.reads_all(self.net):
             tokens = list(map(add, tokens, branches))
             return tokens, dense(self.net(hierarchical_cat(tokens, self.strides)))
+        if len({branch.dtype for branch in filter(exists, branches)}) > 1:  # as of called modules
+            tokens, branches = list(map(add, tokens, branches)), [None] * len(tokens)
         norm, w_in, _, w_out = self.net
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias
         merge = plan.ops.hierarchical_merge

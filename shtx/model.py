@@ -78,7 +78,7 @@ class Trunk(Layer):
         self.checked = False
         self.checkpointing = False
         self.graphs = False
-        num_tokens = integer("num_tokens", num_tokens, at_least=1)
+        self._num_tokens = num_tokens = integer("num_tokens", num_tokens, at_least=1)
         self.seq_len = integer("seq_len", seq_len, at_least=1)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.recon_loss_weight = number("recon_loss_weight", recon_loss_weight)
@@ -120,6 +120,9 @@ class Trunk(Layer):
         dim_logits = sum(dims) if self.predict_use_all_hierarchy else predicting.dim
         self.to_logits = Linear(dim_logits, num_tokens, bias=False)
         self.remember()
+        # equal in all processes: if DistributedDataParallel wrote them every step, they would have
+        # to be read again every step
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.impl = impl
         self._told = False  # which of its modules run unfused
 
@@ -156,8 +159,9 @@ class Trunk(Layer):
 
     @property
     def num_tokens(self) -> int:
-        """V, as the embedding has it."""
-        return self.token_emb.num_embeddings
+        """V, as the embedding or what is in its place has it; else as it was made."""
+        sizes = (getattr(m, "num_embeddings", None) for m in self.token_emb.modules())
+        return next(filter(exists, sizes), self._num_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -209,14 +213,15 @@ class Trunk(Layer):
                 f" got {ids.shape[1]}"
             )
         if not checked and (ids.device.type == "cpu" or self.checked):
-            return checked_ids(ids, self.num_tokens)
+            if not torch.compiler.is_exporting():  # to where only PyTorch's own ops are known
+                return checked_ids(ids, self.num_tokens)
         return ids.long()
 
     def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, plan: Plan):
         def run(x, branch):
             if plan.reads(block):
                 return (block if block in plan.sharded else block.run)(x, branch, plan)
-            return dense(block(add(x, branch))), None
+            return dense(block(add(x, branch)).to(x.dtype)), None
 
         def run_in_any_thread(x, branch):  # backward has one of its own
             with plan.narrow_weights():
@@ -376,7 +381,8 @@ class HierarchicalTransformer(Trunk):
         ignore_index: label that the next-token loss leaves out.
         use_flash_attn: accepted and without effect, as upstream.
         impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors,
-            reference elsewhere. `model.impl = ...` changes it.
+            reference elsewhere and within torch.func (vmap, grad, ...). `model.impl = ...` changes
+            it.
 
     Attributes:
         checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a

@@ -68,6 +68,10 @@ def why_not_fused(device: torch.device) -> str | None:
 def _fused(impl: str, device: torch.device) -> bool:
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
+    if impl == "auto" and torch._C._are_functorch_transforms_active():  # which fused ops refuse
+        return False
+    if device.type == "meta":  # has shapes alone, which are the same
+        return False
     reason = why_not_fused(device)
     if reason is None:
         return True
@@ -84,5 +88,7 @@ def check_impl(impl: str) -> str:
 
 
 def resolve(impl: str, device: torch.device) -> SimpleNamespace:
-    """The ops for tensors on `device`: fused or reference, "auto" being fused on CUDA alone."""
+    """The ops for tensors on `device`: fused or reference, "auto" being fused on CUDA alone, where
+    nothing is transformed by torch.func.
+    """
     return FUSED if _fused(impl, device) else REFERENCE

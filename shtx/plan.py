@@ -25,7 +25,7 @@ GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 ORDINARY = (Parameter, Tensor, type(None))
 CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # whose weights products read in autocast's dtype
 
-# what else decides on the result of calling a module
+# what else decides on the result of calling a module; layers add their own
 OPTIONS = {
     nn.Linear: lambda m: m._parameters.get("bias") is None,
     nn.Embedding: lambda m: (m.padding_idx, m.max_norm, m.scale_grad_by_freq, m.sparse),
@@ -39,6 +39,7 @@ OPTIONS = {
     nn.Sequential: len,
 }
 no_options = lambda m: None
+FORWARDS = {kind: kind.forward for kind in OPTIONS}
 
 
 class Made(NamedTuple):
@@ -104,7 +105,11 @@ class Found(NamedTuple):
 def look(layer: Layer) -> Found:
     """Find the modules below a layer that have to be called, and the weights of the others."""
     found = Found({}, {}, [])
-    _look(layer, found, "is seen by global hooks" if any_global_hooks() else None)
+    everything = "is seen by global hooks" if any_global_hooks() else None
+    for kind, forward in FORWARDS.items():
+        if kind.forward is not forward:
+            everything = f"may be a {kind.__name__}, whose forward was replaced"
+    _look(layer, found, everything)
     return found
 
 
@@ -142,7 +147,7 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
     if state.get("_compiled_call_impl") is not None:
         return "is compiled on its own"
     if (get := OPTIONS.get(kind)) is not None and get(module) != options:
-        return f"has other options than it was made with: {module}"
+        return f"has other options or buffers than it was made with: {module}"
     for name, p in state["_parameters"].items():
         # what is sharded is whole once the module around it has been called
         if type(p) not in ORDINARY and not is_sharded(p):
@@ -155,6 +160,16 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether a process holds a part of a parameter, as under FSDP2."""
     return type(parameter).__name__ == "DTensor"
+
+
+def check_in_memory(model: Module):
+    """Raise a ValueError for a model with a parameter that has no values."""
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(
+                f"model must be in memory, got {name} on meta: model.to_empty(device=...) and"
+                " model.load_state_dict(...) give it values"
+            )
 
 
 def _is_variant(actual: type, kind: type, state: dict, sharded_is_plain: bool) -> bool:
@@ -196,11 +211,11 @@ class Plan:
 
     def reads(self, *modules: Module) -> bool:
         """Return whether the weights of all of them may be read."""
-        return not self.called or self.called.keys().isdisjoint(modules)
+        return not self.called or not any(m in self.called for m in modules)
 
     def reads_all(self, module: Module) -> bool:
         """Return whether the weights of a module and of all below it may be read."""
-        return not self.called or self.called.keys().isdisjoint(module.modules())
+        return not self.called or self.reads(*module.modules())
 
     def linear(self, module: Module, x: Tensor) -> Tensor:
         """A linear layer without a bias."""

@@ -27,7 +27,7 @@ from shtx.levels import integer
 from shtx.losses import means_of_columns
 from shtx.ops import FUSED, compile_ahead
 from shtx.parallel import Alone, Replicas, ranks_of, take_over, unwrap
-from shtx.plan import Layer, Plan, is_sharded
+from shtx.plan import Layer, Plan, check_in_memory, is_sharded
 from shtx.shares import Shares
 
 PARAMETERS = {
@@ -113,6 +113,7 @@ class TrainStep:
                 "TrainStep takes a model and its optimizer, in this order, got"
                 f" {type(model).__name__} and {type(optimizer).__name__}"
             )
+        check_in_memory(model)
         self.model, self.optimizer = model, optimizer
         self.precision, self.grad_clip, self.accumulate = precision, grad_clip, accumulate
         self.shard_optimizer = shard_optimizer

@@ -2,8 +2,8 @@
 
 Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V
 vocabulary. Every op takes fp32, fp16, bf16 (and fp64, for checking gradients), accumulates in fp32
-(fp64), and is deterministic. The last dimension of an input must be contiguous; the others may be
-strided.
+(fp64), and is deterministic. The last dimension of an input must be contiguous, the others may be
+strided; weights have any layout.
 """
 
 from importlib.util import find_spec

@@ -7,9 +7,14 @@ import torch
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args), without what it does for transforms of torch.func that are not on."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """function.apply(*args), without what it does for transforms of torch.func: it refuses them."""
+    if torch.compiler.is_compiling():
         return function.apply(*args)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fused ops have no transforms of torch.func (vmap, grad, jvp, ...): use"
+            ' impl="reference" where they are needed'
+        )
     return super(torch.autograd.Function, function).apply(*args)
 
 

@@ -71,6 +71,23 @@ def _is_watched() -> bool:
     return False
 
 
+def _launcher_of(compiled) -> tuple:
+    """What launches a compiled kernel, what it takes between the stream and the kernel's arguments,
+    and whether it takes those as one tuple: what Triton's launcher calls once it has allocated what
+    a kernel asks for, or that launcher itself.
+    """
+    run, metadata, hooks = compiled.run, compiled.packed_metadata, (None, None, None)
+    allocates = lambda: run.global_scratch_size or run.profile_scratch_size
+    if type(run).__name__ != "CudaLauncher" or allocates() or getattr(run, "gsan_enabled", False):
+        return run, (compiled.function, metadata, *hooks), False
+    options = compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    scratch = None, None
+    if hasattr(run, "kernel_signature"):  # Triton 3.9
+        types = run.arg_annotations, run.kernel_signature
+        return run.launch, (*options, metadata, *hooks, *scratch, *types), True
+    return run.launch, (*options, *scratch, metadata, *hooks), False
+
+
 class Kernel:
     """A kernel with its constants, whose parameters are tensors, numbers and constants, in this
     order. A number must be an int always, or a float.
@@ -98,25 +115,27 @@ class Kernel:
         if not self.direct or _is_watched() or self.kernel.pre_run_hooks:
             self._launch(grid, tensors, numbers, descriptors)
             return
-        device = tensors[0].get_device()
-        current = driver.active.get_current_device()
+        device, active = tensors[0].get_device(), driver.active
+        current = active.get_current_device()
         if device != current and device >= 0:
             with torch.cuda.device(device):
                 return self(grid, tensors, *numbers, descriptors=descriptors)
 
-        pointers = [t.data_ptr() for t in tensors]
-        found = self.found.get(kind := self._kind(current, tensors, pointers, numbers, descriptors))
+        pointers = [*map(Tensor.data_ptr, tensors)]
+        kind = self._kind(current, tensors, pointers, numbers, descriptors)
+        found = self.found.get(kind)
         if found is None:
             compiled = self._launch(grid, tensors, numbers, descriptors)
             if len(self.found) >= KINDS:
                 self.found.clear()
             if compiled is not None:  # a hook may have kept Triton from compiling it
-                self.found[kind] = compiled.run, compiled.function, compiled.packed_metadata
+                self.found[kind] = _launcher_of(compiled)
             return
-        run, function, metadata = found
-        run(
-            *(*grid, 1, 1)[:3], driver.active.get_current_stream(current), function, metadata,
-            None, None, None, *descriptors, *pointers, *numbers, *self.last,
+        launch, options, packed = found
+        arguments = *descriptors, *pointers, *numbers, *self.last
+        launch(
+            *(*grid, 1, 1)[:3], active.get_current_stream(current), *options,
+            *((arguments,) if packed else arguments),
         )  # fmt: skip
 
     def _kind(self, device: int, tensors, pointers, numbers, descriptors) -> tuple:

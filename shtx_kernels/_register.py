@@ -9,6 +9,7 @@ five. On a CPU PyTorch leaves its attention out. Losses make gradients in forwar
 
 import sys
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -64,11 +65,10 @@ def is_plain(*args) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    types = set(map(type, args))
-    if not types <= PLAIN:
+    if not PLAIN.issuperset(map(type, args)):
         lists = [arg for arg in args if type(arg) in LISTS]
-        types = types.difference(LISTS).union(*(map(type, items) for items in lists))
-        if not types <= PLAIN:
+        items = chain(*lists, [arg for arg in args if type(arg) not in LISTS])
+        if not PLAIN.issuperset(map(type, items)):
             return False
         args = lists[0]
     return args[0].is_cuda or args[0].is_cpu

@@ -10,6 +10,7 @@ Reference: reference.linear
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import apply, first_order
@@ -26,17 +27,6 @@ def _new_gradients(x, weight, needs_dx, needs_dweight) -> tuple[Tensor, Tensor]:
     )
 
 
-def _new_output(x, weight) -> Tensor:
-    B, M, _ = x.shape
-    return x.new_empty(B, M, weight.shape[0])
-
-
-def _linear_fwd(x, weight):
-    y = _new_output(x, weight)
-    torch.mm(x.flatten(0, 1), weight.T, out=y.flatten(0, 1))
-    return y
-
-
 def _linear_bwd(dy, x, weight, needs_dx, needs_dweight):
     dx, dweight = _new_gradients(x, weight, needs_dx, needs_dweight)
     dy = dy.flatten(0, 1)
@@ -50,8 +40,8 @@ def _linear_bwd(dy, x, weight, needs_dx, needs_dweight):
 _forward = register(
     "linear",
     "(Tensor x, Tensor weight) -> Tensor",
-    _linear_fwd,
-    fake=_new_output,
+    F.linear,
+    fake=lambda x, weight: x.new_empty(*x.shape[:2], weight.shape[0]),
     flops=lambda x, weight, **_: 2 * prod(x) * weight[0],
 )
 _backward = register(

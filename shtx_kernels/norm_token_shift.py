@@ -186,15 +186,14 @@ def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     share = cdiv(B * tiles, BWD_PROGRAMS)
     programs = cdiv(B * tiles, max(1, share))
     dx = r.new_empty(B, M, D)
-    dbranch = r.new_empty(*(dx.shape if has_dbranch else (0,)), dtype=branch_dtype)
+    dbranches = [r.new_empty(B, M, D, dtype=branch_dtype)] if has_dbranch else []
     partial = r.new_empty(programs, 2 * D if layer else D, dtype=sum_dtype(r.dtype))
     if dx.numel():
         d = dy if dr is None else dr
         strides = *r.stride()[:2], *d.stride()[:2], *dy.stride()[:2]
-        tensors = r, gamma, d, dy, dx, dbranch, partial
+        tensors = r, gamma, d, dy, dx, *(dbranches or [dx]), partial
         kernel((programs,), tensors, *strides, M, lag, tiles, B * tiles, share)
-    dweight = cast(column_sums(partial), gamma.dtype)
-    return dx, dbranch, dweight.view(-1, D)
+    return dx, dbranches, cast(column_sums(partial), gamma.dtype)
 
 
 def _fake_fwd(x, gamma, beta, branch, dilation, dtype):
@@ -202,8 +201,8 @@ def _fake_fwd(x, gamma, beta, branch, dilation, dtype):
 
 
 def _fake_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
-    dbranch = r.new_empty(0 if branch_dtype == r.dtype else r.shape, dtype=branch_dtype)
-    return r.new_empty(r.shape), dbranch, gamma.new_empty(2 if layer else 1, r.shape[-1])
+    dbranches = [] if branch_dtype == r.dtype else [r.new_empty(r.shape, dtype=branch_dtype)]
+    return r.new_empty(r.shape), dbranches, gamma.new_empty((1 + layer) * r.shape[-1])
 
 
 _forward = register(
@@ -216,14 +215,14 @@ _forward = register(
 _backward = register(
     "norm_token_shift_bwd",
     "(Tensor r, Tensor gamma, Tensor? dr, Tensor dy, bool layer, int dilation,"
-    " ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)",
+    " ScalarType branch_dtype) -> (Tensor, Tensor[], Tensor)",
     _norm_token_shift_bwd,
     _fake_bwd,
 )
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """An incoming gradient may have any layout (that of a sum is expanded)."""
+    """A weight or an incoming gradient may have any layout (that of a sum is expanded)."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -247,12 +246,13 @@ class _NormTokenShift(torch.autograd.Function):
         if dy is None:
             dbranch = dr.to(dtype) if has_branch and dr is not None else None
             return dr, None, None, dbranch, None, None
-        dx, dbranch, dweight = _backward(
+        dx, dbranches, dweight = _backward(
             r, gamma, _rows(dr), _rows(dy), ctx.layer, ctx.dilation, dtype
         )
-        dbranch = dx if dtype == r.dtype else dbranch
-        dbeta = dweight[1] if ctx.layer else None
-        return dx, dweight[0], dbeta, dbranch if has_branch else None, None, None
+        (dbranch,) = dbranches or [dx]
+        sizes = [len(gamma)] * 2
+        dgamma, dbeta = dweight.split_with_sizes(sizes) if ctx.layer else (dweight, None)
+        return dx, dgamma, dbeta, dbranch if has_branch else None, None, None
 
 
 def norm_token_shift(
@@ -297,6 +297,7 @@ def norm_token_shift(
         raise ValueError(f'norm must be "rms" or "layer", got {norm!r}')
     if (beta is None) != (norm == "rms"):
         raise ValueError(f'beta must be given for norm="layer" and only there, got norm={norm!r}')
+    gamma, beta = _rows(gamma), _rows(beta)
     for name, t, shape in (
         ("gamma", gamma, (D,)), ("beta", beta, (D,)), ("branch", branch, x.shape),
     ):  # fmt: skip

@@ -97,6 +97,33 @@ def test_gradient_penalty_of_the_fused_model_is_refused():
         penalised(*models("fused"))
 
 
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_transforms_of_the_fused_model_are_refused(transform):
+    model, ids = models("fused")
+    parameters = dict(model.named_parameters())
+    if transform == "grad":
+        fn = torch.func.grad(lambda p: loss_of(p, model, ids))
+    else:
+        parameters = {name: torch.stack([p, p]).detach() for name, p in parameters.items()}
+        fn = torch.func.vmap(lambda p: functional_call(model, p, (ids,)))
+    with pytest.raises(RuntimeError, match=r'torch.func .* impl="reference"'):
+        fn(parameters)
+
+
+def test_many_models_at_once_by_the_reference():
+    """Weights and buffers stacked, of which one model has buffers of its own."""
+    (one, ids), (other, _) = models(), models()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    full = SMALL["window_sizes"].index(None)
+    other.layers[0][full].attn.rotary_emb.inv_freq *= 0.5
+    stacked = torch.func.stack_module_state([one, other])
+    logits = torch.func.vmap(lambda p, b: functional_call(one, (p, b), (ids,)))(*stacked)
+    expected = torch.stack([one(ids), other(ids)])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_penalty_is_that_of_upstream():
     from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 

@@ -1,5 +1,7 @@
 """Bad input gets an error of at most two lines: the argument, what it got, what is allowed."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import DEVICE
@@ -45,6 +47,7 @@ def assert_raises(error, message, call):
         ({"hierarchies": (1, 0)}, ValueError, "hierarchies must be at least 1, got 0"),
         ({"hierarchies": (1, -2)}, ValueError, "hierarchies must be at least 1, got -2"),
         ({"hierarchies": (1, 3)}, ValueError, "hierarchies must be a power of two, got 3"),
+        ({"hierarchies": (1, 6)}, ValueError, "hierarchies must be a power of two, got 6"),
         ({"hierarchies": (2, 2)}, ValueError, "different powers of two, got (2, 2)"),
         ({"hierarchies": (1, 2.0)}, TypeError, "hierarchies must be an integer, got 2.0"),
         ({"hierarchical_stride": 0}, ValueError, "hierarchical_stride must be at least 1, got 0"),
@@ -83,6 +86,25 @@ def assert_raises(error, message, call):
 )
 def test_constructor(options, error, message):
     assert_raises(error, message, lambda: HierarchicalTransformer(**OPTIONS | options))
+
+
+def test_odd_heads_where_nothing_rotates():
+    model = HierarchicalTransformer(**OPTIONS | dict(dim_head=(5, 4), window_sizes=(0, 2)))
+    assert [level.dim_head for level in model.levels] == [5, 4]
+    message = "dim_head must be even, as rotary pairs its channels, got 5"
+    odd = OPTIONS | dict(dim_head=(4, 5), window_sizes=(0, 2))
+    assert_raises(ValueError, message, lambda: HierarchicalTransformer(**odd))
+
+
+def test_windows_as_long_as_the_level():
+    """Level 2 has 3 tokens."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(6, 3)))
+    assert [level.window for level in model.levels] == [6, 3]
+    with pytest.warns(UserWarning, match="window_sizes: 4 is more than the 3 tokens"):
+        model = HierarchicalTransformer(**OPTIONS | dict(window_sizes=(6, 4)))
+    assert [level.window for level in model.levels] == [6, None]
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import DEVICE, ROOT, child_environment
+from running import write
 
 from shtx import ops
 from shtx.cli import TRAIN_EXTRA, main
@@ -25,7 +28,7 @@ import shtx
 assert not [name for name in sys.modules if f"{{name}}.".startswith(("shtx.train.", "shtx.cli."))]
 from shtx.cli import main
 assert main(["info", "--check"]) == 0
-assert main(["train"]) == main(["generate"]) == 1
+assert main(["train"]) == main(["generate"]) == main(["info", "--checkpoint", "x"]) == 1
 """
 
 
@@ -33,10 +36,10 @@ def test_core_alone_imports_and_informs():
     done = subprocess.run([sys.executable, "-c", CORE_ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Triton is not installed" in done.stdout
-    assert done.stderr.splitlines()[-2:] == [
+    assert done.stderr.splitlines()[-3:] == [
         f"shtx {verb}: error: tyro, rich, safetensors, matplotlib, numpy not installed:"
         ' pip install "shtx[train]"'
-        for verb in ("train", "generate")
+        for verb in ("train", "generate", "info")
     ]
 
 
@@ -172,6 +175,27 @@ def test_info(capsys):
     assert table.keys() == {*ops.REFERENCE_OPS, *TOKEN_OPS}
     for name, line in table.items():
         assert ("has no fused form" in line) == (name not in (*ops.FUSED_OPS, *TOKEN_OPS))
+
+
+def test_info_of_a_checkpoint(run, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["info", "--checkpoint", str(run)]) == 0
+    path, told = capsys.readouterr().out.splitlines()[-2:]
+    model = build(Config.from_json(load(run).config["run"]), torch.device("cpu"))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert path.endswith(f'step-000060: {parameters:,} parameters, trained with impl="auto"')
+    assert told == "every module is as it was made: the ops above are all that runs"
+    step = tmp_path / "step-000060"
+    shutil.copytree(path.split(":")[0], step)
+    weights = load(run).weights
+    name = next(name for name in weights if name.endswith("rotary_emb.inv_freq"))
+    weights[name] *= 0.5
+    write(step, "model.safetensors", safetensors.torch.save(weights))
+    assert main(["info", "--checkpoint", str(step)]) == 0
+    module, _, reason = capsys.readouterr().out.splitlines()[-1].partition("  ")
+    assert module == name.removesuffix(".inv_freq") and "other options or buffers" in reason
+    assert main(["info", "--checkpoint", "nowhere"]) == 1
+    assert "nowhere: no checkpoint there" in capsys.readouterr().err
 
 
 def test_check_agrees(capsys):

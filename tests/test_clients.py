@@ -3,6 +3,7 @@
 They come with the extra `clients`, without which these tests are skipped.
 """
 
+import copy
 import warnings
 
 import pytest
@@ -41,12 +42,13 @@ def with_adaptors(peft, model):
 def test_lora(peft, impl):
     """With the base frozen: every adaptor and the saved head get upstream's gradient."""
     ours, theirs = pair(impl)
-    before = run(ours)[0][0]
+    before = run(theirs)[0][0]
     ours, theirs = (with_adaptors(peft, model) for model in (ours, theirs))
-    assert_same(ours, theirs)
+    assert abs(assert_same(ours, theirs) - before) > 5e-5
     trained = [p for p in ours.parameters() if p.requires_grad]
     assert len(trained) > 20 and all(p.grad.abs().sum() > 0 for p in trained)
-    assert not torch.equal(run(ours)[0][0], before)
+    if impl == "fused" and DEVICE == "cpu":
+        return  # interpreted, whole models take long for a token
     prompt = draw(tokens=9)
     tokens = ours.base_model.model.generate(prompt, 3, temperature=0)
     assert torch.equal(tokens, theirs.base_model.model.generate(prompt, 3, temperature=0.0))
@@ -60,6 +62,16 @@ def test_lora_merged_is_plain_again(peft, impl):
     # PEFT leaves the head that it saved in a wrapper
     assert not unfused(ours).keys() - {"to_logits"}
     assert_same(ours, theirs)
+
+
+def test_copies_of_lora_have_adaptors_of_their_own(peft):
+    ours, theirs = (with_adaptors(peft, model) for model in pair("reference"))
+    other = copy.deepcopy(ours)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if "lora" in name:
+                p.mul_(3)
+    assert_same(other, theirs)
 
 
 def test_lora_in_a_train_step(peft):
@@ -88,6 +100,23 @@ def test_quantized_weights(impl):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-4)
     assert not torch.equal(logits, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_products_in_float8(impl):
+    """Of torchao: linear modules become a subclass, which rounds what it multiplies."""
+    float8 = pytest.importorskip("torchao.float8", reason="needs the extra clients")
+    config = float8.Float8LinearConfig(emulate=True)  # products as narrow as 8 have no kernel
+    ours, theirs = pair(impl)
+    exact = run(theirs)[0][0]
+    for model in (ours, theirs):
+        float8.convert_to_float8_training(
+            model, config=config, module_filter_fn=lambda m, name: "ff.net" in name
+        )
+    assert unfused(ours).keys() == {
+        f"layers.0.{level}.ff.net.{i}" for level in range(2) for i in (1, 3)
+    }
+    assert abs(assert_same(ours, theirs) - exact) > 5e-5
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,10 @@
+import bz2
 import gzip
+import io
+import lzma
+import os
 import sysconfig
+import tarfile
 import zipfile
 
 import numpy as np
@@ -33,6 +38,8 @@ def write(path, content):
     elif path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("member", content)
+    elif path.suffix.lower() in (".bz2", ".xz"):
+        path.write_bytes({".bz2": bz2, ".xz": lzma}[path.suffix].compress(content))
     else:
         path.write_bytes(content)
     return path
@@ -40,9 +47,9 @@ def write(path, content):
 
 def test_last_tenth_is_for_validation(raw):
     corpus = Corpus(raw, SEQ_LEN)
-    assert corpus.train.tobytes() == TEXT[:4500]
-    assert corpus.val.tobytes() == TEXT[4500:]
-    assert isinstance(corpus.train, np.memmap)
+    assert corpus.train[:].tobytes() == TEXT[:4500] and len(corpus.train) == 4500
+    assert corpus.val[:].tobytes() == TEXT[4500:] and len(corpus.val) == 500
+    assert corpus.val[7:19].tobytes() == TEXT[4507:4519]
 
 
 def test_batch_is_pieces_of_the_training_part(raw):
@@ -82,7 +89,7 @@ def test_windows_span_the_validation_part(raw):
     assert starts == [0, 116, 233, 350, 467]  # the last one ends with the data: 467 + 33 = 500
 
 
-@pytest.mark.parametrize("name", ["text.gz", "text.zip", "TEXT.GZ"])
+@pytest.mark.parametrize("name", ["text.gz", "text.zip", "TEXT.GZ", "text.bz2", "text.xz"])
 def test_packed_is_the_same_as_raw(tmp_path, out, name):
     corpus = prepare(write(tmp_path / name, TEXT), out, SEQ_LEN)
     assert corpus.path == out / "data.bin"
@@ -127,6 +134,14 @@ def two_members(path):
         archive.writestr("other", b"")
 
 
+def lzma_in_zip(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("member", TEXT)
+    content = bytearray(path.read_bytes())
+    content[100:300] = bytes(200)
+    path.write_bytes(content)
+
+
 def encrypted(path):
     content = bytearray(path.read_bytes())
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
@@ -144,6 +159,11 @@ def encrypted(path):
         ("text.zip", truncated, "corrupt .zip file: "),
         ("text.zip", flipped, "corrupt .zip file: "),
         ("text.zip", lambda path: path.write_bytes(b""), "corrupt .zip file: "),
+        ("text.bz2", truncated, "corrupt .bz2 file: "),
+        ("text.bz2", flipped, "corrupt .bz2 file: "),
+        ("text.xz", truncated, "corrupt .xz file: "),
+        ("text.xz", flipped, "corrupt .xz file: "),
+        ("text.zip", lambda path: lzma_in_zip(path), "corrupt .zip file: "),
         ("text.zip", two_members, "must have one member, got 2"),
         ("text.zip", encrypted, "cannot be unpacked: .*encrypted"),
         ("text", lambda path: path.unlink(), "text: no such file"),
@@ -195,3 +215,89 @@ def test_run_keeps_its_copy_of_the_standard_library(tmp_path, out, monkeypatch):
     (out / "data.bin").write_bytes(TEXT * 2)
     with pytest.raises(TrainError, match="the bytes changed"):
         prepare(None, out, SEQ_LEN, expected=identity)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zip", "bz2", "xz"])
+def test_first_bytes_tell_what_is_packed(tmp_path, out, kind):
+    write(tmp_path / f"text.{kind}", TEXT).rename(tmp_path / "text")
+    assert prepare(tmp_path / "text", out, SEQ_LEN).path.read_bytes() == TEXT
+    corpus = prepare(tmp_path / "text", out, SEQ_LEN, raw=True)
+    assert corpus.path == tmp_path / "text"
+    # a run of an older version, which trained on it as it was
+    assert prepare(corpus.path, out, SEQ_LEN, expected=corpus.identity).path == corpus.path
+
+
+def tar_of(content):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        member = tarfile.TarInfo("member")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def npy_of(content):
+    file = io.BytesIO()
+    np.save(file, np.frombuffer(content, np.uint8))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("text.npy", npy_of(TEXT), "a NumPy array: write what is in it to a file of plain bytes"),
+        ("text.tar", tar_of(TEXT), "a tar archive: "),
+        ("text.tar.gz", tar_of(TEXT), "unpacked, it is a tar archive: give a file of plain bytes"),
+        ("text.zip", gzip.compress(TEXT), "unpacked, it is gz: give a file of plain bytes"),
+        ("text.zst", b"\x28\xb5\x2f\xfd" + TEXT, "a Zstandard file: "),
+        ("text.7z", b"7z\xbc\xaf\x27\x1c" + TEXT, "a 7z archive: "),
+        ("text.parquet", b"PAR1" + TEXT, "a Parquet file: "),
+    ],
+)
+def test_noise_is_refused(tmp_path, out, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(TrainError, match=f"--data {path}: {message}"):
+        prepare(path, out, SEQ_LEN)
+    assert list(out.iterdir()) == []
+    assert prepare(path, out, SEQ_LEN, raw=True).path == path
+
+
+def test_data_that_changes_meanwhile(raw):
+    corpus = Corpus(raw, SEQ_LEN)
+    batch = corpus.batch(0, 0, 4)
+    os.utime(raw, (0, 0))
+    assert (corpus.batch(0, 0, 4) == batch).all()
+    raw.rename(raw.with_name("moved"))
+    raw.write_bytes(b"another file of the same name")
+    assert (corpus.batch(0, 0, 4) == batch).all()
+    for change in (TEXT[:-1], TEXT[:-1] + b"!", b""):  # truncated, written over, gone
+        raw.with_name("moved").write_bytes(change)
+        with pytest.raises(TrainError, match="text: the bytes changed while the run went on"):
+            corpus.batch(0, 0, 4)
+
+
+def test_data_of_the_first_process(raw):
+    corpus = Corpus(raw, SEQ_LEN)
+    assert Corpus(raw, SEQ_LEN, corpus.identity).identity == corpus.identity
+    raw.write_bytes(TEXT[:-1])
+    with pytest.raises(TrainError, match="text: the bytes changed while the run went on"):
+        Corpus(raw, SEQ_LEN, corpus.identity)
+
+
+def test_copy_that_was_unpacked_is_enough(tmp_path, out):
+    archive = write(tmp_path / "text.gz", TEXT)
+    identity = prepare(archive, out, SEQ_LEN).identity
+    archive.unlink()
+    assert prepare(archive, out, SEQ_LEN, expected=identity).path == out / "data.bin"
+    other = tmp_path / "other"
+    other.mkdir()
+    corpus = prepare(archive, other, SEQ_LEN, expected=identity, former=out)
+    assert corpus.path == other / "data.bin" and corpus.path.read_bytes() == TEXT
+    (out / "data.bin").write_bytes(TEXT[:-1] + b"!")
+    with pytest.raises(TrainError, match="the bytes changed since the run began"):
+        prepare(archive, out, SEQ_LEN, expected=identity)
+
+
+def test_some_windows_are_those_of_all(raw):
+    corpus = Corpus(raw, SEQ_LEN)
+    assert (corpus.windows(100, slice(13, 20)) == corpus.windows(100)[13:20]).all()

@@ -186,6 +186,35 @@ def test_sample(V, options, dtype):
     assert torch.equal(ours, theirs)
 
 
+def sampled(impl, logits, noise, *options):
+    ids = torch.full((len(logits),), -1, device=DEVICE)
+    position = torch.zeros_like(ids)
+    impl.decode.sample(position, logits, noise[:, None], *options, ids)
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sample_takes_the_first_of_the_best(temperature):
+    """Of ids that are as good as each other, in one block or in different ones."""
+    best = [[3, 9, 39_999], [5, 32_768], [32_767, 32_768], [40, 35_000, 35_001]]
+    logits = torch.randn(4, 40_000, device=DEVICE).clamp(max=4)
+    for row, ids in enumerate(best):
+        logits[row, ids] = 5.0
+    noise = torch.full_like(logits, 0.5)
+    for impl in (FUSED, REFERENCE):
+        assert sampled(impl, logits, noise, temperature, 40_000, 1.0) == [ids[0] for ids in best]
+
+
+def test_sample_where_noise_is_zero():
+    """As if it were tiny: the most likely of those ids, and never one that is not kept."""
+    logits = torch.tensor([[1.0, 4.0, 3.0, 5.0, 2.0]] * 3, device=DEVICE)
+    noise = torch.ones_like(logits)
+    noise[0, [1, 2]] = noise[1] = 0.0
+    noise[2, [0, 4]] = 0.0
+    for impl in (FUSED, REFERENCE):
+        assert sampled(impl, logits, noise, 1.0, 3, 1.0) == [1, 3, 3]
+
+
 def test_sample_of_equal_logits_keeps_all():
     logits, ids = (
         torch.zeros(64, 5, device=DEVICE),

@@ -257,7 +257,7 @@ def test_rebuilds_on_the_last_half_of_the_window(lengths, seq_len):
     assert torch.equal(model.generate(prompts, 40, temperature=0), expected)
 
 
-@pytest.mark.parametrize("seq_len", [16, 15])
+@pytest.mark.parametrize("seq_len", [16, 15, 64])  # shorter than its tokens, longer than noise
 def test_noise_is_never_used_twice(seq_len):
     model = build(seq_len=seq_len)
     model.to_logits.weight.data.zero_()  # the noise alone decides

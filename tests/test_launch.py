@@ -147,6 +147,31 @@ def test_a_kernel_that_a_hook_kept_from_compiling_is_asked_for_again(jitted):
     assert launched_tritons_way(Kernel(jitted, BLOCK=8), jitted)
 
 
+class CudaLauncher:
+    """Triton's, of a kernel that asks for some memory in each launch."""
+
+    launch_cooperative_grid = launch_pdl = False
+
+    def __init__(self, scratch):
+        self.global_scratch_size, self.profile_scratch_size = scratch
+        self.called, self.launched = [], []
+
+    def __call__(self, *args):
+        self.called.append(args)
+
+    def launch(self, *args):
+        self.launched.append(args)
+
+
+@pytest.mark.parametrize("scratch", [(0, 0), (8, 0), (0, 8)])
+def test_memory_of_a_kernel_is_for_tritons_launcher_to_allocate(jitted, scratch):
+    jitted.compiled.run = launcher = CudaLauncher(scratch)
+    kernel = Kernel(jitted, BLOCK=8)
+    for _ in range(2):
+        kernel((4,), (X,), 5, 6)
+    assert len(launcher.called) == any(scratch) and len(launcher.launched) == (not any(scratch))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 127, 128, 129, 2**20])
 def test_integers(n):
     assert next_power_of_2(n) == triton.next_power_of_2(n)

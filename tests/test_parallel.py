@@ -3,6 +3,7 @@
 import json
 import os
 import traceback
+import warnings
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import without_a_gpu, without_launches
+from test_graphed_loss import emulate
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +24,7 @@ from shtx import HierarchicalTransformer, TrainStep, parallel
 from shtx.graphs import NEVER, Graphs, Structure
 from shtx.ops import why_not_fused
 from shtx.parallel import Replicas, Summing
+from shtx.plan import is_sharded
 from shtx.train_step import MAX_GRAPHS
 
 RANKS = 2
@@ -97,12 +100,14 @@ def shares_may_be_of_unequal_size(rank):
 
 
 def ranks_agree_to_the_bit(rank):
-    model = build(seed=rank)
-    step = TrainStep(model, adamw(model), precision="bf16-mixed", grad_clip=0.5, accumulate=2)
-    for n in range(10):
-        step(draw(RANKS * n + rank))
-    first, second = weights_of_all(model)
-    assert torch.equal(first, second)
+    for precision in ("bf16-mixed", "fp16-mixed"):
+        model = build(seed=rank)
+        step = TrainStep(model, adamw(model), precision=precision, grad_clip=0.5, accumulate=2)
+        before = model.token_emb.weight.clone()
+        for n in range(10):
+            step(draw(RANKS * n + rank))
+        first, second = weights_of_all(model)
+        assert torch.equal(first, second) and not torch.equal(before, model.token_emb.weight)
     assert Structure(model).hooked() is None  # its own hooks are gone, so that graphs see a user's
 
 
@@ -361,6 +366,91 @@ def fsdp_trains_and_generates(rank):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7)
 
 
+LEAVES = {
+    "the embedding": lambda model: [model.token_emb],
+    "the head": lambda model: [model.to_logits],
+    "each linear": lambda model: [m for m in model.modules() if type(m) is nn.Linear],
+    "each convolution": lambda model: [m for m in model.modules() if type(m) is nn.Conv1d],
+    "attention": lambda model: [block.attn for layer in model.layers for block in layer],
+    "feed-forward": lambda model: [block.ff for layer in model.layers for block in layer],
+    "merges": lambda model: [*model.hierarchical_merges],
+}
+
+
+def fsdp_of_parts_alone(rank):
+    """Each kind of part by itself, and what is around it whole; then all of them, and the rest
+    fused.
+    """
+    alone = build()
+    sum(alone(draw(r), return_loss=True)[0] for r in range(RANKS)).div(RANKS).backward()
+    expected = {name: p.grad for name, p in alone.named_parameters()}
+    expected_loss, _ = alone(draw(rank), return_loss=True)
+    prompt = draw(9)
+    expected_tokens = alone.generate(prompt, 2, temperature=0)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    everything = lambda model: dict.fromkeys(p for parts in LEAVES.values() for p in parts(model))
+    cases = [(*leaf, "reference") for leaf in LEAVES.items()]
+    for name, parts, impl in [*cases, ("everything", everything, "fused")]:
+        model = build(impl=impl)
+        for part in parts(model):
+            fully_shard(part, mesh=mesh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is sharded by itself runs by itself
+            if impl == "reference":
+                tokens = model.generate(prompt, 2, temperature=0)
+                assert torch.equal(tokens, expected_tokens), name
+            loss, _ = model(draw(rank), return_loss=True)
+            loss.backward()
+        tell = lambda text, name=name: f"{name}: {text}"
+        torch.testing.assert_close(loss, expected_loss, msg=tell)
+        assert any(map(is_sharded, model.parameters())), name
+        for parameter, p in model.named_parameters():
+            tell = lambda text, where=f"{name}, {parameter}": f"{where}: {text}"
+            grad = p.grad.full_tensor() if is_sharded(p) else p.grad
+            if grad is p.grad:  # FSDP reduces what it has sharded, and nothing else
+                dist.all_reduce(grad)
+                grad /= RANKS
+            torch.testing.assert_close(grad, expected[parameter], rtol=1e-5, atol=1e-7, msg=tell)
+
+
+def loop_of_ones_own(rank, graphs, device):
+    """Ten steps under DistributedDataParallel: the weights of both ranks."""
+    model = build(seed=rank).to(device)
+    model.graphs = graphs
+    wrapped, optimizer = DistributedDataParallel(model), adamw(model)
+    for n in range(10):
+        loss, _ = wrapped(uneven(rank).roll(n, 1).to(device), return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of_all(model)
+
+
+def ddp_takes_the_gradients_of_graphs(rank, device="cpu"):
+    if device == "cpu":
+        with pytest.MonkeyPatch.context() as patched:
+            emulate(patched)
+            weights = loop_of_ones_own(rank, True, device)
+    else:
+        weights = loop_of_ones_own(rank, True, device)
+    assert torch.equal(*weights)
+    assert torch.equal(weights[0], loop_of_ones_own(rank, False, device)[0])
+
+
+def ddp_takes_the_gradients_of_cuda_graphs(rank):
+    ddp_takes_the_gradients_of_graphs(rank, "cuda")
+
+
+def graphs_are_refused_under_fsdp(rank):
+    model = shard(build())
+    model.graphs = True
+    with pytest.MonkeyPatch.context() as patched:
+        emulate(patched)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="model.graphs must be False under FSDP"):
+                model(draw(rank), return_loss=True)
+
+
 def fsdp_steps_equal_those_of_one_process(rank):
     for accumulate in (1, 2):
         ours = take(shard(build()), uneven(rank), accumulate=accumulate)
@@ -479,6 +569,9 @@ CPU_CASES = [
     replayed_shares_may_differ_in_shape,
     a_process_may_step_alone,
     fsdp_trains_and_generates,
+    fsdp_of_parts_alone,
+    ddp_takes_the_gradients_of_graphs,
+    graphs_are_refused_under_fsdp,
     fsdp_steps_equal_those_of_one_process,
     fsdp_compiles_ahead_without_a_trace,
 ]
@@ -487,6 +580,7 @@ GPU_CASES = [
     graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
     graphs_equal_one_process,
     captured_shares_may_differ_in_shape,
+    ddp_takes_the_gradients_of_cuda_graphs,
     fsdp_steps_on_gpus_equal_those_of_one_process,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]

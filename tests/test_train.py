@@ -279,14 +279,29 @@ def test_resume_refuses_other_data(run, tmp_path, capsys):
 
 
 def test_resume_of_a_damaged_checkpoint(run, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "part")
-    older, newer = sorted((tmp_path / "part" / "checkpoints").iterdir())
+    part = tmp_path / "part"
+    shutil.copytree(run, part)
+    older, newer = sorted((part / "checkpoints").iterdir())
     (newer / "optimizer.pt").write_bytes(b"")
-    assert resume(tmp_path / "part") == 1
+    assert resume(part) == 1
     error = capsys.readouterr().err
     assert f"{newer / 'optimizer.pt'}: damaged" in error and f"an older step is {older}" in error
+    shutil.copytree(part, tmp_path / "again")
     assert resume(older) == 0
-    assert_same_end(run, tmp_path / "part")
+    assert_same_end(run, part)
+
+    part = tmp_path / "again"
+    assert resume(part, "--resume-fallback") == 0
+    output = capsys.readouterr().out
+    assert "optimizer.pt: damaged: " in output and "; kept as step-000012.damaged; going" in output
+    assert_same_end(run, part)
+    kept = part / "checkpoints" / "step-000012.damaged"
+    assert (kept / "optimizer.pt").read_bytes() == b""
+    assert load(part).config["run"]["resume_fallback"] is False
+    for step in part.glob("checkpoints/step-0000??"):
+        (step / "manifest.json").unlink()
+    assert resume(part, "--resume-fallback") == 1
+    assert "step-000008/manifest.json: missing; no older step" in capsys.readouterr().err
 
 
 # stopping
@@ -301,7 +316,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_a_resumed_run_goes_on(text, tmp_path, one_thread, signum):
     arguments = [*TINY, "--data", str(text), "--steps", "100", "--log-every", "1"]
     command = [sys.executable, "-m", "shtx", "train", *arguments, "--out", str(tmp_path / "part")]
@@ -396,6 +411,7 @@ def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
         ("--depth 10001", "--depth must be at most 10,000, got 10001"),
         ("--dim 1000000", "out of memory: 35,001,688,000,000 parameters need 560,0"),
         ("--hierarchical-stride 2 4 --hierarchies 2 4 --hierarchy-merge-all", "--hierarchical-str"),
+        ("--eval-sequences 100000", "--eval-sequences 100000: the validation data has 5,527 diff"),
         ("--hierarchies 1 3", "hierarchies must be a power of two, got 3"),
         ("--dim 16 16 16", "dim must be one value or 2 (one for each of hierarchies), got 3"),
         ("--seq-len 100000", "--data: "),
@@ -469,6 +485,52 @@ def test_metrics_drop_later_rows(tmp_path):
         metrics.append(step=step)
     Metrics(tmp_path / "m", 2).append(step=9)
     assert [row["step"] for row in read(tmp_path / "m")] == [0, 1, 2, 9]
+
+
+def test_first_word_is_before_the_data_is_read(text, tmp_path, monkeypatch, capsys):
+    identify, seen = Corpus._identify, []
+    monkeypatch.setattr("shtx.train.run.LARGE", 1)
+
+    def spy(corpus):
+        seen.append(capsys.readouterr().out)
+        return identify(corpus)
+
+    monkeypatch.setattr(Corpus, "_identify", spy)
+    assert train(text, tmp_path / "run", "--steps", "1") == 0
+    lines = seen[0].splitlines()
+    assert len(seen) == 1 and lines[0].startswith("shtx ")
+    assert lines[2] == f"reading 0.0 GB of {text}"
+
+
+def test_disk_is_looked_at_before_training(text, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    assert train(text, tmp_path / "run") == 1
+    assert capsys.readouterr().err == (
+        f"shtx train: error: --out {tmp_path / 'run'}: checkpoints need 0.001 GB more, 0.001 GB"
+        " are free on its disk\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_changes_meanwhile_costs_no_step(text, run, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "text"
+    shutil.copyfile(text, data)
+    step = Trainer.step
+
+    def change(self, number):
+        if number == 7:
+            data.write_bytes(data.read_bytes()[:-9])
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", change)
+        assert train(data, tmp_path / "part") == 1
+    error = capsys.readouterr().err
+    assert "the bytes changed while the run went on" in error and error.count("\n") == 1
+    assert load(tmp_path / "part").step == 7
+    assert resume(tmp_path / "part", "--data", str(text)) == 0
+    assert rows(tmp_path / "part") == rows(run)
 
 
 # several processes

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -90,61 +91,124 @@ def test_shapes_past_the_limit_run_eagerly(captured):
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 
-def change_weight_decay(model, optimizer):
-    optimizer.param_groups[0]["weight_decay"] = 0.25
+def change_weight_decay(step):
+    step.optimizer.param_groups[0]["weight_decay"] = 0.25
 
 
-def change_weight_of_a_loss(model, optimizer):
-    model.hierarchical_ar_loss_weight = 2.0
+def change_weight_of_a_loss(step):
+    step.model.hierarchical_ar_loss_weight = 2.0
 
 
-def freeze(model, optimizer):
-    model.token_emb.weight.requires_grad_(False)
+def freeze(step):
+    step.model.token_emb.weight.requires_grad_(False)
 
 
-def move_parameters(model, optimizer):
-    for p in model.parameters():
+def move_parameters(step):
+    for p in step.model.parameters():
         p.data = p.data.clone()
 
 
-def load_from_a_file(model, optimizer):
+def load_from_a_file(step):
     file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
+    torch.save(step.optimizer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True, map_location="cpu")
     assert state["param_groups"][0]["lr"] == LR
-    for values in optimizer.state.values():
+    for values in step.optimizer.state.values():
         values["exp_avg"].fill_(float("nan"))  # a graph that still updates it would show
-    optimizer.load_state_dict(state)
+    step.optimizer.load_state_dict(state)
 
 
-def checkpoint_blocks(model, optimizer):
-    model.checkpointing = True
+def checkpoint_blocks(step):
+    step.model.checkpointing = True
+
+
+def allow_tf32(step):
+    torch.set_float32_matmul_precision("high")
+
+
+def clip(step):
+    step.grad_clip = 0.01
+
+
+def split(step):
+    step.accumulate = 2
+
+
+def use_autocast(step):
+    step.precision = "bf16-mixed"
+
+
+def evaluate_a_block(step):
+    step.model.layers[0][0].eval()
+
+
+def change_an_option(step):
+    step.model.norms[0].eps = 0.5
+
+
+def edit_a_buffer(step):
+    step.model.layers[0][1].attn.rotary_emb.inv_freq *= 0.5
+
+
+def replace_a_forward(step):
+    module = step.model.layers[0][0].ff.net[1]
+    module.forward = lambda x: torch.nn.functional.linear(x, module.weight * 2)
 
 
 CHANGES = [
-    checkpoint_blocks,
-    change_weight_decay,
-    change_weight_of_a_loss,
-    freeze,
-    move_parameters,
-    load_from_a_file,
+    *(checkpoint_blocks, change_weight_decay, change_weight_of_a_loss, freeze, move_parameters),
+    *(load_from_a_file, allow_tf32, clip, split, use_autocast, evaluate_a_block),
+    *(change_an_option, edit_a_buffer, replace_a_forward),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*modules run by themselves")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_a_graph_took_in_may_change(captured, change):
     ours, theirs = build(), build()
     step, optimizer = graphed(ours)
     other_step, other_optimizer = eager(theirs)
-    for n in range(6):
-        if n == 3:
-            change(ours, optimizer)
-            change(theirs, other_optimizer)
-        step(draw(n))
-        other_step(draw(n))
+    try:
+        for n in range(6):
+            if n == 3:
+                change(step)
+                change(other_step)
+            step(draw(n))
+            other_step(draw(n))
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert captured == [(4, 17)] * 2
     assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def test_hooks_run(captured):
+    """Of modules and of parameters, from the step after they were registered to their end."""
+    model, seen = build(), []
+    step, _ = graphed(model)
+    note = lambda *args: seen.append(1)
+    weight = model.to_logits.weight
+    registers = [
+        model.register_forward_hook,
+        model.layers[0][0].ff.register_forward_pre_hook,
+        model.norms[0].register_full_backward_hook,
+        weight.register_hook,
+        weight.register_post_accumulate_grad_hook,
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for count, register in enumerate(registers, start=1):
+            for n in range(3):
+                step(draw(n))
+            assert len(captured) == count
+            handle = register(note)
+            step(draw(3))
+            step(draw(4))
+            handle.remove()
+            assert seen == [1, 1], register
+            seen.clear()
+    told = [str(w.message) for w in caught if "without a CUDA graph" in str(w.message)]
+    assert told == ["steps run without a CUDA graph: the model has forward hooks"]
 
 
 # on a GPU
@@ -172,6 +236,45 @@ def test_a_replay_is_the_eager_step_and_waits_for_nothing(impl, precision, accum
         for scheduler in schedulers:
             scheduler.step()
     assert step._graphs.kept[batches[0].shape].graph
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+def wait(means, *losses):
+    loss, parts = means(*losses)
+    if torch.cuda.is_current_stream_capturing():
+        loss.item()
+    return loss, parts
+
+
+def run_out_of_memory(means, *losses):
+    if torch.cuda.is_current_stream_capturing():
+        torch.cuda.set_per_process_memory_fraction(0.0)
+        try:
+            torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return means(*losses)
+
+
+@pytest.mark.gpu  # captures
+@pytest.mark.parametrize("plant", [wait, run_out_of_memory], ids=lambda plant: plant.__name__)
+def test_a_capture_that_fails(plant):
+    """The step runs once, later ones run eagerly, after one warning; all else can go on."""
+    ours, theirs = build(), build()
+    step, optimizer = pair(ours)
+    other_step, other_optimizer = eager(theirs)
+    ours.means = partial(plant, ours.means)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in range(5):
+            assert torch.equal(step(draw(n))[0], other_step(draw(n))[0])
+    told = [str(w.message) for w in caught if "goes on without a CUDA graph" in str(w.message)]
+    assert len(told) == 1 and told[0].startswith("a step of ids of shape (4, 17)")
+    assert torch.randint(5, (3,), device="cuda").max() < 5
+    del ours.means
+    for n in range(3):
+        assert torch.equal(step(draw(n, 2))[0], other_step(draw(n, 2))[0])
+    assert step._graphs.kept[draw(0, 2).shape].graph
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 

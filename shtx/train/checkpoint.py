@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -39,13 +39,15 @@ TEMPORARY = re.compile(r"\.step-\d+\.[0-9a-f]{8}\.tmp")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds: `config` is plain JSON, `state` what the caller of `save` gave."""
+    """What a directory holds: `config` is plain JSON, `state` what the caller of `save` gave.
+    `damaged` are later checkpoints that were passed over, and what is wrong with them."""
 
     path: Path
     step: int
     config: dict
     weights: dict[str, Tensor]
     state: dict
+    damaged: dict[Path, str] = field(default_factory=dict)
 
 
 def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: dict) -> Path:
@@ -103,25 +105,35 @@ def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: 
     return path
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, fallback: bool = False) -> Checkpoint:
     """Read a checkpoint, of which nothing is used before all of it was checked.
 
     Args:
         path: the directory of a run, for its newest checkpoint, or that of a checkpoint.
+        fallback: pass over damaged checkpoints, to the newest good one before them.
 
     Raises:
         TrainError: there is none, or a file of it is missing or damaged; it names the file.
     """
-    if step_of(path) is None:
-        if not (steps := find_steps(path / CHECKPOINTS)):
-            raise TrainError(f"{path}: no checkpoint there")
-        path = steps[-1]
-    try:
-        return _load(path)
-    except TrainError as error:
-        older = [other for other in find_steps(path.parent) if step_of(other) < step_of(path)]
-        hint = f"an older step is {older[-1]}" if older else "no older step is left"
-        raise TrainError(f"{error}; {hint}") from error
+    steps = find_steps(path.parent if step_of(path) is not None else path / CHECKPOINTS)
+    if step_of(path) is not None:
+        steps = [other for other in steps if step_of(other) < step_of(path)] + [path]
+    if not steps:
+        raise TrainError(f"{path}: no checkpoint there")
+    damaged = {}
+    while True:
+        newest = steps.pop()
+        try:
+            return replace(_load(newest), damaged=damaged)
+        except TrainError as error:
+            damaged[newest] = str(error)
+            if not steps or not fallback:
+                hint = "no older step is left"
+                if steps:
+                    hint = (
+                        f"an older step is {steps[-1]} (shtx train --resume-fallback goes on there)"
+                    )
+                raise TrainError(f"{error}; {hint}") from error
 
 
 def _load(path: Path) -> Checkpoint:

@@ -24,9 +24,9 @@ IDENTITY = {"bytes": int, "sha256": str}  # of data
 MAX_DEPTH = 10_000
 # what a resumed run may change: what it learns does not depend on it, or it is told
 FREE = (
-    *("steps", "schedule", "curve", "data", "out", "resume", "device", "impl", "model"),
-    *("log_every", "eval_every", "eval_sequences", "save_every", "activation_checkpointing"),
-    *("accumulate", "shard"),
+    *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "device"),
+    *("impl", "model", "log_every", "eval_every", "eval_sequences", "save_every"),
+    *("activation_checkpointing", "accumulate", "shard"),
 )
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
@@ -118,8 +118,11 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """What to train on: raw bytes, or a .gz or a .zip with one member, unpacked into --out; by
-    default the sources of this Python's standard library. The last tenth is for validation."""
+    """What to train on: plain bytes, or a .gz, .bz2, .xz or a .zip with one member, unpacked into
+    --out; by default the sources of this Python's standard library. The last tenth is for
+    validation."""
+    raw: bool = False
+    """Take the bytes of --data as they are, packed or not."""
     preset: Literal["cpu", "gpu"]
     """Where settings that are not given come from; gpu if there is one."""
     steps: int
@@ -154,6 +157,9 @@ class Config:
     """Continue the run in this directory from its newest checkpoint, or from this checkpoint of it,
     giving up the later ones; with another --out there, leaving the run as it is. The settings are
     those of the run; --steps may be raised, and what does not change what it learns may differ."""
+    resume_fallback: bool = False
+    """If the checkpoint is damaged, continue from the newest good one before it; what is damaged
+    is kept under another name."""
     log_every: int = 10
     """Steps between lines of progress."""
     eval_every: int
@@ -188,7 +194,7 @@ class Config:
     def to_json(self) -> dict:
         """What a resumed run needs; its place is not part of it."""
         data = str(self.data.resolve()) if self.data else None
-        return asdict(replace(self, out=None, resume=None)) | {
+        return asdict(replace(self, out=None, resume=None, resume_fallback=False)) | {
             "data": data,
             "defaults": _at_default(self) + _at_default(self.model),
         }
@@ -303,6 +309,7 @@ class Asked:
     preset: str | None
     resume: Path | None
     out: Path | None
+    resume_fallback: bool
 
 
 def look(argv: list[str]) -> Asked:
@@ -310,6 +317,7 @@ def look(argv: list[str]) -> Asked:
     first.add_argument("--preset", nargs="?")
     for name in ("--resume", "--out"):
         first.add_argument(name, nargs="?", type=lambda path: Path(os.path.abspath(path)))
+    first.add_argument("--resume-fallback", "--resume_fallback", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     return Asked(**vars(chosen))
 
@@ -340,9 +348,14 @@ def parse(
     begun = settings(asked.resume) if step_of(asked.resume) is None else None
     if begun and not find_steps(asked.resume / CHECKPOINTS):  # it ended before its first one
         checkpoint, home = None, asked.resume
+        if start := begun.get("start"):
+            raise TrainError(
+                f"--resume {home}: was stopped before its first checkpoint; start it again with"
+                f" --resume {start} --out {home}"
+            )
         run = Config.from_json(begun["run"], home / RUN)
     else:
-        checkpoint = load(asked.resume)
+        checkpoint = load(asked.resume, asked.resume_fallback)
         run, home = of(checkpoint), origin(asked.resume, checkpoint)
         if home is None and asked.out is None:
             raise TrainError(

@@ -1,6 +1,5 @@
 """Files that a crash leaves whole: either as they were or as they are meant to be."""
 
-import hashlib
 import json
 import os
 import stat
@@ -57,11 +56,3 @@ def parse_json(path: Path, content: bytes) -> dict:
     if not isinstance(value, dict):
         raise TrainError(f"{path}: damaged: not the JSON that was written")
     return value
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

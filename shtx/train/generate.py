@@ -2,7 +2,7 @@
 
 import codecs
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,10 +10,8 @@ import torch
 import tyro
 
 from shtx.train import TrainError, visible
-from shtx.train.checkpoint import load
-from shtx.train.config import of
 from shtx.train.run import find_device
-from shtx.train.trainer import build
+from shtx.train.trainer import load_model
 
 DESCRIPTION = """\
 Go on with a text, byte by byte, by a model that `shtx train` has trained.
@@ -63,15 +61,7 @@ def main(argv: list[str]) -> int:
     if options.length < 0:
         raise TrainError(f"--length must be at least 0, got {options.length}")
     device = find_device(options.device, "--device cpu needs none")
-    checkpoint = load(Path(os.path.abspath(options.checkpoint)))
-    config = replace(of(checkpoint), impl="auto")
-    model = build(config, device)
-    try:
-        model.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:300]
-        raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
-
+    model, _ = load_model(Path(os.path.abspath(options.checkpoint)), device)
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     prompt = os.fsencode(options.prompt)
     try:

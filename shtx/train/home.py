@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shtx.train import TrainError
-from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, step_of
+from shtx.train.checkpoint import CHECKPOINTS, KEEP, Checkpoint, find_steps, step_of
 from shtx.train.files import make, publish, read_json
 
 LOCK, RUN, METRICS, DATA, PLOT = "shtx.lock", "run.json", "metrics.jsonl", "data.bin", "loss.png"
@@ -135,15 +135,28 @@ class Home:
                     " name another directory"
                 )
 
-    def begin(self, config: dict, id: str | None) -> None:
+    def need_room(self, size: int) -> None:
+        """Raise a TrainError if the disk has no room for the checkpoints, of `size` bytes each."""
+        there = min(len(find_steps(self.path / CHECKPOINTS)), KEEP)
+        need, free = size * (KEEP + 1 - there), shutil.disk_usage(self.path).free
+        if need > free:
+            raise TrainError(
+                f"{self.name}: checkpoints need {need / 1e9:,.3f} GB more, {free / 1e9:,.3f} GB are"
+                " free on its disk"
+            )
+
+    def begin(self, config: dict, id: str | None, start: Path | None = None) -> None:
         """Write down whose directory this is; from here on it stays.
 
         Args:
             config: the settings, as JSON.
             id: of the run; None for one that had none when it began.
+            start: the checkpoint that it begins with, of another run.
         """
         temporary = self.path / f"{RUN}.tmp"
-        temporary.write_text(json.dumps({"id": id, "run": config}, indent=2))
+        temporary.write_text(
+            json.dumps({"id": id, "start": start and str(start), "run": config}, indent=2)
+        )
         publish(temporary, self.path / RUN)
         self.id, self.kept = id, True
 
@@ -196,16 +209,6 @@ def origin(resumed: Path, checkpoint: Checkpoint) -> Path | None:
     # older versions wrote neither run.json nor an id
     known = home == resumed or (id is None and (home / METRICS).is_file())
     return home if known else None
-
-
-def free_for(path: Path, need: int) -> None:
-    """Raise a TrainError if the disk of `path` has less than `need` bytes to spare."""
-    free = shutil.disk_usage(path).free
-    if free < need:
-        raise TrainError(
-            f"--out {path}: checkpoints need {need / 1e9:,.2f} GB,"
-            f" {free / 1e9:,.2f} GB are free on its disk"
-        )
 
 
 def _of_this_second(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from shtx import __version__
 from shtx.train import TrainError
 from shtx.train.checkpoint import save
+from shtx.train.data import DataChanged
 from shtx.train.home import Home
 from shtx.train.metrics import Metrics
 from shtx.train.progress import Display
@@ -56,8 +58,10 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
                 metrics.append(step=step + 1, lr=learning_rate(config, step), **row)
         display.step(done, **row)
 
-    def validate() -> None:
-        bits = trainer.evaluate()
+    def validate(stopped: Callable[[], int] = lambda: 0) -> None:
+        bits = trainer.evaluate(stopped)
+        if bits is None:  # the resumed run begins with it
+            return
         display.say(f"step {done}/{config.steps}: validation {bits:.3f} bits per byte")
         if first:
             metrics.append(step=done, val_bits_per_byte=bits)
@@ -82,21 +86,29 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
     if trainer.agree(int(elsewhere)):
         keep()
     with Stop() as stop:
+        ended = lambda: stop.signum or display.output.signum
         losses, signum, clock = [], 0, time.perf_counter()
         while done < config.steps and not signum:
-            losses.append(trainer.step(done))
+            try:
+                losses.append(trainer.step(done))
+            except DataChanged:
+                if trainer.world == 1 and losses:  # what was done with the right bytes is good
+                    record(losses, time.perf_counter() - clock)
+                    keep()
+                raise
             done += 1
             log, evaluate, checkpoint = (
                 done == config.steps or done % every == 0
                 for every in (config.log_every, config.eval_every, config.save_every)
             )
             if trainer.world == 1 or log:
-                signum = trainer.agree(stop.signum or display.output.signum)
+                signum = trainer.agree(ended())
             if log or evaluate or checkpoint or signum:
                 record(losses, time.perf_counter() - clock)
-                if evaluate and not signum:  # else the resumed run begins with it
-                    validate()
+                if evaluate and not signum:
+                    validate(ended)
+                    signum = ended() if trainer.world == 1 else 0
                 if checkpoint or signum:
                     keep()
                 losses, clock = [], time.perf_counter()
-    return signum
+        return signum or trainer.agree(ended())  # one that came with the last save counts, too

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from shtx import __version__, ops
 from shtx.model import Trunk
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint
-from shtx.train.config import Config, look, of, parse
+from shtx.train.checkpoint import Checkpoint, set_aside
+from shtx.train.config import PRESETS, Config, look, of, parse
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
 from shtx.train.loop import fit
@@ -21,6 +21,8 @@ from shtx.train.metrics import plot
 from shtx.train.progress import Display, printable
 from shtx.train.stop import Stop, Stopped
 from shtx.train.trainer import Trainer, build, learning_rate, refuse_untrainable
+
+LARGE = 1 << 28  # bytes, which take a moment to read
 
 
 def main(argv: list[str]) -> int:
@@ -74,25 +76,36 @@ def run(
     world: int,
 ) -> int:
     """Train into `home`, which the first process has; see `main`."""
+    done = checkpoint.step if checkpoint else 0
+    display = Display(config.steps, done, quiet=rank > 0)
+    display.say(summary(config, model, world))
     corpus = None
     if home:
-        corpus = open_run(config, checkpoint, home)
+        corpus = open_run(config, checkpoint, home, model, display)
     if world > 1:
-        path = [corpus and corpus.path]
-        dist.broadcast_object_list(path)
-        corpus = corpus or Corpus(path[0], config.model.seq_len)
+        given = [corpus and (corpus.path, corpus.identity)]
+        dist.broadcast_object_list(given)
+        path, identity = given[0]
+        corpus = corpus or Corpus(path, config.model.seq_len, identity)
     trainer = Trainer(config, corpus, model, rank, world)
-    done = 0
     if checkpoint:
         trainer.restore(checkpoint)
-        done = checkpoint.step
-
-    display = Display(config.steps, done, quiet=rank > 0)
-    display.say(summary(trainer, home))
+    display.say(
+        f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.val) / 1e6:.1f} MB for"
+        f" validation; results go to {home and home.path}"
+    )
     if checkpoint and (jump := jump_of(config, of(checkpoint), done)):
         display.say(jump)
-    with display:
-        signum = fit(trainer, done, display, home)
+    try:
+        with display:
+            signum = fit(trainer, done, display, home)
+    except OSError as error:
+        if error.filename is None and home:
+            raise TrainError(
+                f"{home.path}: cannot be written: {error.strerror}; what was saved before is whole,"
+                f" and goes on with {command(home)}"
+            ) from error
+        raise
     if signum and home:
         display.say(f"stopped and saved; to go on: {command(home)}")
     elif home:
@@ -112,15 +125,8 @@ def run(
 
 def jump_of(config: Config, before: Config, done: int) -> str | None:
     """What to say where the learning rate jumps."""
-    if (
-        done == 0
-        or done >= config.steps
-        or (config.steps, config.schedule)
-        == (
-            before.steps,
-            before.schedule,
-        )
-    ):
+    same = (config.steps, config.schedule) == (before.steps, before.schedule)
+    if done == 0 or done >= config.steps or same:
         return None
     was, now = learning_rate(before, done - 1), learning_rate(config, done)
     if now < 1.5 * was:
@@ -171,34 +177,53 @@ def find_device(name: str, hint: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def open_run(config: Config, checkpoint: Checkpoint | None, home: Home) -> Corpus:
+def open_run(
+    config: Config,
+    checkpoint: Checkpoint | None,
+    home: Home,
+    model: Trunk,
+    display: Display,
+) -> Corpus:
     """The data of a run, whose directory from here on is `home`."""
-    expected = id = former = None
+    expected = former = None
     if checkpoint:
         expected, former = checkpoint.config["data"], origin(config.resume, checkpoint)
-        if former == home.path:
-            id, former = checkpoint.config.get("id"), None
-    corpus = prepare(config.data, home.path, config.model.seq_len, expected, former)
+    here = former == home.path  # the run goes on where it was
+    former = None if here else former
+    numbers = 3 * sum(p.numel() for p in model.parameters())  # weights and AdamW's moments
+    home.need_room(4 * numbers)
+    if config.data and config.data.is_file() and (size := config.data.stat().st_size) >= LARGE:
+        display.say(f"reading {size / 1e9:.1f} GB of {config.data}")
+    data = config.data, home.path, config.model.seq_len
+    corpus = prepare(*data, expected, former, config.raw)
+    most = max(corpus.different_windows, PRESETS[config.preset].eval_sequences)
+    if checkpoint is None and config.eval_sequences > most:
+        raise TrainError(
+            f"--eval-sequences {config.eval_sequences}: the validation data has"
+            f" {corpus.different_windows:,} different sequences"
+        )
+    for path, what in checkpoint.damaged.items() if checkpoint else ():
+        kept = f"; kept as {set_aside(path, 'damaged').name}" if here else ""
+        display.say(f"{what}{kept}; going on from step {checkpoint.step}")
     if former and (former / METRICS).is_file():
         shutil.copyfile(former / METRICS, home.metrics)
-    home.begin(config.to_json(), id if checkpoint and not former else new_id())
+    id = checkpoint.config.get("id") if here else new_id()
+    home.begin(config.to_json(), id, checkpoint.path if checkpoint and not here else None)
     return corpus
 
 
-def summary(trainer: Trainer, home: Home | None) -> str:
-    config, corpus, device = trainer.config, trainer.corpus, trainer.device
+def summary(config: Config, model: Trunk, world: int) -> str:
+    device = model.device
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{torch.get_num_threads()} threads"
     )
-    kind = "fused" if trainer.model.ops_for(device) is ops.FUSED else "reference"
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    kind = "fused" if model.ops_for(device) is ops.FUSED else "reference"
+    parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"shtx {__version__}, torch {torch.__version__}, {trainer.world} x {device.type} ({name}),"
+        f"shtx {__version__}, torch {torch.__version__}, {world} x {device.type} ({name}),"
         f" {config.precision}, {kind} ops\n"
         f"{parameters / 1e6:.2f}M parameters, {config.batch_size} sequences of"
-        f" {config.model.seq_len} bytes a step\n"
-        f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.val) / 1e6:.1f} MB for"
-        f" validation; results go to {home and home.path}"
+        f" {config.model.seq_len} bytes a step"
     )

@@ -3,6 +3,9 @@
 import math
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +16,8 @@ from torch import Tensor
 from shtx import TrainStep
 from shtx.model import Trunk
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint
-from shtx.train.config import Config
+from shtx.train.checkpoint import Checkpoint, load
+from shtx.train.config import Config, of
 from shtx.train.data import Corpus
 from shtx.train_step import AUTOCAST
 
@@ -54,6 +57,26 @@ def build(config: Config, device: torch.device, copies: int = 1) -> Trunk:
         raise TrainError(" ".join(str(error).split())) from error
     model.checkpointing = config.activation_checkpointing
     return model.to(device)
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
+    """The model of a checkpoint, with impl="auto", and the checkpoint.
+
+    Args:
+        path: the directory of a run, for its newest checkpoint, or that of a checkpoint.
+        device: where the model will be.
+
+    Raises:
+        TrainError: in one line why there is none.
+    """
+    checkpoint = load(path)
+    model = build(replace(of(checkpoint), impl="auto"), device)
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
+    return model, checkpoint
 
 
 def memory_of(device: torch.device) -> int:
@@ -152,14 +175,17 @@ class Trainer:
         return torch.stack((loss, ce, self.train_step.grad_norm))
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Bits per byte of the validation sequences."""
+    def evaluate(self, stopped: Callable[[], int] = lambda: 0) -> float | None:
+        """Bits per byte of the validation sequences; None where one process was `stopped`."""
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        windows = self.corpus.windows(self.config.eval_sequences)
+        count = self.config.eval_sequences
         share = self.config.batch_size // (self.world * self.config.accumulate)
-        for start in range(self.rank * share, len(windows), self.world * share):
-            ids = self.ids(windows[start : start + share])
+        for start in range(self.rank * share, count, self.world * share):
+            if self.world == 1 and stopped():
+                self.model.train()
+                return None
+            ids = self.ids(self.corpus.windows(count, slice(start, start + share)))
             with self.autocast():
                 logits = self.model(ids[:, :-1])
             nats += F.cross_entropy(
@@ -168,7 +194,7 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(nats)
         self.model.train()
-        return nats.item() / windows[:, 1:].size / math.log(2)
+        return nats.item() / (count * self.config.model.seq_len) / math.log(2)
 
     def sample(self) -> tuple[bytes, bytes]:
         """The start of the validation data, and how the model goes on."""

@@ -159,7 +159,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _product_gelu(x: Tensor, w: Tensor, u: Tensor, da: Tensor | None = None) -> Tensor:
     (M, K), N, a = x.shape, u.shape[1], torch.empty_like(u)
-    block_m, block_n, block_k = (PRODUCT[f"BLOCK_{name}"] for name in "MNK")
+    block_m, block_n, block_k = PRODUCT["BLOCK_M"], PRODUCT["BLOCK_N"], PRODUCT["BLOCK_K"]
     programs = cdiv(M, block_m) * cdiv(N, block_n)
     if u.is_cuda:
         programs = min(programs, RESIDENT * _multiprocessors(u.device))

@@ -31,9 +31,9 @@ def _fake_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, branches):
 
 def _fake_bwd(
     rs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, drs, dout, branch_dtype,
-    has_dbranch, needs_levels, needs_w_in, needs_w_out,
+    has_dbranches, needs_levels, needs_w_in, needs_w_out,
 ):  # fmt: skip
-    dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
+    dxs, dbranches = new_gradients(rs, branch_dtype, needs_levels, has_dbranches)
     new = lambda needed, *shape: norm.new_empty(shape if needed else 0)
     J, W = w_in.shape
     dgamma, dw_in, db_in = new(needs_w_in, W), new(needs_w_in, J, W), new(True, J)
@@ -48,7 +48,7 @@ def _fwd_flops(levels, strides, gamma, w_in, b_in, w_out, b_out, branches, **_) 
 
 def _bwd_flops(
     rs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, drs, dout, branch_dtype,
-    has_dbranch, needs_levels, needs_w_in, needs_w_out, **_,
+    has_dbranches, needs_levels, needs_w_in, needs_w_out, **_,
 ):  # fmt: skip
     of_in, of_out = (needs_levels + needs_w_in) * prod(w_in), (1 + needs_w_out) * prod(w_out)
     return 2 * prod(norm) * (of_in + of_out)
@@ -66,7 +66,7 @@ _backward = register(
     "hierarchical_merge_bwd",
     "(Tensor[] rs, Tensor[] side_by_side, int[] strides, Tensor gamma, Tensor w_in, Tensor w,"
     " Tensor b_in, Tensor w_out, Tensor z, Tensor norm, Tensor?[] drs, Tensor dout,"
-    " ScalarType branch_dtype, bool[] has_dbranch, bool needs_levels, bool needs_w_in,"
+    " ScalarType branch_dtype, bool has_dbranches, bool needs_levels, bool needs_w_in,"
     " bool needs_w_out) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
     _hierarchical_merge_bwd,
     _fake_bwd,
@@ -113,13 +113,14 @@ class _HierarchicalMerge(torch.autograd.Function):
         rs, side_by_side = rest[:count], rest[count:]
         dtype = next(filter(None, ctx.branch_dtypes), rs[0].dtype)
         rows = dout.flatten(0, 1).contiguous()
-        dxs, narrow, *weights = _backward(
+        has_dbranches = dtype != rs[0].dtype and any(needs_branches)
+        dxs, dbranches, *weights = _backward(
             rs, side_by_side, ctx.strides, gamma, w_in, w, b_in, w_out, z, norm,
             [_rows(dr) for dr in drs], rows, dtype,
-            [need and dtype != rs[0].dtype for need in needs_branches],
-            any(needs[7:]), needs[2] or needs[3], needs[5],
+            has_dbranches, any(needs[7:]), needs[2] or needs[3], needs[5],
         )  # fmt: skip
-        dbranches = dxs if dtype == rs[0].dtype else narrow
+        dxs = dxs or [None] * count
+        dbranches = dbranches or dxs
         gradients = zip([*weights, *dxs, *dbranches], needs[2:], strict=True)
         gradients = [gradient if needed else None for gradient, needed in gradients]
         weights = zip(gradients[:5], ctx.dtypes, strict=True)
@@ -128,7 +129,7 @@ class _HierarchicalMerge(torch.autograd.Function):
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """An incoming gradient may have any layout (that of a sum is expanded)."""
+    """A weight or an incoming gradient may have any layout (that of a sum is expanded)."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -197,6 +198,7 @@ def hierarchical_merge(
     J, D, D_out = w_in.shape[0], sum([t.shape[2] for t in levels]), w_out.shape[0]
     if not (J and D_out):
         raise ValueError(f"w_in and w_out must have at least one row, got {J} and {D_out}")
+    gamma, w_in, b_in, w_out, b_out = map(_rows, (gamma, w_in, b_in, w_out, b_out))
     _check("gamma", gamma, (D,), x.device)
     _check("w_in", w_in, (J, D), x.device)
     _check("b_in", b_in, (J,), x.device)

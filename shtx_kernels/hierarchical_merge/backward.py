@@ -142,11 +142,10 @@ def _hierarchical_merge_weight_bwd_kernel(
     tl.store(dgamma_ptr + pid_j * D + offs_d, dgamma, mask=offs_d < D)
 
 
-def new_gradients(rs, needs_levels, has_dbranch, branch_dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Of the levels, and of the branches that have one of their own: uninitialised."""
-    shapes = [(r, r.shape if has else (0,)) for r, has in zip(rs, has_dbranch, strict=True)]
-    dbranches = [r.new_empty(*shape, dtype=branch_dtype) for r, shape in shapes]
-    return [r.new_empty(*(r.shape if needs_levels else (0,))) for r in rs], dbranches
+def new_gradients(rs, branch_dtype, needs_levels, has_dbranches) -> tuple[list, list]:
+    """Of the levels, and of the branches in a dtype of their own: uninitialised."""
+    new = lambda wanted, dtype: [r.new_empty(*r.shape, dtype=dtype) for r in rs] if wanted else []
+    return new(needs_levels, rs[0].dtype), new(has_dbranches, branch_dtype)
 
 
 def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,17 +192,16 @@ def _kernel_of_weight(dtype: torch.dtype) -> Kernel:
 
 def _hierarchical_merge_bwd(
     rs, side_by_side, strides, gamma, w_in, w, b_in, w_out, z, norm, drs, dout, branch_dtype,
-    has_dbranch, needs_levels, needs_w_in, needs_w_out,
+    has_dbranches, needs_levels, needs_w_in, needs_w_out,
 ):  # fmt: skip
     (B, N), (J, W), dims = norm.shape, w.shape, [r.shape[-1] for r in rs]
     _, groups = groups_of(rs, strides)
     acc = norm.dtype
-    dxs, dbranches = new_gradients(rs, needs_levels, has_dbranch, branch_dtype)
+    dxs, dbranches = new_gradients(rs, branch_dtype, needs_levels, has_dbranches)
     kernel = _kernel_of_tokens(W, J, tuple([group.stride for group in groups]), acc)
     tiles = cdiv(N, kernel.constants["BLOCK_M"])
     share = cdiv(B * tiles, _token_tile(J)[2])
     programs = cdiv(B * tiles, max(1, share))
-    dw_in, dw_out, dgamma = (norm.new_empty(0) for _ in range(3))
     dws = {}  # of the columns of a level
     a = dout.new_empty(dout.shape[0], J)
     torch.mm(dout, w_out, out=a)  # its gradient, which the kernel replaces
@@ -212,8 +210,7 @@ def _hierarchical_merge_bwd(
     if a.numel():
         tensors = z, norm, b_in, a, dz, slope, db_in
         kernel((programs,), tensors, B, N, tiles, B * tiles, share)
-    if needs_w_out:
-        dw_out = _weight_gradient(dout, a, acc)
+    dw_out = _weight_gradient(dout, a, acc) if needs_w_out else norm.new_empty(0)
     for group, r in zip(groups, side_by_side, strict=True):
         dz_g, slope_g = dz, slope
         if group.stride > 1:
@@ -226,8 +223,8 @@ def _hierarchical_merge_bwd(
             torch.mm(dz_g, columns_of(w, dims, group.levels), out=dg)
             for level, part in zip(group.levels, dg.split_with_sizes(group.widths, 1), strict=True):
                 _level_bwd(
-                    rs[level], part, slope_g, drs[level], dxs[level], dbranches[level],
-                    group.tokens,
+                    rs[level], part, slope_g, drs[level], dxs[level],
+                    dbranches[level] if has_dbranches else None, group.tokens,
                 )  # fmt: skip
     if needs_w_in:
         dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
@@ -235,6 +232,8 @@ def _hierarchical_merge_bwd(
         dgamma = norm.new_empty(grid[1], W)
         _kernel_of_weight(acc)(grid, (dw_in, w_in, gamma, dgamma), J, W)
         dgamma = column_sums(dgamma)
+    else:
+        dw_in, dgamma = norm.new_empty(0), norm.new_empty(0)
     return dxs, dbranches, dgamma, dw_in, column_sums(db_in), dw_out, column_sums(dout)
 
 
@@ -254,8 +253,8 @@ def _level_bwd(r, dg, slope, dr, dx, dbranch, tokens: int):
     B, M, D = r.shape
     if not r.numel():
         return
-    kernel = _kernel_of_level(D, slope.dtype, dr is not None, dbranch.numel() > 0)
-    dr = r if dr is None else dr
+    kernel = _kernel_of_level(D, slope.dtype, dr is not None, dbranch is not None)
+    dr, dbranch = r if dr is None else dr, dx if dbranch is None else dbranch
     tiles = cdiv(M, kernel.constants["BLOCK_R"])
     grid = B * tiles, cdiv(D, kernel.constants["BLOCK_C"])
     strides = r.stride(1), dg.stride(0), *dr.stride()[:2]

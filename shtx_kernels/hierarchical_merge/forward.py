@@ -111,7 +111,6 @@ class Group(NamedTuple):
     levels: list[int]
     widths: list[int]
     tokens: int  # of each level that count
-    first: int  # row of z
 
 
 def _group(shapes, strides) -> tuple[int, list[Group]]:
@@ -124,13 +123,12 @@ def _group(shapes, strides) -> tuple[int, list[Group]]:
             alike[0].append(level)
         else:
             members.append([level])
-    groups, first = [], 0
+    groups = []
     for indices in members:
         stride = strides[indices[0]]
         tokens = -(-N // stride)
         widths = [shapes[level][2] for level in indices]
-        groups.append(Group(stride, indices, widths, tokens, first))
-        first += shapes[0][0] * tokens
+        groups.append(Group(stride, indices, widths, tokens))
     return N, groups
 
 
@@ -181,7 +179,7 @@ def new_outputs(levels, strides, w_in, w_out) -> tuple:
     """Uninitialised: the levels of each group side by side, w_in gamma, z, norm, merged."""
     x, B, (N, groups) = levels[0], levels[0].shape[0], groups_of(levels, strides)
     J, W = w_in.shape
-    rows = groups[-1].first + B * groups[-1].tokens
+    rows = B * sum([group.tokens for group in groups])
     return (
         [x.new_empty(B, levels[group.levels[0]].shape[1], sum(group.widths)) for group in groups],
         w_out.new_empty(J, W),
@@ -213,9 +211,9 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
     _, groups = groups_of(levels, strides)
     square, a = norm.new_empty(z.shape[0]), w.new_empty(B * N, J)
     torch.mul(w_in, gamma, out=w)
-    for group, side_by_side in zip(groups, rs, strict=True):
-        rows = B * group.tokens
-        square_g, z_g = square.narrow(0, group.first, rows), z.narrow(0, group.first, rows)
+    rows = [B * group.tokens for group in groups]
+    squares, zs = square.split_with_sizes(rows), z.split_with_sizes(rows)
+    for group, side_by_side, square_g, z_g in zip(groups, rs, squares, zs, strict=True):
         parts = side_by_side.split_with_sizes(group.widths, 2)
         for level, r in zip(group.levels, parts, strict=True):
             x, branch = _aligned(levels[level]), _aligned(branches[level])

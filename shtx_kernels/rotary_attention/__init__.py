@@ -98,7 +98,7 @@ def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, interleaved
     out = qkv.new_empty(B, M, heads * E)
     lse = qkv.new_empty(B, heads, dilation, n, dtype=sum_dtype(qkv.dtype))
     if not out.numel():
-        return out, lse, qkv.new_empty(0)
+        return out, lse, []
     factor, sizes = scale * LOG2_E, (E, window, qkv.itemsize, qkv.device)
     config = tiles.forward_by_tiles(*sizes)
     if config is not None:  # q and k have a root of the factor each
@@ -111,7 +111,7 @@ def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, interleaved
     numbers = *qkv.stride()[:2], M, n, count, factor
     grid = (B * heads * dilation * count,)
     _kernel_of(kernel, *options, **config)(grid, (qkv, table, out, lse), *numbers)
-    return out, lse, qkv.new_empty(0)
+    return out, lse, []
 
 
 def _rotary_attention_bwd(
@@ -148,8 +148,8 @@ def _fake_fwd(qkv, table, heads, window, dilation, xpos, interleaved, scale):
     out = qkv.new_empty(B, M, heads * E)
     if library.takes(qkv, E, window, n, xpos):
         lse = qkv.new_empty(B * dilation, heads, n, dtype=acc)
-        return out, lse, qkv.new_empty(3, B * dilation, n, heads, E)
-    return out, qkv.new_empty(B, heads, dilation, n, dtype=acc), qkv.new_empty(0)
+        return out, lse, [qkv.new_empty(3, B * dilation, n, heads, E)]
+    return out, qkv.new_empty(B, heads, dilation, n, dtype=acc), []
 
 
 def _fake_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, interleaved, scale):
@@ -167,7 +167,7 @@ def _product_flops(out, window, dilation) -> int:
 OPTIONS = "int heads, int window, int dilation, bool xpos, bool interleaved, float scale"
 _forward = register(
     "rotary_attention",
-    f"(Tensor qkv, Tensor table, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor qkv, Tensor table, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
     _rotary_attention_fwd,
     _fake_fwd,
     flops=lambda qkv, table, heads, window, dilation, *_, **__: (
@@ -189,7 +189,7 @@ class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, table, *options):
         out, lse, rotated = _forward(qkv, table, *options)
-        ctx.save_for_backward(rotated if rotated.ndim == 5 else qkv, table, out, lse)
+        ctx.save_for_backward(*(rotated or [qkv]), table, out, lse)
         ctx.options = options
         return out
 

@@ -175,7 +175,7 @@ def deterministic():
 
 
 def forward(qkv, table, heads: int, dilation: int, xpos: bool, interleaved: bool, scale: float):
-    """out (B, M, H E), lse, and the rotated q, k, v (3, B dilation, n, H, E) for backward."""
+    """out (B, M, H E), lse, and [the rotated q, k, v (3, B dilation, n, H, E)] for backward."""
     B, M, width = qkv.shape
     n, E = cdiv(M, dilation), width // (3 * heads)
     classes = qkv.new_empty(3, B * dilation, n, heads, E)
@@ -191,7 +191,7 @@ def forward(qkv, table, heads: int, dilation: int, xpos: bool, interleaved: bool
     else:
         out = qkv.new_empty(B, M, heads * E)
         regroup(out, grouped, dilation, back=True)
-    return out, lse.squeeze(-1), classes
+    return out, lse.squeeze(-1), [classes]
 
 
 def backward(

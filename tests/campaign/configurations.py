@@ -1,0 +1,160 @@
+"""Random models: against upstream in fp64, fused against reference, cached against uncached."""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from random import Random
+
+import torch
+from covering import FACTORS, TOKENS, build
+from helpers import DEVICE
+from test_upstream import draw, pair
+from torch import Tensor
+
+from shtx import HierarchicalTransformer
+from tests.campaign import Part
+
+SLACK = 3  # times what eager PyTorch is off in the same dtype
+LARGEST = 1e-4  # difference, relative to the largest number of a tensor
+
+
+def configuration(random: Random) -> tuple[dict, int, bool]:
+    """Arguments of a model, tokens, whether the merge is ablated. Wider than what the tests cover
+    in pairs: any levels in any order, any widths and windows."""
+    while True:
+        row = {name: random.choice(values) for name, values in FACTORS.items()}
+        levels = random.sample([1, 2, 4, 8, 16, 32], random.randrange(1, 5))
+        row |= dict(
+            hierarchies=tuple(levels),
+            dim_head=random.choice([2, 4, 6, 8, 10, 16]),
+            heads=random.randrange(1, 5),
+            ff_mult=random.choice([1, 1.5, 2.7, 4]),
+            tokens=random.randrange(33, TOKENS + 1),
+        )
+        if (options := build(row | dict(window="none", dim="equal"))) is None:
+            continue
+        options |= dict(
+            # upstream's token shift has to halve a width
+            dim=tuple(random.choices(range(2, 40), k=len(levels))),
+            window_sizes=tuple(random.choices([None, 0, *range(1, 12), 100], k=len(levels))),
+            depth=random.randrange(1, 4),
+            num_tokens=random.randrange(6, 40),
+        )
+        return options, row["tokens"], row["ablate"]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the largest number; what is not a number has to be none in both."""
+    if not torch.equal(ours.isnan(), theirs.isnan()):
+        return float("nan")
+    ours, theirs = (t.double().nan_to_num() for t in (ours, theirs))
+    size = theirs.abs().max().item() if theirs.numel() else 0.0
+    error = (ours - theirs).abs().max().item() if theirs.numel() else 0.0
+    return error / size if size else error
+
+
+def results(model, ids: Tensor, ablate: bool) -> Iterator[tuple[str, Tensor]]:
+    """Logits, losses, and gradients of all weights."""
+    yield "logits", model(ids, ablate_hierarchical_merge=ablate)
+    loss, parts = model(ids, return_loss=True, ablate_hierarchical_merge=ablate)
+    yield "loss", loss
+    yield from ((f"loss {i}", part) for i, part in enumerate(parts))
+    loss.backward()
+    for name, p in model.named_parameters():
+        yield f"gradient of {name}", torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def compare(name: str, models: Callable, count: int, random: Random) -> Part:
+    """`models(options)` are ours, the one that it is to be like, and one that may be as far off."""
+    part, largest, ill = Part(name), 0.0, 0
+    for part.tried in range(1, count + 1):
+        options, tokens, ablate = configuration(random)
+        finding = None
+        try:
+            with redirect_stdout(io.StringIO()):  # upstream prints its warnings
+                all_three = models(options)
+            ids = draw(options, tokens)
+            three = zip(*(results(model, ids, ablate) for model in all_three), strict=True)
+            for (what, ours), (_, theirs), (_, other) in three:
+                off, others = difference(ours, theirs), difference(other, theirs)
+                largest = max(largest, off)
+                if not off <= max(LARGEST, SLACK * others):
+                    finding = finding or f"{what} is off by {off:.1e}, not by {others:.1e}"
+                ill += LARGEST < off
+        except Exception as error:
+            finding = f"{type(error).__name__}: {error}"
+        if finding:
+            part.findings.append(f"{options}, {tokens} tokens, ablate={ablate}: {finding}")
+    part.notes = f"largest relative difference {largest:.1e}"
+    if ill:
+        part.notes += f"; {ill} tensors are above {LARGEST}, as ill-conditioned in upstream's fp32"
+    return part
+
+
+def upstream(count: int, random: Random, folder: Path) -> Part:
+    """The reference against simple-hierarchical-transformer, both in fp64."""
+
+    def models(options: dict):
+        theirs, ours = pair(options)
+        theirs = theirs.double()
+        return ours.double(), theirs, deepcopy(theirs)
+
+    return compare("configurations: reference and upstream, fp64", models, count, random)
+
+
+def fused(count: int, random: Random, folder: Path) -> Part:
+    """Fused ops in fp32, on a CPU by Triton's interpreter, against the reference in fp64."""
+
+    def models(options: dict):
+        theirs, ours = pair(options, "fused")
+        return ours, deepcopy(theirs).double(), theirs
+
+    return compare("configurations: fused in fp32 and upstream in fp64", models, count, random)
+
+
+def cached(count: int, random: Random, folder: Path) -> Part:
+    """Greedy tokens with the cache, for as long as the model sees all, and without it."""
+    part = Part("configurations: cached and uncached")
+    for part.tried in range(1, count + 1):
+        options, _, _ = configuration(random)
+        finding, model = None, make(options)
+        prompt = draw(options, random.randrange(1, 20))
+        length = TOKENS - prompt.shape[1]
+        try:
+            tokens, expected = (
+                model.generate(prompt, length, temperature=0, use_cache=use)
+                for use in (True, False)
+            )
+            finding = unlike(model, prompt, tokens, expected)
+        except Exception as error:
+            finding = f"{type(error).__name__}: {error}"
+        if finding:
+            part.findings.append(f"{options}, prompt of {prompt.shape[1]}: {finding}")
+    return part
+
+
+def make(options: dict) -> HierarchicalTransformer:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # windows larger than the sequence
+        model = HierarchicalTransformer(**options, impl="reference").to(DEVICE).double()
+    for p in model.parameters():  # so that greedy tokens vary
+        p.data += 0.3 * torch.randn_like(p)
+    return model
+
+
+def unlike(model, prompt: Tensor, tokens: Tensor, expected: Tensor) -> str | None:
+    """What differs; of tokens that are as likely as each other either may be taken."""
+    for row, (ours, theirs) in enumerate(zip(tokens, expected, strict=True)):
+        different = (ours != theirs).nonzero()
+        if len(different) == 0:
+            continue
+        at = different[0].item()
+        logits = model(torch.cat((prompt[row], theirs[:at]))[None])[0, -1]
+        gap = (logits[theirs[at]] - logits[ours[at]]) / logits.abs().max()
+        if gap > LARGEST:
+            return f"token {at} of row {row} is {ours[at]}, not {theirs[at]}, by {gap:.1e}"
+    return None

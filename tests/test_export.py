@@ -1,0 +1,82 @@
+"""A model that is exported, by torch.export or as ONNX, and one without values, on meta."""
+
+import warnings
+
+import pytest
+import torch
+from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
+from torch.export import Dim, export
+from training import OPTIONS
+
+from shtx import HierarchicalTransformer, TrainStep
+
+IMPLS = ["reference", "fused"]
+LENGTHS = 8, 16, 24  # upstream exports lengths that the window divides
+
+
+def draw(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randint(0, 31, (2, tokens), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return HierarchicalTransformer(**OPTIONS, impl="reference").eval()
+
+
+@pytest.fixture(scope="module")
+def exported(model):
+    length = 4 * Dim("n", min=2, max=6)
+    return export(model, (draw(16),), dynamic_shapes={"ids": {1: length}})
+
+
+def test_a_dynamic_length(model, exported):
+    targets = [str(node.target) for node in exported.graph.nodes]
+    assert not [target for target in targets if "shtx" in target]  # it runs without this package
+    program = exported.module()
+    for tokens in LENGTHS:
+        torch.testing.assert_close(program(draw(tokens)), model(draw(tokens)))
+    with pytest.raises(IndexError, match="out of range"):
+        program(draw(16) + 31)
+
+
+def test_onnx(model, exported):
+    pytest.importorskip("onnxscript", reason="needs the extra clients")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(exported, dynamo=True, verbose=False)
+    for tokens in LENGTHS:
+        (logits,) = program.call_reference(draw(tokens))
+        torch.testing.assert_close(logits, model(draw(tokens)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_values(impl):
+    """On meta the shapes are upstream's; what needs values says so."""
+    with torch.device("meta"):
+        theirs, ours = Upstream(**OPTIONS), HierarchicalTransformer(**OPTIONS, impl=impl)
+    ids = draw(17).to("meta")
+    assert ours(ids).shape == theirs(ids).shape and ours(ids).is_meta
+    loss, _ = ours(ids, return_loss=True)
+    loss.backward()
+    assert loss.shape == () and all(p.grad.shape == p.shape for p in ours.parameters())
+    for refused in (
+        lambda: ours.generate(ids, 1),
+        lambda: TrainStep(ours, torch.optim.SGD(ours.parameters(), 0.1), precision="fp32"),
+    ):
+        with pytest.raises(ValueError, match="must be in memory, got token_emb.weight on meta"):
+            refused()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_values_that_are_loaded(model, assign):
+    with torch.device("meta"):
+        loaded = HierarchicalTransformer(**OPTIONS, impl="reference")
+    if not assign:
+        loaded.to_empty(device="cpu")
+    loaded.load_state_dict(model.state_dict(), assign=assign)
+    assert torch.equal(loaded(draw(17)), model(draw(17)))
+    prompt = draw(9)
+    tokens = loaded.generate(prompt, 4, temperature=0)
+    assert torch.equal(tokens, model.generate(prompt, 4, temperature=0))
