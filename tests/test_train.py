@@ -479,6 +479,24 @@ def test_objective_of_nothing_weighs_nothing():
     assert model.kind is HierarchicalTransformer
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--num-rollouts", "2"],
+            "--num-rollouts has no effect with --objective hierarchical-ar: it takes next-latent",
+        ),
+        (
+            ["--objective", "none", "--hierarchical-ar-loss-weight", "0.5"],
+            "--hierarchical-ar-loss-weight has no effect with --objective none: it takes hier",
+        ),
+    ],
+)
+def test_settings_of_another_objective(arguments, message):
+    with pytest.raises(TrainError, match=message):
+        parse(["--preset", "cpu", *arguments])
+
+
 def test_metrics_drop_later_rows(tmp_path):
     metrics = Metrics(tmp_path / "m", 0)
     for step in range(5):

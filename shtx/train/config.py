@@ -104,15 +104,24 @@ class Model:
 
     def arguments(self) -> dict:
         """As `kind` takes them, for bytes."""
-        taken = inspect.signature(self.kind.__init__).parameters
         given = {
             k: v[0] if isinstance(v, tuple) and len(v) == 1 and k != "rollout_weights" else v
             for k, v in asdict(self).items()
-            if k in taken
+            if k in self._taken()
         }
         if self.objective == "none":
             given["hierarchical_ar_loss_weight"] = 0.0
         return dict(num_tokens=256, ignore_index=-1, **given)  # -1: no byte is left out
+
+    def without_effect(self) -> list[str]:
+        """Settings that are not at their default, and that the objective has no use for."""
+        known = self._taken() | {"objective"}
+        others = (f for f in fields(self) if f.name not in known)
+        return [f.name for f in others if getattr(self, f.name) != f.default]
+
+    def _taken(self) -> set[str]:
+        taken = set(inspect.signature(self.kind.__init__).parameters)
+        return taken - {"hierarchical_ar_loss_weight"} if self.objective == "none" else taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +193,11 @@ class Config:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.precision == "fp16-mixed" and self.shard != "none":
             raise TrainError(f"--shard must be none for fp16-mixed, got {self.shard}")
+        if idle := self.model.without_effect():
+            raise TrainError(
+                f"{flag(idle[0])} has no effect with --objective {self.model.objective}:"
+                f" it takes {'hierarchical-ar' if 'hierarchical' in idle[0] else 'next-latent'}"
+            )
         if self.model.depth > MAX_DEPTH:
             raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
