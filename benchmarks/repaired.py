@@ -54,7 +54,9 @@ def is_full(window: int | None, n: int) -> bool:
     return window is None or window >= n - 1
 
 
-def rotary_attention(qkv, heads, *, window=None, dilation=1, xpos=False, scale=None):
+def rotary_attention(
+    qkv, heads, *, window=None, dilation=1, xpos=False, interleaved=False, scale=None
+):
     M = qkv.shape[1]
     q, k, v = rearrange(
         F.pad(qkv, (0, 0, 0, -M % dilation)),
@@ -63,6 +65,8 @@ def rotary_attention(qkv, heads, *, window=None, dilation=1, xpos=False, scale=N
         a=dilation,
         h=heads,
     ).unbind()
+    if interleaved:
+        q, k = ops.halves(q), ops.halves(k)
     n, E = q.shape[-2:]
     tables = angles(n, E, xpos)
     q, k = rotate(q, *tables[:2]), rotate(k, *tables[2:])

@@ -17,15 +17,17 @@ MODULES = {
     "train": "shtx.train.run",
     "warmup": "shtx.train.warmup",
     "generate": "shtx.train.generate",
+    "convert": "shtx.train.convert",
     "info": "shtx.info",
 }
 
 HELP = """\
-usage: shtx {train,warmup,generate,info} [options]
+usage: shtx {train,warmup,generate,convert,info} [options]
 
   train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
   warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
+  convert    weights for the other version of simple-hierarchical-transformer
   info       versions, device, which ops run fused; --check compares them with their references,
               --checkpoint names what of a checkpoint's model does not
 
@@ -72,7 +74,9 @@ def dispatch(verb: str, *rest: str) -> int:
         print(HELP, end="")
         return 0
     if verb not in MODULES:
-        return fail("", f"unknown verb {verb!r}; the verbs are train, warmup, generate and info")
+        return fail(
+            "", f"unknown verb {verb!r}; the verbs are train, warmup, generate, convert and info"
+        )
     needs_extra = verb != "info" or any(a.startswith("--checkpoint") for a in rest)
     missing = [name for name in TRAIN_EXTRA if needs_extra and find_spec(name) is None]
     if missing:

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from shtx.layers import WindowAttention, exists
 from shtx.levels import Level
-from shtx.ops import Attention, Lookup, Norm, Part, Projection
+from shtx.ops import Attention, Lookup, Norm, Part, Projection, halves
 
 # up to so many ids, a compressing convolution is a table of their products with every tap
 TABLE_IDS = 512
@@ -42,6 +42,21 @@ def conv_table(model: Module, level: int) -> Tensor:
 def conv_rows(model: Module, level: int) -> Tensor:
     """(4 D, C D): a compressing convolution as a product with C embeddings side by side."""
     return whole(model, f"compressors.{level}.compress_fn.1.conv.weight").mT.flatten(1)
+
+
+def qkv_rows(model: Module, layer: int, level: int) -> Tensor:
+    """(3 H E, D): the product for q, k and v, whose rotary pairs channels half a head apart."""
+    rows = whole(model, f"layers.{layer}.{level}.attn.to_qkv.weight")
+    heads = model.layers[layer][level].attn.heads
+    return halves_of_qkv(rows.mT, model.levels[level], heads).mT
+
+
+def halves_of_qkv(qkv: Tensor, level: Level, heads: int) -> Tensor:
+    """qkv (..., 3 H E) as ops of one token take it, which know one pairing alone."""
+    if level.window is not None or not level.interleaved:
+        return qkv
+    q, k, v = qkv.unflatten(-1, (3, heads, level.dim_head)).unbind(-3)
+    return torch.stack((halves(q), halves(k), v), dim=-3).flatten(-3)
 
 
 def merge_rows(model: Module, layer: int) -> Tensor:
@@ -273,11 +288,8 @@ class Decoder:
                     norm = dict(norm="layer", beta=weight("attn.norm.bias"))
                 gamma = weight("attn.norm." + ("weight" if "beta" in norm else "gamma"))
                 shifted = self._shifted(streams[i], level)
-                qkvs.append(
-                    Projection(
-                        **shifted, **norm, gamma=gamma, weight=weight("attn.to_qkv.weight"), out=qkv
-                    )
-                )
+                rows = self._copy(model, lambda model, i=i: qkv_rows(model, layer, i))
+                qkvs.append(Projection(**shifted, **norm, gamma=gamma, weight=rows, out=qkv))
                 attentions.append(self._attention(level, attn.heads, qkv, attended))
                 x, streams[i] = streams[i], self._stream(level)
                 w_out = weight("attn.to_out.weight")
@@ -307,7 +319,8 @@ class Decoder:
         table = rotation(level, keys, self.device).to(self.wide)
 
         def fill_kv(args, outputs, recent):
-            rows = args[0].unflatten(-1, (3, heads, level.dim_head))[:, :, 1:]
+            qkv = halves_of_qkv(args[0], level, heads)
+            rows = qkv.unflatten(-1, (3, heads, level.dim_head))[:, :, 1:]
             recent.fill(kv, rows, level.stride)
 
         self._fills["rotary_attention"].append(fill_kv)

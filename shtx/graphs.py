@@ -195,7 +195,7 @@ class Structure:
             [get(module) for get, module in self.options],
             ["forward" in state for state in self.states],
             list(map(comparable, self.changeable)),
-            (model.impl, model.ignore_index, model.loss_weights, model.checkpointing, model.way),
+            model.options,
             [kind.forward for kind in FORWARDS],
             matmul_precision(),
             matmul.allow_bf16_reduced_precision_reduction,

@@ -1,6 +1,6 @@
 """The parts of a level: compressor, block (attention, feed-forward), merge.
 
-A layer holds parameters under the names of simple-hierarchical-transformer 0.2.0. Its `forward` is
+A layer holds parameters under the names of simple-hierarchical-transformer. Its `forward` is
 upstream's, module by module. `run` computes the same on (B, M, D) tensors of level tokens by the
 ops of a plan, which read the weights of plain modules; whatever else is in a module's place is
 called (see plan.py).
@@ -18,7 +18,16 @@ from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
 
 from shtx.levels import Level
-from shtx.ops import cross_entropy, hierarchical_cat, product_dtype, rms_norm, token_shift, windows
+from shtx.ops import (
+    cross_entropy,
+    halves,
+    hierarchical_cat,
+    neighbours,
+    product_dtype,
+    rms_norm,
+    token_shift,
+    windows,
+)
 from shtx.plan import OPTIONS, Layer, Plan
 
 
@@ -152,6 +161,25 @@ def rotary_buffers(dim: int, device: torch.device | None = None) -> dict[str, Te
     return dict(inv_freq=inv_freq, scale=scale)
 
 
+class InterleavedRotary(Module):
+    """The same of a checkpoint of 0.4.0, which pairs neighbouring channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        made = rotary_buffers(dim)
+        self.freqs = nn.Parameter(made["inv_freq"], requires_grad=False)
+        self.register_buffer("scale", made["scale"], persistent=False)
+
+    def rotate_queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate (B, H, N, E), as the module does that upstream has in this place."""
+        wide = torch.promote_types(q.dtype, torch.float32)  # half precision has no position 257
+        t = arange(q.shape[-2], device=q.device, dtype=wide)[:, None]
+        angles = torch.cat((t * self.freqs,) * 2, dim=-1)
+        factors = torch.cat((self.scale.to(wide) ** ((t - len(t) // 2) / 512),) * 2, dim=-1)
+        q, k = rotate(halves(q), angles, factors), rotate(halves(k), angles, 1 / factors)
+        return neighbours(q).to(wide), neighbours(k).to(wide)
+
+
 def rotates_as_made(rotary: Module, *names: str) -> bool:
     """Return whether the buffers that a rotary embedding reads have the values of the op."""
     buffers = rotary._buffers
@@ -165,7 +193,7 @@ def has_made_values(buffer: Tensor, name: str) -> bool:
     The values are read, and a device waited for, once after each change. PyTorch counts changes,
     all but those through `buffer.data`.
     """
-    if type(buffer) is not Tensor or buffer.is_meta:  # stands for values
+    if type(buffer) not in (Tensor, nn.Parameter) or buffer.is_meta:  # stands for values
         return True
     try:
         stamp = buffer.data_ptr(), None if buffer.is_inference() else buffer._version
@@ -184,6 +212,10 @@ OPTIONS[LocalAttention] = lambda m: (
     (m.window_size, m.exact_windowsize, m.look_backward, m.look_forward, m.causal),
     (m.autopad, m.scale, m.shared_qk, m.use_xpos),
 )
+OPTIONS[InterleavedRotary] = lambda m: (
+    exists(freqs := m._parameters.get("freqs")) and has_made_values(freqs, "inv_freq"),
+    rotates_as_made(m, "scale"),
+)
 OPTIONS[RotaryEmbedding] = lambda m: rotates_as_made(m, "inv_freq", "scale")
 OPTIONS[SinusoidalEmbeddings] = lambda m: (m.use_xpos, rotates_as_made(m, "inv_freq"))
 
@@ -196,7 +228,8 @@ class Attention(Layer):
         dim_inner = level.dim_head * level.heads
         self.level, self.heads = level, level.heads
         self.norm = RMSNorm(level.dim)
-        self.rotary_emb = RotaryEmbedding(level.dim_head)
+        rotary = InterleavedRotary if level.interleaved else RotaryEmbedding
+        self.rotary_emb = rotary(level.dim_head)
         self.to_qkv = Linear(level.dim, dim_inner * 3, bias=False)
         self.to_out = Linear(dim_inner, level.dim, bias=False)
         self.remember()
@@ -215,14 +248,19 @@ class Attention(Layer):
     def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
         """Attend within y (B, M, D), which is normalized."""
         qkv = plan.linear(self.to_qkv, y)
-        out = plan.ops.rotary_attention(qkv, self.heads, dilation=dilation, xpos=True)
+        options = dict(dilation=dilation, xpos=True, interleaved=self.level.interleaved)
+        out = plan.ops.rotary_attention(qkv, self.heads, **options)
         return plan.linear(self.to_out, out)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attend by the angles that `rotary_emb` returns, whatever it has become."""
+        """Attend to what `rotary_emb` rotates, or by its angles, whatever it has become."""
         q, k, v = rearrange(qkv, "b n (qkv h e) -> qkv b h n e", qkv=3, h=self.heads)
-        angles, factors = self.rotary_emb(qkv.shape[1])
-        q, k = rotate(q, angles, factors).to(v.dtype), rotate(k, angles, 1 / factors).to(v.dtype)
+        if self.level.interleaved:
+            q, k = self.rotary_emb.rotate_queries_and_keys(q, k)
+        else:
+            angles, factors = self.rotary_emb(qkv.shape[1])
+            q, k = rotate(q, angles, factors), rotate(k, angles, 1 / factors)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return rearrange(out, "b h n e -> b n (h e)")
 

@@ -16,6 +16,7 @@ class Level:
     heads: int
     window: int | None  # None: full attention; 0: no attention
     ff_mult: float
+    interleaved: bool = False  # whether rotary of full attention pairs neighbouring channels
 
     @property
     def dilation(self) -> int:
@@ -71,12 +72,14 @@ def effective_window(compress: int, window, seq_len: int) -> int | None:
     warnings.warn(
         f"window_sizes: {window} is more than the {seq_len // compress} tokens of hierarchy"
         f" {compress} (seq_len {seq_len}); it gets full attention",
-        stacklevel=6,
+        stacklevel=7,
     )
     return None
 
 
-def make_level(compress: int, stride, dim, dim_head, heads, window, ff_mult, seq_len) -> Level:
+def make_level(
+    compress: int, stride, dim, dim_head, heads, window, ff_mult, seq_len, interleaved
+) -> Level:
     stride = power_of_two("hierarchical_stride", stride)
     if stride > compress:
         raise ValueError(
@@ -91,6 +94,7 @@ def make_level(compress: int, stride, dim, dim_head, heads, window, ff_mult, seq
         heads=integer("heads", heads, at_least=1),
         window=effective_window(compress, window, seq_len),
         ff_mult=number("ff_mult", ff_mult),
+        interleaved=interleaved,
     )
     if level.window != 0 and level.dim_head % 2:
         raise ValueError(f"dim_head must be even, as rotary pairs its channels, got {dim_head}")
@@ -100,9 +104,22 @@ def make_level(compress: int, stride, dim, dim_head, heads, window, ff_mult, seq
 
 
 def make_levels(
-    *, hierarchies, hierarchical_stride, dim, dim_head, heads, window_sizes, ff_mult, seq_len: int
+    *,
+    hierarchies,
+    hierarchical_stride,
+    dim,
+    dim_head,
+    heads,
+    window_sizes,
+    ff_mult,
+    seq_len: int,
+    interleaved: bool = False,
 ) -> tuple[Level, ...]:
     """The levels that the arguments of simple-hierarchical-transformer describe.
+
+    Args:
+        interleaved: whether rotary of full attention pairs neighbouring channels (0.4.0) or those
+            half a head apart (0.2.0).
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.
@@ -122,4 +139,5 @@ def make_levels(
         ff_mult=ff_mult,
     )
     columns = [per_level(name, value, len(compressions)) for name, value in columns.items()]
-    return tuple(make_level(*row, seq_len) for row in zip(compressions, *columns, strict=True))
+    rows = zip(compressions, *columns, strict=True)
+    return tuple(make_level(*row, seq_len, interleaved) for row in rows)

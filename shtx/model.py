@@ -1,5 +1,5 @@
 """The hierarchical transformer, under the interface and checkpoint format of
-simple-hierarchical-transformer.
+simple-hierarchical-transformer 0.2.0. That of 0.4.0 is in next_latent.py, on the same trunk.
 
 Several copies of the sequence, the levels, run side by side, each compressed by a causal
 convolution and each with its own transformer blocks. After every layer they are merged into the
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import Linear, ModuleList
 from torch.utils.checkpoint import checkpoint
 
-from shtx import ops
+from shtx import losses, ops
 from shtx.generate import generate
 from shtx.graphed_loss import replay
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
-from shtx.ops import REFERENCE, cosine_distance, cross_entropy, windows
+from shtx.losses import HierarchicalAR, NextToken, Reconstruction, Term
+from shtx.ops import REFERENCE
 from shtx.plan import Layer, Plan, make_plan, unfused
+from shtx.versions import refuse_other_version
 
 
 @torch.library.custom_op("shtx::checked_ids", mutates_args=())
@@ -43,76 +45,36 @@ def _(ids, num_tokens):
     return torch.empty_like(ids, dtype=torch.long)
 
 
-class HierarchicalTransformer(Layer):
-    """A causal language model over several compressed copies of its sequence.
+class Trunk(Layer):
+    """What models of every interface have in common: all but arguments, returns and losses.
 
-    Arguments, defaults, returns and checkpoints are those of simple-hierarchical-transformer
-    0.2.0. An argument marked * is one value, or a tuple or list with one for each of `hierarchies`.
-
-    Args:
-        num_tokens: V, the vocabulary.
-        dim: * width; the widest is the embedding's.
-        depth: layers.
-        seq_len: longest input, in tokens.
-        dim_head: * width of an attention head, even.
-        heads: * attention heads.
-        ff_mult: * width of the feed-forward's inner layer over `dim`.
-        hierarchies: compression of each level, different powers of two: (1, 2, 8) are three levels.
-        window_sizes: * how many tokens of its level a token looks back on, in steps of
-            `hierarchies / hierarchical_stride`; None: all; 0: no attention.
-        hierarchical_stride: * input tokens per token of the level, a power of two that divides the
-            level's compression; 1: a token at every position.
-        hierarchy_merge_all: merge into all levels rather than the predicting one alone.
-        predict_hierarchy: the level that predicts; the least compressed by default.
-        predict_use_all_hierarchy: predict from all levels side by side.
-        recon_loss_weight: of the loss that reconstructs each level token's input tokens; 0: left
-            out.
-        hierarchical_ar_loss_weight: of the loss that predicts each level token's successor.
-        ignore_index: label that the next-token loss leaves out.
-        use_flash_attn: accepted and without effect, as upstream.
-        impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors,
-            reference elsewhere and within torch.func (vmap, grad, ...). `model.impl = ...` changes
-            it.
+    A subclass makes its modules in the order of its upstream, so that a seed gives upstream's
+    initial weights: `set_options`, `token_emb`, `make_compressors`, `make_layers`, its losses' own
+    in between.
 
     Attributes:
-        checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a
-            synchronisation.
-        checkpointing: in training, keep no more of a block than what enters it, and run it again in
-            the backward: less memory, one more forward, the same gradients to the bit.
-        graphs: in training on CUDA, replay a CUDA graph in place of a forward with return_loss, and
-            another in place of its backward, from the second forward of a shape of ids on: the same
-            bits at the speed of TrainStep, in any loop, DistributedDataParallel included. A forward
-            has one backward. What a graph froze may change at any time, which costs an eager
-            forward and a capture. Shapes have a graph each, up to four; other forwards, and those
-            of a model with hooks, run eagerly.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what it got and what is allowed.
+        version: of simple-hierarchical-transformer, whose interface and checkpoints it has.
+        terms: the losses, see losses.py.
+        is_interleaved: whether rotary pairs neighbouring channels in full attention.
     """
 
-    def __init__(
+    version: str
+    terms: list[Term]
+    is_interleaved = False
+
+    def set_options(
         self,
         *,
         num_tokens,
-        dim,
-        depth,
-        seq_len=2048,
-        dim_head=64,
-        heads=8,
-        ff_mult=4,
-        hierarchies=1,
-        window_sizes=None,
-        hierarchical_stride=1,
-        hierarchy_merge_all=False,
-        predict_hierarchy=None,
-        predict_use_all_hierarchy=False,
-        recon_loss_weight=0.1,
-        hierarchical_ar_loss_weight=0.25,
-        ignore_index=0,
-        use_flash_attn=False,
-        impl="auto",
-    ):
-        super().__init__()
+        seq_len,
+        hierarchy_merge_all,
+        predict_hierarchy,
+        predict_use_all_hierarchy,
+        recon_loss_weight,
+        ignore_index,
+        **columns,
+    ) -> int:
+        """Check and keep what all models are told; return num_tokens."""
         self.checked = False
         self.checkpointing = False
         self.graphs = False
@@ -120,41 +82,30 @@ class HierarchicalTransformer(Layer):
         self.seq_len = integer("seq_len", seq_len, at_least=1)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.recon_loss_weight = number("recon_loss_weight", recon_loss_weight)
-        self.hierarchical_ar_loss_weight = number(
-            "hierarchical_ar_loss_weight", hierarchical_ar_loss_weight
-        )
-        self.has_hierarchical_ar_loss = hierarchical_ar_loss_weight > 0
         self.should_recon = recon_loss_weight > 0
         self.hierarchy_merge_all = hierarchy_merge_all
         self.predict_use_all_hierarchy = predict_use_all_hierarchy
 
         self.levels = levels = make_levels(
-            hierarchies=hierarchies,
-            hierarchical_stride=hierarchical_stride,
-            dim=dim,
-            dim_head=dim_head,
-            heads=heads,
-            window_sizes=window_sizes,
-            ff_mult=ff_mult,
-            seq_len=self.seq_len,
+            **columns, seq_len=self.seq_len, interleaved=self.is_interleaved
         )
         self.hierarchies = tuple(level.compress for level in levels)
         self.h_strides = tuple(level.stride for level in levels)
-        self.dims = dims = tuple(level.dim for level in levels)
+        self.dims = tuple(level.dim for level in levels)
         self.predict_hierarchy_index = self.index_of(predict_hierarchy)
         self.need_hierarchical_merge = len(levels) > 1
-        predicting = levels[self.predict_hierarchy_index]
+        return num_tokens
 
-        # in upstream's order, so that a seed gives upstream's initial weights
-
-        self.token_emb = nn.Embedding(num_tokens, max(dims))
-        self.to_hierarchical_preds = ModuleList(
-            Linear(level.dim, level.dim) if level.compress > 1 else None for level in levels
-        )
+    def make_compressors(self, num_tokens: int):
         self.compressors = ModuleList(
-            Compress(level, max(dims), num_tokens, should_recon=self.should_recon)
-            for level in levels
+            Compress(level, max(self.dims), num_tokens, should_recon=self.should_recon)
+            for level in self.levels
         )
+
+    def make_layers(self, num_tokens: int, depth, impl: str):
+        """Make the norms, the layers and the head, which end a constructor."""
+        levels, dims = self.levels, self.dims
+        predicting = levels[self.predict_hierarchy_index]
         self.post_token_emb_norms = ModuleList(nn.LayerNorm(d) for d in dims)
 
         self.layers = ModuleList()
@@ -162,11 +113,11 @@ class HierarchicalTransformer(Layer):
         for _ in range(integer("depth", depth, at_least=0)):
             self.layers.append(ModuleList(HierarchicalBlock(level) for level in levels))
             if self.need_hierarchical_merge:
-                dim_out = sum(dims) if hierarchy_merge_all else predicting.dim
+                dim_out = sum(dims) if self.hierarchy_merge_all else predicting.dim
                 self.hierarchical_merges.append(HierarchicalMerge(levels, dim_out))
 
         self.norms = ModuleList(nn.LayerNorm(d) for d in dims)
-        dim_logits = sum(dims) if predict_use_all_hierarchy else predicting.dim
+        dim_logits = sum(dims) if self.predict_use_all_hierarchy else predicting.dim
         self.to_logits = Linear(dim_logits, num_tokens, bias=False)
         self.remember()
         # equal in all processes: if DistributedDataParallel wrote them every step, they would have
@@ -247,7 +198,7 @@ class HierarchicalTransformer(Layer):
                 warnings.warn(
                     f"{len(names)} modules run by themselves, and not within a fused op: {first}"
                     f" {reason}; shtx.plan.unfused(model) has all of them",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         return plan
 
@@ -308,6 +259,210 @@ class HierarchicalTransformer(Layer):
         branches[self.predict_hierarchy_index] = merged
         return branches
 
+    def run(
+        self,
+        ids: Tensor,
+        *,
+        return_loss: bool,
+        return_hierarchical_token_embeds: bool,
+        return_hierarchical_embeds: bool,
+        return_logits_and_embeds: bool = False,
+        ablate_hierarchical_merge: bool,
+        loss_reduction: str,
+        plan: Plan | None,
+    ):
+        """A forward, see those of subclasses."""
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+        other = return_hierarchical_token_embeds or return_hierarchical_embeds
+        other = other or return_logits_and_embeds or ablate_hierarchical_merge or plan is not None
+        if self.graphs and return_loss and not other:
+            outputs = replay(self, ids, loss_reduction)
+            if outputs is not None:
+                return outputs
+        plan = plan or self.plan()
+        ids = self.check_ids(ids, return_loss, plan.checked)
+        labels = None
+        if return_loss:
+            ids, labels = ids[:, :-1], ids[:, 1:]
+        with plan.narrow_weights():
+            tokens, x = self.embed(ids, plan)
+            if return_hierarchical_token_embeds:
+                return tokens
+            embeds = self.transform(tokens, plan, ablate_hierarchical_merge)
+            if return_hierarchical_embeds:
+                return embeds
+            embed = embeds[self.predict_hierarchy_index]
+            if self.predict_use_all_hierarchy:
+                embed = plan.ops.hierarchical_cat(embeds, self.h_strides)
+            if return_logits_and_embeds:
+                return self.to_logits(embed), embeds
+            if not return_loss:
+                return self.to_logits(embed)
+            pairs = losses.run(self, losses.Inputs(ids, labels, embed, embeds, x), plan)
+        if loss_reduction == "sum":
+            return losses.columns(pairs)
+        return self.combine(losses.means(pairs))
+
+    def embed(self, ids: Tensor, plan: Plan) -> tuple[list[Tensor], Tensor | None]:
+        """Return the levels as they enter the first layer, and the embeddings of ids (B, N, D) if a
+        module had to be called for them.
+        """
+        read = [
+            plan.reads(self.token_emb) and plan.reads(c) and c.is_read(plan)
+            for c in self.compressors
+        ]
+        x = None if all(read) else self.token_emb(ids)
+        tokens = [
+            compress.run(ids, self.token_emb.weight, plan) if is_read else dense(compress(x))
+            for compress, is_read in zip(self.compressors, read, strict=True)
+        ]
+        parts = zip(self.post_token_emb_norms, tokens, strict=True)
+        return [end_norm(norm, t, None, plan) for norm, t in parts], x
+
+    def transform(self, tokens: list[Tensor], plan: Plan, ablate_merge: bool) -> list[Tensor]:
+        """Return the levels as they leave the last layer, normalized."""
+        branches = [None] * len(tokens)  # what the next norm is to add
+        for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
+            parts = zip(layer, tokens, branches, strict=True)
+            results = (self.run_block(block, t, b, plan) for block, t, b in parts)
+            tokens, branches = zip(*results, strict=True)
+            if exists(merge) and self.need_hierarchical_merge and not ablate_merge:
+                tokens, merged = self.run_merge(merge, tokens, branches, plan)
+                branches = self.branches_of(merged)
+        parts = zip(self.norms, tokens, branches, strict=True)
+        return [end_norm(norm, t, branch, plan) for norm, t, branch in parts]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        refuse_other_version(keys, self.version)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def recon_terms(self) -> list[Term]:
+        """The terms of what is reconstructed: every compressed level, unless it weighs nothing."""
+        compressed = [i for i, level in enumerate(self.levels) if level.compress > 1]
+        return [
+            Term(Reconstruction, self.recon_loss_weight, i) for i in compressed * self.should_recon
+        ]
+
+    @property
+    def options(self) -> tuple:
+        """What may be changed after the model was made, and what a CUDA graph of it freezes."""
+        return self.impl, self.ignore_index, self.loss_weights, self.checkpointing, self.way
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
+        return losses.weights(self.terms)
+
+    def loss_counts(self, ids: Tensor) -> Tensor:
+        """The counts (L,) that loss_reduction="sum" returns for ids, from the ids alone."""
+        return losses.counts(self, ids[:, :-1], ids[:, 1:])
+
+    def combine(self, values: list[Tensor]) -> tuple[Tensor, tuple]:
+        """The loss and its parts, as a forward returns them, of the values of all `terms`."""
+        raise NotImplementedError
+
+
+class HierarchicalTransformer(Trunk):
+    """A causal language model over several compressed copies of its sequence.
+
+    Arguments, defaults, returns and checkpoints are those of simple-hierarchical-transformer
+    0.2.0. An argument marked * is one value, or a tuple or list with one for each of `hierarchies`.
+
+    Args:
+        num_tokens: V, the vocabulary.
+        dim: * width; the widest is the embedding's.
+        depth: layers.
+        seq_len: longest input, in tokens.
+        dim_head: * width of an attention head, even.
+        heads: * attention heads.
+        ff_mult: * width of the feed-forward's inner layer over `dim`.
+        hierarchies: compression of each level, different powers of two: (1, 2, 8) are three levels.
+        window_sizes: * how many tokens of its level a token looks back on, in steps of
+            `hierarchies / hierarchical_stride`; None: all; 0: no attention.
+        hierarchical_stride: * input tokens per token of the level, a power of two that divides the
+            level's compression; 1: a token at every position.
+        hierarchy_merge_all: merge into all levels rather than the predicting one alone.
+        predict_hierarchy: the level that predicts; the least compressed by default.
+        predict_use_all_hierarchy: predict from all levels side by side.
+        recon_loss_weight: of the loss that reconstructs each level token's input tokens; 0: left
+            out.
+        hierarchical_ar_loss_weight: of the loss that predicts each level token's successor.
+        ignore_index: label that the next-token loss leaves out.
+        use_flash_attn: accepted and without effect, as upstream.
+        impl: "fused" (Triton ops), "reference" (plain PyTorch), or "auto": fused on CUDA tensors,
+            reference elsewhere and within torch.func (vmap, grad, ...). `model.impl = ...` changes
+            it.
+
+    Attributes:
+        checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a
+            synchronisation.
+        checkpointing: in training, keep no more of a block than what enters it, and run it again in
+            the backward: less memory, one more forward, the same gradients to the bit.
+        graphs: in training on CUDA, replay a CUDA graph in place of a forward with return_loss, and
+            another in place of its backward, from the second forward of a shape of ids on: the same
+            bits at the speed of TrainStep, in any loop, DistributedDataParallel included. A forward
+            has one backward. What a graph froze may change at any time, which costs an eager
+            forward and a capture. Shapes have a graph each, up to four; other forwards, and those
+            of a model with hooks, run eagerly.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what is allowed.
+    """
+
+    version = "0.2.0"
+
+    def __init__(
+        self,
+        *,
+        num_tokens,
+        dim,
+        depth,
+        seq_len=2048,
+        dim_head=64,
+        heads=8,
+        ff_mult=4,
+        hierarchies=1,
+        window_sizes=None,
+        hierarchical_stride=1,
+        hierarchy_merge_all=False,
+        predict_hierarchy=None,
+        predict_use_all_hierarchy=False,
+        recon_loss_weight=0.1,
+        hierarchical_ar_loss_weight=0.25,
+        ignore_index=0,
+        use_flash_attn=False,
+        impl="auto",
+    ):
+        super().__init__()
+        self.hierarchical_ar_loss_weight = number(
+            "hierarchical_ar_loss_weight", hierarchical_ar_loss_weight
+        )
+        self.has_hierarchical_ar_loss = hierarchical_ar_loss_weight > 0
+        num_tokens = self.set_options(
+            num_tokens=num_tokens,
+            seq_len=seq_len,
+            hierarchies=hierarchies,
+            hierarchical_stride=hierarchical_stride,
+            dim=dim,
+            dim_head=dim_head,
+            heads=heads,
+            window_sizes=window_sizes,
+            ff_mult=ff_mult,
+            hierarchy_merge_all=hierarchy_merge_all,
+            predict_hierarchy=predict_hierarchy,
+            predict_use_all_hierarchy=predict_use_all_hierarchy,
+            recon_loss_weight=recon_loss_weight,
+            ignore_index=ignore_index,
+        )
+        self.token_emb = nn.Embedding(num_tokens, max(self.dims))
+        self.to_hierarchical_preds = ModuleList(
+            Linear(level.dim, level.dim) if level.compress > 1 else None for level in self.levels
+        )
+        self.make_compressors(num_tokens)
+        self.make_layers(num_tokens, depth, impl)
+
     def forward(
         self,
         ids,
@@ -342,121 +497,25 @@ class HierarchicalTransformer(Layer):
             TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where
             it cannot run.
         """
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
-        other = return_hierarchical_token_embeds or return_hierarchical_embeds
-        other = other or ablate_hierarchical_merge or plan is not None
-        if self.graphs and return_loss and not other:
-            outputs = replay(self, ids, loss_reduction)
-            if outputs is not None:
-                return outputs
-        plan = plan or self.plan()
-        ids = self.check_ids(ids, return_loss, plan.checked)
-        labels = None
-        if return_loss:
-            ids, labels = ids[:, :-1], ids[:, 1:]
-        with plan.narrow_weights():
-            tokens = self.embed(ids, plan)
-            if return_hierarchical_token_embeds:
-                return tokens
-            embeds = self.transform(tokens, plan, ablate_hierarchical_merge)
-            if return_hierarchical_embeds:
-                return embeds
-            embed = embeds[self.predict_hierarchy_index]
-            if self.predict_use_all_hierarchy:
-                embed = plan.ops.hierarchical_cat(embeds, self.h_strides)
-            if not return_loss:
-                return self.to_logits(embed)
-            losses = self.losses(embed, embeds, ids, labels, plan)
-        return self.sums(*losses) if loss_reduction == "sum" else self.means(*losses)
-
-    def embed(self, ids: Tensor, plan: Plan) -> list[Tensor]:
-        """Return the levels as they enter the first layer."""
-        read = [
-            plan.reads(self.token_emb) and plan.reads(c) and c.is_read(plan)
-            for c in self.compressors
-        ]
-        x = None if all(read) else self.token_emb(ids)
-        tokens = [
-            compress.run(ids, self.token_emb.weight, plan) if is_read else dense(compress(x))
-            for compress, is_read in zip(self.compressors, read, strict=True)
-        ]
-        parts = zip(self.post_token_emb_norms, tokens, strict=True)
-        return [end_norm(norm, t, None, plan) for norm, t in parts]
-
-    def transform(self, tokens: list[Tensor], plan: Plan, ablate_merge: bool) -> list[Tensor]:
-        """Return the levels as they leave the last layer, normalized."""
-        branches = [None] * len(tokens)  # what the next norm is to add
-        for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
-            parts = zip(layer, tokens, branches, strict=True)
-            results = (self.run_block(block, t, b, plan) for block, t, b in parts)
-            tokens, branches = zip(*results, strict=True)
-            if exists(merge) and self.need_hierarchical_merge and not ablate_merge:
-                tokens, merged = self.run_merge(merge, tokens, branches, plan)
-                branches = self.branches_of(merged)
-        parts = zip(self.norms, tokens, branches, strict=True)
-        return [end_norm(norm, t, branch, plan) for norm, t, branch in parts]
-
-    def sums(self, ce: tuple, recon: list, hierarchical_ar: list) -> tuple[Tensor, Tensor]:
-        sums, counts = zip(ce, *recon, *hierarchical_ar, strict=True)
-        return torch.stack(sums), torch.stack(counts)
-
-    def means(self, ce: tuple, recon: list, hierarchical_ar: list) -> tuple[Tensor, tuple]:
-        zero = ce[0].new_zeros(())
-        ce, recon, hierarchical_ar = (
-            sum((total / count.clamp(min=1) for total, count in pairs), start=zero)
-            for pairs in ([ce], recon, hierarchical_ar)
+        return self.run(
+            ids,
+            return_loss=return_loss,
+            return_hierarchical_token_embeds=return_hierarchical_token_embeds,
+            return_hierarchical_embeds=return_hierarchical_embeds,
+            ablate_hierarchical_merge=ablate_hierarchical_merge,
+            loss_reduction=loss_reduction,
+            plan=plan,
         )
-        loss = ce + recon * self.recon_loss_weight
-        loss = loss + hierarchical_ar * self.hierarchical_ar_loss_weight
-        return loss, (ce, recon, hierarchical_ar)
 
     @property
-    def loss_weights(self) -> list[float]:
-        """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
-        levels = sum(level.compress > 1 for level in self.levels)
-        recon = [self.recon_loss_weight] * (levels * self.should_recon)
-        return [1.0, *recon, *[self.hierarchical_ar_loss_weight] * levels]
+    def terms(self) -> list[Term]:
+        compressed = [i for i, level in enumerate(self.levels) if level.compress > 1]
+        weight = self.hierarchical_ar_loss_weight
+        ar = [Term(HierarchicalAR, weight, i) for i in compressed]
+        return [Term(NextToken, 1.0), *self.recon_terms(), *ar]
 
-    def loss_counts(self, ids: Tensor) -> Tensor:
-        """The counts (L,) that loss_reduction="sum" returns for ids, from the ids alone."""
-        ids, labels = ids[:, :-1], ids[:, 1:]
-        levels = [level for level in self.levels if level.compress > 1]
-        counts = [(labels != self.ignore_index).sum()]
-        for level in levels * self.should_recon:
-            counts.append((windows(ids, level.compress, level.stride) != 0).sum())
-        for level in levels:
-            successors = (ids.shape[1] - 1) // level.stride
-            counts.append(ids.new_full((), len(ids) * successors))
-        return torch.stack(counts)
-
-    def losses(self, embed: Tensor, embeds: list[Tensor], ids: Tensor, labels: Tensor, plan: Plan):
-        """Sum and count of the next-token loss, and of the two others of each compressed level."""
-        if embed.shape[1] != labels.shape[1]:
-            raise ValueError(
-                "ids must have one prediction a token for return_loss,"
-                f" got {embed.shape[1]} predictions for {labels.shape[1]} tokens:"
-                " hierarchical_stride must be 1 for some hierarchy"
-            )
-        recon, hierarchical_ar = [], []
-
-        # gradients of weights are made here, and stay until backward: the largest come first, so
-        # that what it takes to make them is not on top of the others
-        parts = zip(embeds, self.levels, self.compressors, self.to_hierarchical_preds, strict=True)
-        for h, level, compressor, predict in reversed(list(parts)):
-            if level.compress == 1:
-                continue
-            if self.should_recon:
-                recon.append(compressor.recon(h, ids, plan, reduction="sum"))
-            if plan.reads(predict):
-                args = h, predict.weight, predict.bias
-                pair = plan.ops.hierarchical_ar_loss(*args, reduction="sum")
-            else:
-                pair = cosine_distance(predict(h)[:, :-1], h, reduction="sum")
-            hierarchical_ar.append(pair)
-        options = dict(ignore_index=self.ignore_index, reduction="sum")
-        if plan.reads(self.to_logits):
-            ce = plan.ops.linear_cross_entropy(embed, self.to_logits.weight, labels, **options)
-        else:
-            ce = cross_entropy(self.to_logits(embed), labels, **options)
-        return ce, recon[::-1], hierarchical_ar[::-1]
+    def combine(self, values: list[Tensor]) -> tuple[Tensor, tuple]:
+        loss, parts = losses.combine(self.terms, values)
+        none = values[0].new_zeros(())
+        kinds = NextToken, Reconstruction, HierarchicalAR
+        return loss, tuple(parts[kind].value if kind in parts else none for kind in kinds)

@@ -21,11 +21,16 @@ from shtx_kernels._products import matmul_precision as matmul_precision
 from shtx_kernels._products import narrow_copies as narrow_copies
 from shtx_kernels._products import narrow_weights as narrow_weights
 from shtx_kernels._products import product_dtype as product_dtype
+from shtx_kernels.reference import DISTANCES as DISTANCES
+from shtx_kernels.reference import chunk_means as chunk_means
 from shtx_kernels.reference import cosine_distance as cosine_distance
 from shtx_kernels.reference import cross_entropy as cross_entropy
 from shtx_kernels.reference import decode as reference_decode
+from shtx_kernels.reference import halves as halves
 from shtx_kernels.reference import hierarchical_cat as hierarchical_cat
+from shtx_kernels.reference import neighbours as neighbours
 from shtx_kernels.reference import rms_norm as rms_norm
+from shtx_kernels.reference import rollouts as rollouts
 from shtx_kernels.reference import token_shift as token_shift
 from shtx_kernels.reference import windows as windows
 

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
 from shtx.levels import integer
+from shtx.losses import means_of_columns
 from shtx.ops import FUSED, compile_ahead
 from shtx.parallel import Alone, Replicas, ranks_of, take_over, unwrap
 from shtx.plan import Layer, Plan, check_in_memory, is_sharded
@@ -191,7 +192,7 @@ class TrainStep:
     def _parameters(self) -> list[Parameter]:
         return list(self.model.parameters())
 
-    def __call__(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def __call__(self, ids: Tensor) -> tuple[Tensor, tuple]:
         """One step, of fresh gradients, which are gone after it.
 
         The first one compiles before, as `compile` does.
@@ -289,7 +290,7 @@ class TrainStep:
             if self.accumulate == 1 and type(self._ranks) is Alone:
                 loss, parts = self._module(ids, return_loss=True, **plan)
                 self._backward(loss)
-                return loss.detach(), tuple(part.detach() for part in parts)
+                return loss.detach(), tree_map(Tensor.detach, parts)
             counts = self._ranks.sum(self._core.loss_counts(ids))
             micros = ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate))
             totals = 0
@@ -305,12 +306,7 @@ class TrainStep:
     def _combine(self, losses: Tensor) -> tuple[Tensor, tuple]:
         """The loss and its parts, of the means of all losses."""
         core = self._core
-        compressed = sum(level.compress > 1 for level in core.levels)
-        kinds = losses.split((1, len(losses) - 1 - compressed, compressed))
-        ce, recon, hierarchical_ar = (kind.sum() for kind in kinds)
-        loss = ce + recon * core.recon_loss_weight
-        loss = loss + hierarchical_ar * core.hierarchical_ar_loss_weight
-        return loss, (ce, recon, hierarchical_ar)
+        return core.combine(means_of_columns(core.terms, losses))
 
     def _plan(self) -> dict[str, Plan]:
         """Plan once for all micro-batches, so that weights are cast once; what is compiled or

@@ -1,5 +1,6 @@
 """Model configurations that cover every pair of values of two factors."""
 
+from collections.abc import Callable
 from itertools import combinations
 from random import Random
 
@@ -66,13 +67,13 @@ def pairs(row: dict) -> set:
     return set(combinations(row.items(), 2))
 
 
-def covering_rows() -> list[tuple[dict, int, bool]]:
-    """(arguments, tokens, ablate): COUNT rows, or as many more as all pairs take."""
+def covering_rows(factors: dict, is_valid: Callable[[dict], bool], candidates: int) -> list[dict]:
+    """COUNT rows, or as many more as all pairs take that `candidates` random rows have."""
     random = Random(0)
     valid = []
-    while len(valid) < 2000:
-        row = {name: random.choice(values) for name, values in FACTORS.items()}
-        if build(row) is not None:
+    while len(valid) < candidates:
+        row = {name: random.choice(values) for name, values in factors.items()}
+        if is_valid(row):
             valid.append((row, pairs(row)))
     missing = set().union(*(covered for _, covered in valid))
     rows = []
@@ -81,7 +82,12 @@ def covering_rows() -> list[tuple[dict, int, bool]]:
         missing -= best[1]
         rows.append(best[0])
         valid.remove(best)
+    return rows
+
+
+def arguments_tokens_ablate() -> list[tuple[dict, int, bool]]:
+    rows = covering_rows(FACTORS, lambda row: build(row) is not None, 2000)
     return [(build(row), row["tokens"], row["ablate"]) for row in rows]
 
 
-ROWS = covering_rows()
+ROWS = arguments_tokens_ablate()

@@ -103,7 +103,7 @@ def launch_all(dtype: str):
     qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))
     classes, table = qkv.new_empty(3, 2, TOKENS, 8, 64), torch.empty(4096, 64)
     for back in (False, True):
-        library.rotate_classes(qkv, classes, table, 1, True, back)
+        library.rotate_classes(qkv, classes, table, 1, True, False, back)
         library.regroup(qkv[..., : 8 * 64], classes[0], 1, back)
 
 

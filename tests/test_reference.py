@@ -44,6 +44,19 @@ def test_rotary_attention(window, dilation, xpos):
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_interleaved_rotary_attention():
+    """Channels 2 c and 2 c + 1 are what c and c + E / 2 are otherwise."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 31, 3, 2, 6, dtype=torch.float64)
+    q, k, v = qkv.unbind(2)
+    order = [0, 2, 4, 1, 3, 5]
+    apart = torch.stack((q[..., order], k[..., order], v), dim=2)
+    options = dict(window=12, dilation=3, xpos=True)
+    out = reference.rotary_attention(qkv.flatten(2), 2, **options, interleaved=True)
+    assert torch.equal(out, reference.rotary_attention(apart.flatten(2), 2, **options))
+    assert torch.equal(reference.neighbours(reference.halves(q)), q)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_rotary_keeps_its_angles(dtype):
     """Far out, where angles in the dtype itself would be off by whole turns."""

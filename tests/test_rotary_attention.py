@@ -23,6 +23,7 @@ class Case(NamedTuple):
     dilation: int = 1
     xpos: bool = False
     scale: float | None = None
+    interleaved: bool = False
 
 
 CASES = [
@@ -49,6 +50,9 @@ CASES = [
     Case(1, 70, 1, 256, window=16),
     Case(1, 40, 2, 16, window=39),  # full, just
     Case(1, 40, 2, 16, window=38),  # not full, just
+    Case(1, 140, 2, 20, dilation=2, xpos=True, interleaved=True),
+    Case(2, 50, 1, 16, window=7, xpos=True, interleaved=True),
+    Case(1, 200, 1, 32, window=65, interleaved=True),
 ]
 FEW = [
     Case(2, 37, 2, 4, dilation=2, xpos=True),
@@ -270,7 +274,7 @@ def test_registration(shape, transposed):
     qkv = torch.randn(shape, device=DEVICE)
     qkv = qkv.transpose(0, 1) if transposed else qkv
     for window in (-1, 1):
-        options = 1, window, 2, True, 0.5
+        options = 1, window, 2, True, True, 0.5
         inputs = qkv, op.make_table(qkv, 4, 19)
         torch.library.opcheck(torch.ops.shtx.rotary_attention, (*inputs, *options))
         out, lse, _ = torch.ops.shtx.rotary_attention(*inputs, *options)
@@ -282,7 +286,7 @@ def test_registration(shape, transposed):
 @pytest.mark.parametrize("dilation", [1, 3])
 def test_registration_of_the_library(dilation):
     qkv = draw(Case(2, 1601, 2, 16), torch.bfloat16)
-    options = 2, -1, dilation, True, 0.25
+    options = 2, -1, dilation, True, False, 0.25
     table = op.make_table(qkv, 16, -(-1601 // dilation))
     torch.library.opcheck(torch.ops.shtx.rotary_attention, (qkv, table, *options))
     out, lse, rotated = torch.ops.shtx.rotary_attention(qkv, table, *options)
@@ -370,18 +374,21 @@ def test_full_attention_by_the_library(M, dilation, xpos, dtype):
 
 
 @pytest.mark.parametrize("M, dilation", [(64, 1), (131, 3)])
-@pytest.mark.parametrize("xpos", [False, True])
-def test_rotation_for_the_library(M, dilation, xpos):
+@pytest.mark.parametrize("xpos, interleaved", [(False, False), (True, False), (True, True)])
+def test_rotation_for_the_library(M, dilation, xpos, interleaved):
     """Scores are those of the reference, padding is zero, and `back` is the adjoint."""
     B, H, E, dtype = 2, 2, 16, torch.float64
     n = -(-M // dilation)
     qkv = draw(Case(B, M, H, E), dtype)
     table = op.make_table(qkv, E, n)
     classes = torch.full((3, B * dilation, n, H, E), float("nan"), dtype=dtype, device=DEVICE)
-    library.rotate_classes(qkv, classes, table, dilation, xpos, back=False)
+    options = table, dilation, xpos, interleaved
+    library.rotate_classes(qkv, classes, *options, back=False)
 
     by_class = "b (n a) (qkv h e) -> qkv (b a) n h e"
     q, k, v = rearrange(pad(qkv, (0, 0, 0, -M % dilation)), by_class, qkv=3, h=H, a=dilation)
+    if interleaved:
+        q, k = reference.halves(q), reference.halves(k)
     cos, sin, decay = (t[:, None] for t in reference._rotation(n, E, xpos, qkv))
     q, k = reference._rotate(q, cos, sin, decay), reference._rotate(k, cos, sin, 1 / decay)
     score = lambda q, k: torch.einsum("bihe,bjhe->bhij", q, k)
@@ -392,7 +399,7 @@ def test_rotation_for_the_library(M, dilation, xpos):
 
     d = torch.randn_like(classes)
     back = torch.full_like(qkv, float("nan"))
-    library.rotate_classes(back, d, table, dilation, xpos, back=True)
+    library.rotate_classes(back, d, *options, back=True)
     torch.testing.assert_close((classes * d).sum(), (qkv * back).sum(), rtol=1e-10, atol=0)
 
 

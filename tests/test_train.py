@@ -459,16 +459,42 @@ def test_settings_survive_json():
         assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_model_has_every_argument_of_the_transformer():
-    accepted = inspect.signature(HierarchicalTransformer.__init__).parameters.keys()
-    given = PRESETS["cpu"].model.arguments().keys()
-    assert accepted - given == {"self", "use_flash_attn", "impl"}
-    assert given <= accepted
+@pytest.mark.parametrize("objective", ["hierarchical-ar", "next-latent"])
+def test_model_has_every_argument_of_the_transformer(objective):
+    model = replace(PRESETS["cpu"].model, objective=objective)
+    accepted = inspect.signature(model.kind.__init__).parameters
+    given = model.arguments().keys()
+    assert accepted.keys() - given <= {"self", "use_flash_attn", "impl", "chunk_summarizers"}
+    assert given <= accepted.keys()
     defaults = {f.name: f.default for f in Model.__dataclass_fields__.values()}
-    for name, parameter in inspect.signature(HierarchicalTransformer.__init__).parameters.items():
+    for name, parameter in accepted.items():
         if name in defaults and name not in ("dim", "depth", "seq_len", "hierarchies"):
             ours = defaults[name]
             assert (ours[0] if isinstance(ours, tuple) else ours) == parameter.default, name
+
+
+def test_objective_of_nothing_weighs_nothing():
+    model = replace(PRESETS["cpu"].model, objective="none")
+    assert model.arguments()["hierarchical_ar_loss_weight"] == 0
+    assert model.kind is HierarchicalTransformer
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--num-rollouts", "2"],
+            "--num-rollouts has no effect with --objective hierarchical-ar: it takes next-latent",
+        ),
+        (
+            ["--objective", "none", "--hierarchical-ar-loss-weight", "0.5"],
+            "--hierarchical-ar-loss-weight has no effect with --objective none: it takes hier",
+        ),
+    ],
+)
+def test_settings_of_another_objective(arguments, message):
+    with pytest.raises(TrainError, match=message):
+        parse(["--preset", "cpu", *arguments])
 
 
 def test_metrics_drop_later_rows(tmp_path):

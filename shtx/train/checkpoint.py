@@ -154,16 +154,17 @@ def _load(path: Path) -> Checkpoint:
         path=path,
         step=step,
         config=config,
-        weights=_decode(path / FILES[0], lambda: safetensors.torch.load(weights)),
-        state=_decode(path / FILES[1], state),
+        weights=decode(path / FILES[0], lambda: safetensors.torch.load(weights)),
+        state=decode(path / FILES[1], state),
     )
 
 
-def _decode(file: Path, decode: Callable[[], dict]) -> dict:
+def decode(file: Path, read: Callable[[], dict]) -> dict:
+    """What `read` makes of the content of a file; a TrainError that names the file if it cannot."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols
-            value = decode()
+            value = read()
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:

@@ -1,6 +1,7 @@
 """The settings of a run: flags over a preset, or over the settings of the run that is resumed."""
 
 import argparse
+import inspect
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -12,7 +13,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import torch
 import tyro
 
-from shtx import __version__
+from shtx import HierarchicalTransformer, __version__
+from shtx.model import Trunk
+from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
 from shtx.train.home import RUN, origin, settings
@@ -33,6 +36,7 @@ Examples:
   shtx train --data enwik8.zip --steps 20000 --out runs/enwik8
   shtx train --preset gpu --precision bf16-mixed --batch-size 4
   shtx train --hierarchies 1 2 8 --hierarchical-stride 1 2 8 --window-sizes 32 64 None
+  shtx train --objective next-latent --num-rollouts 2
   shtx train --resume runs/enwik8 --steps 40000
   torchrun --nproc-per-node 8 -m shtx train --batch-size 64
 """
@@ -68,15 +72,56 @@ class Model:
     """Predict from all levels side by side."""
     recon_loss_weight: float = 0.1
     """Of the loss that reconstructs the bytes of a level token; 0 leaves it out."""
+    objective: Literal["hierarchical-ar", "next-latent", "none"] = "hierarchical-ar"
+    """What levels learn besides the next byte and its reconstruction: to predict their next token
+    (upstream 0.2.0), to foretell their latents (upstream 0.4.0, with the flags from
+    --next-latent-loss-weight on), or nothing."""
     hierarchical_ar_loss_weight: float = 0.25
     """Of the loss that predicts the next token of a level."""
+    next_latent_loss_weight: tuple[float, ...] = (0.25,)
+    """Of the loss of foretold latents; a level of weight 0 is left out."""
+    next_latent_loss_type: Literal["mse_and_cosine_sim", "mse", "smooth_l1"] = "mse_and_cosine_sim"
+    """How far a foretold latent is from the one that came."""
+    num_rollouts: int = 1
+    """How many latents are foretold, one after the other."""
+    detach_summaries: bool = True
+    """Whether what tells of the next bytes does not train their embeddings."""
+    dynamics_hidden_dim: int | None = None
+    """Inner width of the dynamics; None: that of the level."""
+    dynamics_num_layers: int = 3
+    """Linear layers of the dynamics."""
+    dynamic_rollout_loss_weight: bool = True
+    """Weigh what is foretold after a bad guess less."""
+    dynamic_loss_decay: float = 1.0
+    """How much less."""
+    rollout_weights: tuple[float, ...] | None = None
+    """One for each of --num-rollouts; None: all alike."""
+
+    @property
+    def kind(self) -> type[Trunk]:
+        """The model that has this objective."""
+        return NextLatentTransformer if self.objective == "next-latent" else HierarchicalTransformer
 
     def arguments(self) -> dict:
-        """As HierarchicalTransformer takes them, for bytes."""
+        """As `kind` takes them, for bytes."""
         given = {
-            k: v[0] if isinstance(v, tuple) and len(v) == 1 else v for k, v in asdict(self).items()
+            k: v[0] if isinstance(v, tuple) and len(v) == 1 and k != "rollout_weights" else v
+            for k, v in asdict(self).items()
+            if k in self._taken()
         }
+        if self.objective == "none":
+            given["hierarchical_ar_loss_weight"] = 0.0
         return dict(num_tokens=256, ignore_index=-1, **given)  # -1: no byte is left out
+
+    def without_effect(self) -> list[str]:
+        """Settings that are not at their default, and that the objective has no use for."""
+        known = self._taken() | {"objective"}
+        others = (f for f in fields(self) if f.name not in known)
+        return [f.name for f in others if getattr(self, f.name) != f.default]
+
+    def _taken(self) -> set[str]:
+        taken = set(inspect.signature(self.kind.__init__).parameters)
+        return taken - {"hierarchical_ar_loss_weight"} if self.objective == "none" else taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +193,11 @@ class Config:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.precision == "fp16-mixed" and self.shard != "none":
             raise TrainError(f"--shard must be none for fp16-mixed, got {self.shard}")
+        if idle := self.model.without_effect():
+            raise TrainError(
+                f"{flag(idle[0])} has no effect with --objective {self.model.objective}:"
+                f" it takes {'hierarchical-ar' if 'hierarchical' in idle[0] else 'next-latent'}"
+            )
         if self.model.depth > MAX_DEPTH:
             raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shtx import HierarchicalTransformer, __version__, ops
+from shtx import __version__, ops
+from shtx.model import Trunk
 from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint, set_aside
 from shtx.train.config import PRESETS, Config, look, of, parse
@@ -70,7 +71,7 @@ def run(
     config: Config,
     checkpoint: Checkpoint | None,
     home: Home | None,
-    model: HierarchicalTransformer,
+    model: Trunk,
     rank: int,
     world: int,
 ) -> int:
@@ -180,7 +181,7 @@ def open_run(
     config: Config,
     checkpoint: Checkpoint | None,
     home: Home,
-    model: HierarchicalTransformer,
+    model: Trunk,
     display: Display,
 ) -> Corpus:
     """The data of a run, whose directory from here on is `home`."""
@@ -211,7 +212,7 @@ def open_run(
     return corpus
 
 
-def summary(config: Config, model: HierarchicalTransformer, world: int) -> str:
+def summary(config: Config, model: Trunk, world: int) -> str:
     device = model.device
     name = (
         torch.cuda.get_device_name(device)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shtx import HierarchicalTransformer, TrainStep
+from shtx import TrainStep
+from shtx.model import Trunk
 from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint, load
 from shtx.train.config import Config, of
@@ -26,7 +27,7 @@ MINIMUM = 0.02  # of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes
 
 
-def build(config: Config, device: torch.device, copies: int = 1) -> HierarchicalTransformer:
+def build(config: Config, device: torch.device, copies: int = 1) -> Trunk:
     """The model of the settings, with the initial weights of their seed.
 
     Args:
@@ -38,7 +39,7 @@ def build(config: Config, device: torch.device, copies: int = 1) -> Hierarchical
         TrainError: there is no such model, or it cannot fit.
     """
     torch.manual_seed(config.seed)
-    make = lambda: HierarchicalTransformer(impl=config.impl, **config.model.arguments())
+    make = lambda: config.model.kind(impl=config.impl, **config.model.arguments())
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again
@@ -58,7 +59,7 @@ def build(config: Config, device: torch.device, copies: int = 1) -> Hierarchical
     return model.to(device)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[HierarchicalTransformer, Checkpoint]:
+def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
     """The model of a checkpoint, with impl="auto", and the checkpoint.
 
     Args:
@@ -85,7 +86,7 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def refuse_untrainable(model: HierarchicalTransformer) -> None:
+def refuse_untrainable(model: Trunk) -> None:
     """Raise a TrainError for a model that has no prediction for every byte."""
     levels = (
         model.levels
@@ -128,7 +129,7 @@ class Trainer:
         self,
         config: Config,
         corpus: Corpus,
-        model: HierarchicalTransformer,
+        model: Trunk,
         rank: int = 0,
         world: int = 1,
     ):

@@ -3,9 +3,10 @@ anywhere. The ops of generating a token are in `decode`.
 
 Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C compression, V
 vocabulary. Half precision is accumulated in fp32, fp64 in fp64. Semantics are those of
-simple-hierarchical-transformer 0.2.0.
+simple-hierarchical-transformer 0.2.0, and of 0.4.0 where that one alone has something.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -17,12 +18,14 @@ from torch.autograd.graph import get_gradient_edge
 
 __all__ = [
     "causal_compress",
+    "chunk_summary",
     "feed_forward",
     "hierarchical_ar_loss",
     "hierarchical_cat",
     "hierarchical_merge",
     "linear",
     "linear_cross_entropy",
+    "next_latent_loss",
     "norm_token_shift",
     "reconstruction_loss",
     "rotary_attention",
@@ -96,6 +99,18 @@ def _rotation(
 def _rotate(t: Tensor, cos: Tensor, sin: Tensor, decay: Tensor) -> Tensor:
     x, y = t.chunk(2, dim=-1)
     return cat(((x * cos - y * sin) * decay, (y * cos + x * sin) * decay), dim=-1)
+
+
+def halves(t: Tensor) -> Tensor:
+    """Channels (..., E) of which neighbours are pairs, as rotary has them: the first of all pairs,
+    then the second.
+    """
+    return t.unflatten(-1, (-1, 2)).mT.flatten(-2)
+
+
+def neighbours(t: Tensor) -> Tensor:
+    """What `halves` has taken apart, (..., E)."""
+    return t.unflatten(-1, (2, -1)).mT.flatten(-2)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float):
@@ -194,9 +209,13 @@ def rotary_attention(
     window: int | None = None,
     dilation: int = 1,
     xpos: bool = False,
+    interleaved: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, M, 3 H E) to (B, M, H E): causal attention within each residue class mod `dilation`."""
+    """(B, M, 3 H E) to (B, M, H E): causal attention within each residue class mod `dilation`.
+
+    Rotary pairs channels c and c + E / 2, or if interleaved 2 c and 2 c + 1.
+    """
     M = qkv.shape[1]
     dilation = min(dilation, max(1, M))
     q, k, v = rearrange(
@@ -206,6 +225,8 @@ def rotary_attention(
         a=dilation,
         h=heads,
     )
+    if interleaved:
+        q, k = halves(q), halves(k)
     n, E = q.shape[-2:]
     scale = E**-0.5 if scale is None else scale
     dtype = qkv.dtype
@@ -365,3 +386,118 @@ def cosine_distance(
     cosine = (predicted * F.normalize(_widen(h[:, 1:]), dim=-1)).sum(dim=-1)
     count = torch.full((), cosine.numel(), device=h.device)
     return _reduce((1 - cosine).sum(), count, reduction)
+
+
+# next latents
+
+
+def chunk_means(x: Tensor, compress: int, stride: int) -> Tensor:
+    """(B, M, D) of x (B, N, D): the mean of up to C tokens, ending where the level token does."""
+    if compress == 1:
+        return x
+    x = F.pad(x, (0, 0, compress - 1, 0)).unfold(1, compress, stride)
+    ends = arange(x.shape[1], device=x.device) * stride
+    return x.sum(dim=-1) / (ends + 1).clamp(max=compress)[:, None]
+
+
+def chunk_summary(
+    ids: Tensor,
+    embedding: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    compress: int,
+    stride: int,
+) -> Tensor:
+    """The mean embedding of every level token's chunk, or a linear layer of it: (B, M, d).
+
+    ids (B, N), embedding (V, D), weight (d, D), bias (d,)
+    """
+    x = chunk_means(F.embedding(ids, embedding), compress, stride)
+    return x if weight is None else F.linear(x, weight, bias)
+
+
+def next_latent_loss(
+    h: Tensor,
+    summaries: Tensor,
+    valid: Tensor,
+    norm: tuple[Tensor, Tensor],
+    layers: list[tuple[Tensor, Tensor]],
+    steps: Tensor,
+    *,
+    distance: str = "mse_and_cosine_sim",
+    decay: float | None = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`rollouts` of z + mlp(layer_norm([z ; summary])): sums and counts (R,).
+
+    h, summaries (B, M, d), valid (B, M); gamma and beta (2 d,) of the norm; weight and bias of each
+    layer of the MLP, which has GELUs in between.
+    """
+    gamma, beta = norm
+
+    def advance(summary: Tensor, z: Tensor) -> Tensor:
+        x = cat((z, _widen(summary)), dim=-1)
+        x = F.layer_norm(x, x.shape[-1:], gamma.to(x), beta.to(x), eps=1e-5).to(h.dtype)
+        for i, layer in enumerate(layers):
+            x = F.linear(F.gelu(x) if i else x, *layer)
+        return z + x
+
+    return rollouts(h, summaries, valid, advance, DISTANCES[distance], steps, decay)
+
+
+def _mse(z: Tensor, y: Tensor) -> Tensor:
+    return (z - y).square().mean(dim=-1)
+
+
+def _mse_and_cosine(z: Tensor, y: Tensor) -> Tensor:
+    return 0.1 * _mse(z, y) + 0.9 * (1 - F.cosine_similarity(z, y, dim=-1, eps=1e-8))
+
+
+def _smooth_l1(z: Tensor, y: Tensor) -> Tensor:
+    return F.smooth_l1_loss(z, y, reduction="none").mean(dim=-1)
+
+
+DISTANCES = dict(mse_and_cosine_sim=_mse_and_cosine, mse=_mse, smooth_l1=_smooth_l1)
+
+
+def rollouts(
+    h: Tensor,
+    summaries: Tensor,
+    valid: Tensor,
+    advance: Callable[[Tensor, Tensor], Tensor],
+    distance: Callable[[Tensor, Tensor], Tensor],
+    steps: Tensor,
+    decay: float | None,
+) -> tuple[Tensor, Tensor]:
+    """How far latents are from those of h that they foretell, 1 to R tokens ahead, NextLat.
+
+    z_0 = h[t], z_r = advance(summaries[t + r], z_(r - 1)), and where valid[t + r], row t of step r
+    adds steps[r] exp(-decay (row losses of the steps before)) distance(z_r, h[t + r]).
+    Gradients reach h through z alone. All steps have the same t, those with R tokens after them.
+
+    Args:
+        h, summaries: (B, M, d).
+        valid: (B, M) bool.
+        advance: of summaries and latents (B, K, d), to latents.
+        distance: of latents and what they foretell, to (B, K).
+        steps: (R,) weights.
+        decay: None: rows keep their weight.
+
+    Returns:
+        sums and counts (R,), one of each step.
+    """
+    h, R = _widen(h), len(steps)
+    K = max(0, h.shape[1] - R)
+    z, targets = h[:, :K], h.detach()
+    past, sums, counts = 0, [], []
+    for r in range(1, R + 1):
+        ahead = slice(r, r + K)
+        z = advance(summaries[:, ahead], z)
+        rows = _widen(distance(z, targets[:, ahead]))
+        weighted = rows * steps[r - 1].to(rows)
+        if decay is not None:
+            weighted = weighted if r == 1 else weighted * (-decay * past).exp()
+            past = past + rows.detach()
+        sums.append(weighted.masked_fill(~valid[:, ahead], 0).sum())
+        counts.append(valid[:, ahead].sum())
+    return torch.stack(sums), torch.stack(counts)

@@ -1,7 +1,8 @@
 """Rotary embedding and causal attention, from packed qkv to packed heads.
 
     token p = r + dilation i is number i of residue class r; a class is a sequence of its own
-    q'_i = R(i) q_i, k'_j = R(j) k_j: channels (c, c + E/2) turn by the angle i 10000^(-2c/E)
+    q'_i = R(i) q_i, k'_j = R(j) k_j: channels (c, c + E/2) turn by the angle i 10000^(-2c/E),
+           or, interleaved, channels (2c, 2c + 1)
     xpos:  q'_i *= z^(i/512), k'_j *= z^(-j/512), z_c = (2c + 0.4 E) / (1.4 E)
     out_i = sum_j softmax_j(scale q'_i k'_j) v_j   over i - window <= j <= i
 
@@ -80,18 +81,20 @@ def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
 
 
 @lru_cache(KINDS)
-def _kernel_of(kernel, dtype, heads, E, window, dilation, xpos: bool, precision: str, **config):
+def _kernel_of(
+    kernel, dtype, heads, E, window, dilation, xpos: bool, near: bool, precision: str, **config
+):
     return Kernel(
-        kernel, DILATION=dilation, H=heads, E=E, WINDOW=window, XPOS=int(xpos),
+        kernel, DILATION=dilation, H=heads, E=E, WINDOW=window, XPOS=int(xpos), NEAR=near,
         ACC=accumulator(dtype), IP=precision, BLOCK_C=max(8, next_power_of_2(E // 2)),
         BLOCK_E=max(16, next_power_of_2(E)), **config,
     )  # fmt: skip
 
 
-def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, scale):
+def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, interleaved, scale):
     B, M, E, n = _sizes(qkv, heads, dilation)
     if library.takes(qkv, E, window, n, xpos):
-        return library.forward(qkv, table, heads, dilation, xpos, scale)
+        return library.forward(qkv, table, heads, dilation, xpos, interleaved, scale)
     out = qkv.new_empty(B, M, heads * E)
     lse = qkv.new_empty(B, heads, dilation, n, dtype=sum_dtype(qkv.dtype))
     if not out.numel():
@@ -103,7 +106,7 @@ def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, scale):
     else:
         config = tiles.forward(*sizes) | dict(SHORT=0 < window <= tiles.SHORT)
         kernel, rows = _rotary_attention_fwd_kernel, config["BLOCK_M"]
-    options = qkv.dtype, heads, E, window, dilation, xpos, matmul_precision()
+    options = qkv.dtype, heads, E, window, dilation, xpos, interleaved, matmul_precision()
     count = cdiv(n, rows)
     numbers = *qkv.stride()[:2], M, n, count, factor
     grid = (B * heads * dilation * count,)
@@ -111,14 +114,16 @@ def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, scale):
     return out, lse, []
 
 
-def _rotary_attention_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, scale):
+def _rotary_attention_bwd(
+    saved, table, out, lse, dout, heads, window, dilation, xpos, interleaved, scale
+):
     if saved.ndim == 5:
-        return library.backward(saved, table, out, lse, dout, dilation, xpos, scale)
+        return library.backward(saved, table, out, lse, dout, dilation, xpos, interleaved, scale)
     B, M, E, n = _sizes(saved, heads, dilation)
     dqkv = saved.new_empty(B, M, 3 * heads * E)
     if not dqkv.numel():
         return dqkv
-    options = saved.dtype, heads, E, window, dilation, xpos, matmul_precision()
+    options = saved.dtype, heads, E, window, dilation, xpos, interleaved, matmul_precision()
     tensors = saved, table, out, lse, dout, dqkv
     strides = *saved.stride()[:2], *dout.stride()[:2]
 
@@ -137,7 +142,7 @@ def _rotary_attention_bwd(saved, table, out, lse, dout, heads, window, dilation,
     return dqkv
 
 
-def _fake_fwd(qkv, table, heads, window, dilation, xpos, scale):
+def _fake_fwd(qkv, table, heads, window, dilation, xpos, interleaved, scale):
     B, M, E, n = _sizes(qkv, heads, dilation)
     acc = sum_dtype(qkv.dtype)
     out = qkv.new_empty(B, M, heads * E)
@@ -147,7 +152,7 @@ def _fake_fwd(qkv, table, heads, window, dilation, xpos, scale):
     return out, qkv.new_empty(B, heads, dilation, n, dtype=acc), []
 
 
-def _fake_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, scale):
+def _fake_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, interleaved, scale):
     return out.new_empty(*out.shape[:2], 3 * out.shape[2])
 
 
@@ -159,7 +164,7 @@ def _product_flops(out, window, dilation) -> int:
     return 2 * B * dilation * K * pairs
 
 
-OPTIONS = "int heads, int window, int dilation, bool xpos, float scale"
+OPTIONS = "int heads, int window, int dilation, bool xpos, bool interleaved, float scale"
 _forward = register(
     "rotary_attention",
     f"(Tensor qkv, Tensor table, {OPTIONS}) -> (Tensor, Tensor, Tensor[])",
@@ -194,7 +199,7 @@ class _RotaryAttention(torch.autograd.Function):
         # the gradient of a sum is expanded, its last dimension too
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         dqkv = _backward(*ctx.saved_tensors, dout, *ctx.options)
-        return dqkv, *[None] * 6
+        return dqkv, *[None] * 7
 
 
 def rotary_attention(
@@ -204,6 +209,7 @@ def rotary_attention(
     window: int | None = None,
     dilation: int = 1,
     xpos: bool = False,
+    interleaved: bool = False,
     scale: float | None = None,
 ) -> Tensor:
     """Causal attention of rotated queries to rotated keys, from the product for q, k and v.
@@ -216,6 +222,7 @@ def rotary_attention(
         dilation: a token attends only to tokens whose distance from it is a multiple of this;
             positions and window count those tokens alone.
         xpos: whether dot products decay with the distance (scale base 512).
+        interleaved: whether rotary pairs channels 2 c and 2 c + 1, rather than c and c + E / 2.
         scale: of the dot products, positive; E ** -0.5 by default.
 
     Returns:
@@ -255,4 +262,4 @@ def rotary_attention(
     window = -1 if window is None or window >= n - 1 else window
     scale = E**-0.5 if scale is None else float(scale)
     table = make_table(qkv, E, n)
-    return apply(_RotaryAttention, qkv, table, heads, window, dilation, xpos, scale)
+    return apply(_RotaryAttention, qkv, table, heads, window, dilation, xpos, interleaved, scale)

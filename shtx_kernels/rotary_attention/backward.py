@@ -22,6 +22,7 @@ from .forward import (
     program,
     rotate,
     rotated,
+    store_halves,
     store_rows,
 )  # fmt: skip
 
@@ -56,22 +57,24 @@ def scores(
 
 
 @triton.jit
-def store_rotated_back(ptr, stride, first, local, n, d, cos, sin, cols, E: tl.constexpr):
+def store_rotated_back(
+    ptr, stride, first, local, n, d, cos, sin, cols, E: tl.constexpr, NEAR: tl.constexpr
+):
     """The gradient of what load_rotated loads, from that of what it returns."""
     a, b = tl.split(tl.reshape(d, (d.shape[0], d.shape[1] // 2, 2)))
     a, b = rotate(a, b, cos, -sin)
-    store_rows(ptr, stride, first, local, n, cols, E // 2, a)
-    store_rows(ptr + E // 2, stride, first, local, n, cols, E // 2, b)
+    store_halves(ptr, stride, first, local, n, a, b, cols, E, NEAR)
 
 
 @triton.jit
 def add_queries(
     dk, dv, k, v, offs_j, i0, local, n, q_ptr, out_ptr, dout_ptr, lse_ptr,
     stride, stride_o, stride_do, cos, sin, offs_c, offs_e,
-    E: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, IP: tl.constexpr,
+    E: tl.constexpr, NEAR: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the keys of a tile, past the queries from i0 on."""
-    q = load_rotated(q_ptr, stride, i0, local, n, cos, sin, offs_c, E, False)
+    q = load_rotated(q_ptr, stride, i0, local, n, cos, sin, offs_c, E, NEAR, False)
     dout, lse, delta = load_outputs(
         out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, i0, local, n, offs_e, E
     )
@@ -84,11 +87,11 @@ def add_queries(
 @triton.jit
 def add_halo(
     dq, q, dout, lse, delta, offs_i, j0, local, n, k_ptr, v_ptr, stride, cos, sin, offs_c, offs_e,
-    E: tl.constexpr, WINDOW: tl.constexpr, IP: tl.constexpr,
+    E: tl.constexpr, NEAR: tl.constexpr, WINDOW: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries of a tile, past keys before it. Scores are [queries, keys]: a
     product of Hopper's has 64 rows, and the keys are fewer."""
-    k = load_rotated(k_ptr, stride, j0, local, n, cos, sin, offs_c, E, False)
+    k = load_rotated(k_ptr, stride, j0, local, n, cos, sin, offs_c, E, NEAR, False)
     v = load_rows(v_ptr, stride, j0, local, n, offs_e, E, False)
     offs_j = j0 + local
     offs_j = tl.where(offs_j >= 0, offs_j, -WINDOW - 1)  # nobody sees what is left of the start
@@ -106,7 +109,7 @@ def _rotary_attention_bwd_tile_kernel(
     stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, scale,
     DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
-    ACC: tl.constexpr, IP: tl.constexpr,
+    NEAR: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
@@ -125,11 +128,11 @@ def _rotary_attention_bwd_tile_kernel(
     dqkv_ptr += (pid_b * M + r) * 3 * K + h * E
     lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
 
-    qa, qb = load_halves(qkv_ptr, stride, t0, local, n, offs_c, E, False)
+    qa, qb = load_halves(qkv_ptr, stride, t0, local, n, offs_c, E, NEAR, False)
     dout, lse, delta = load_outputs(
         out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, t0, local, n, offs_e, E
     )
-    ka, kb = load_halves(k_ptr, stride, t0, local, n, offs_c, E, False)
+    ka, kb = load_halves(k_ptr, stride, t0, local, n, offs_c, E, NEAR, False)
     v = load_rows(v_ptr, stride, t0, local, n, offs_e, E, False)
     c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale, HALF, XPOS, False)
     q = rotated(qa, qb, c, s)
@@ -140,12 +143,12 @@ def _rotary_attention_bwd_tile_kernel(
         c, s = angles(table_ptr, start + near, 0, offs_c, scale, HALF, -XPOS, False)
         dq = add_halo(
             dq, q, dout, lse, delta, offs, t0 - BEFORE + start, near, n, k_ptr, v_ptr, stride,
-            c, s, offs_c, offs_e, E, WINDOW, IP,
+            c, s, offs_c, offs_e, E, NEAR, WINDOW, IP,
         )  # fmt: skip
     p, ds = scores(q, dout, lse, delta, k, v, offs, offs, INNER, True, IP)
     dq = dot(tl.trans(ds), k, dq, ACC, IP)
     c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale * LN2, HALF, XPOS, False)
-    store_rotated_back(dqkv_ptr, 3 * stride_o, t0, local, n, dq, c, s, offs_c, E)
+    store_rotated_back(dqkv_ptr, 3 * stride_o, t0, local, n, dq, c, s, offs_c, E, NEAR)
 
     dv = dot(p, dout, None, ACC, IP)
     dk = dot(ds, q, None, ACC, IP)
@@ -153,11 +156,11 @@ def _rotary_attention_bwd_tile_kernel(
         c, s = angles(table_ptr, start + near, 0, offs_c, scale, HALF, XPOS, False)
         dk, dv = add_queries(
             dk, dv, k, v, offs, t0 - BEFORE + start, near, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
-            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, WINDOW, False, IP,
+            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, NEAR, WINDOW, False, IP,
         )  # fmt: skip
     store_rows(dqkv_ptr + 2 * K, 3 * stride_o, t0, local, n, offs_e, E, dv)
     c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale * LN2, HALF, -XPOS, False)
-    store_rotated_back(dqkv_ptr + K, 3 * stride_o, t0, local, n, dk, c, s, offs_c, E)
+    store_rotated_back(dqkv_ptr + K, 3 * stride_o, t0, local, n, dk, c, s, offs_c, E, NEAR)
 
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
@@ -166,7 +169,7 @@ def _rotary_attention_bwd_dkdv_kernel(
     stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, scale,
     DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
-    ACC: tl.constexpr, IP: tl.constexpr,
+    NEAR: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
@@ -183,7 +186,7 @@ def _rotary_attention_bwd_dkdv_kernel(
     lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
 
     c, s = angles(table_ptr, local, 0, offs_c, scale, HALF, -XPOS, False)
-    k = load_rotated(qkv_ptr + K, stride, j0, local, n, c, s, offs_c, E, False)
+    k = load_rotated(qkv_ptr + K, stride, j0, local, n, c, s, offs_c, E, NEAR, False)
     v = load_rows(qkv_ptr + 2 * K, stride, j0, local, n, offs_e, E, False)
     dk, dv = tl.zeros([BLOCK_N, 2 * BLOCK_C], ACC), tl.zeros([BLOCK_N, BLOCK_E], ACC)
     first = j0 // BLOCK_M * BLOCK_M
@@ -198,17 +201,17 @@ def _rotary_attention_bwd_dkdv_kernel(
         c, s = angles(table_ptr, local_i, i0 - j0, offs_c, 1.0, HALF, XPOS, True)
         dk, dv = add_queries(
             dk, dv, k, v, offs_j, i0, local_i, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
-            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, WINDOW, True, IP,
+            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, NEAR, WINDOW, True, IP,
         )  # fmt: skip
     for i0 in range(whole, last, BLOCK_M):
         c, s = angles(table_ptr, local_i, i0 - j0, offs_c, 1.0, HALF, XPOS, True)
         dk, dv = add_queries(
             dk, dv, k, v, offs_j, i0, local_i, n, qkv_ptr, out_ptr, dout_ptr, lse_ptr,
-            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, WINDOW, False, IP,
+            stride, stride_o, stride_do, c, s, offs_c, offs_e, E, NEAR, WINDOW, False, IP,
         )  # fmt: skip
 
     c, s = angles(table_ptr, local, 0, offs_c, scale * LN2, HALF, -XPOS, False)
-    store_rotated_back(dqkv_ptr + K, 3 * stride_o, j0, local, n, dk, c, s, offs_c, E)
+    store_rotated_back(dqkv_ptr + K, 3 * stride_o, j0, local, n, dk, c, s, offs_c, E, NEAR)
     store_rows(dqkv_ptr + 2 * K, 3 * stride_o, j0, local, n, offs_e, E, dv)
 
 
@@ -216,13 +219,13 @@ def _rotary_attention_bwd_dkdv_kernel(
 def add_keys(
     dq, q, dout, lse, delta, i0, j0, offs_i, n, k_ptr, v_ptr, stride, table_ptr,
     offs_c, offs_e, scale,
-    E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr, CAUSAL: tl.constexpr,
-    IP: tl.constexpr, BLOCK_N: tl.constexpr,
+    E: tl.constexpr, NEAR: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
+    CAUSAL: tl.constexpr, IP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries of the tile at i0, past the keys from j0 on."""
     local = tl.arange(0, BLOCK_N)
     c, s = angles(table_ptr, local, j0 - i0, offs_c, scale, E // 2, -XPOS, True)
-    k = load_rotated(k_ptr, stride, j0, local, n, c, s, offs_c, E, not CAUSAL)
+    k = load_rotated(k_ptr, stride, j0, local, n, c, s, offs_c, E, NEAR, not CAUSAL)
     v = load_rows(v_ptr, stride, j0, local, n, offs_e, E, not CAUSAL)
     _, ds = scores(q, dout, lse, delta, k, v, offs_i, j0 + local, WINDOW, CAUSAL, IP)
     return dot(tl.trans(ds), k, dq, dq.dtype, IP)
@@ -234,7 +237,7 @@ def _rotary_attention_bwd_dq_kernel(
     stride_b, stride_m, stride_dob, stride_dom, M, n_max, tiles, scale,
     DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
-    ACC: tl.constexpr, IP: tl.constexpr,
+    NEAR: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
@@ -251,7 +254,7 @@ def _rotary_attention_bwd_dq_kernel(
     lse_ptr += ((pid_b * H + h) * DILATION + r) * n_max
 
     c, s = angles(table_ptr, local, 0, offs_c, 1.0, HALF, XPOS, False)
-    q = load_rotated(qkv_ptr, stride, i0, local, n, c, s, offs_c, E, False)
+    q = load_rotated(qkv_ptr, stride, i0, local, n, c, s, offs_c, E, NEAR, False)
     dout, lse, delta = load_outputs(
         out_ptr, dout_ptr, lse_ptr, stride_o, stride_do, i0, local, n, offs_e, E
     )
@@ -264,13 +267,13 @@ def _rotary_attention_bwd_dq_kernel(
     for j0 in range(first, whole, BLOCK_N):
         dq = add_keys(
             dq, q, dout, lse, delta, i0, j0, offs_i, n, k_ptr, v_ptr, stride,
-            table_ptr, offs_c, offs_e, scale, E, WINDOW, XPOS, False, IP, BLOCK_N,
+            table_ptr, offs_c, offs_e, scale, E, NEAR, WINDOW, XPOS, False, IP, BLOCK_N,
         )  # fmt: skip
     for j0 in range(whole, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
         dq = add_keys(
             dq, q, dout, lse, delta, i0, j0, offs_i, n, k_ptr, v_ptr, stride,
-            table_ptr, offs_c, offs_e, scale, E, WINDOW, XPOS, True, IP, BLOCK_N,
+            table_ptr, offs_c, offs_e, scale, E, NEAR, WINDOW, XPOS, True, IP, BLOCK_N,
         )  # fmt: skip
 
     c, s = angles(table_ptr, local, 0, offs_c, LN2, HALF, XPOS, False)
-    store_rotated_back(dqkv_ptr, 3 * stride_o, i0, local, n, dq, c, s, offs_c, E)
+    store_rotated_back(dqkv_ptr, 3 * stride_o, i0, local, n, dq, c, s, offs_c, E, NEAR)

@@ -58,6 +58,18 @@ def store_rows(ptr, stride, first, local, n, cols, COLS: tl.constexpr, value):
 
 
 @triton.jit
+def store_halves(ptr, stride, first, local, n, a, b, cols, E: tl.constexpr, NEAR: tl.constexpr):
+    """To where load_halves loads them from."""
+    if NEAR:
+        rows = tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
+        offs = tl.arange(0, 2 * cols.shape[0])
+        store_rows(ptr, stride, first, local, n, offs, E, rows)
+    else:
+        store_rows(ptr, stride, first, local, n, cols, E // 2, a)
+        store_rows(ptr + E // 2, stride, first, local, n, cols, E // 2, b)
+
+
+@triton.jit
 def table_row(table_ptr, row, cols, HALF: tl.constexpr):
     """Both halves of rows [.., 1] of the table [.., BLOCK_C]."""
     ptrs = table_ptr + row * (2 * HALF) + cols[None, :]
@@ -85,8 +97,16 @@ def angles(
 
 
 @triton.jit
-def load_halves(ptr, stride, first, local, n, cols, E: tl.constexpr, INSIDE: tl.constexpr):
-    """The first channels of pairs and the second, each [BLOCK, BLOCK_C]."""
+def load_halves(
+    ptr, stride, first, local, n, cols, E: tl.constexpr, NEAR: tl.constexpr, INSIDE: tl.constexpr
+):
+    """The first channels of pairs and the second, each [BLOCK, BLOCK_C]; pairs are neighbours with
+    NEAR, else half a head apart.
+    """
+    if NEAR:
+        offs = tl.arange(0, 2 * cols.shape[0])
+        rows = load_rows(ptr, stride, first, local, n, offs, E, INSIDE)
+        return tl.split(tl.reshape(rows, (rows.shape[0], cols.shape[0], 2)))
     a = load_rows(ptr, stride, first, local, n, cols, E // 2, INSIDE)
     return a, load_rows(ptr + E // 2, stride, first, local, n, cols, E // 2, INSIDE)
 
@@ -100,20 +120,21 @@ def rotated(a, b, cos, sin):
 
 @triton.jit
 def load_rotated(
-    ptr, stride, first, local, n, cos, sin, cols, E: tl.constexpr, INSIDE: tl.constexpr
-):
-    a, b = load_halves(ptr, stride, first, local, n, cols, E, INSIDE)
+    ptr, stride, first, local, n, cos, sin, cols, E: tl.constexpr, NEAR: tl.constexpr,
+    INSIDE: tl.constexpr,
+):  # fmt: skip
+    a, b = load_halves(ptr, stride, first, local, n, cols, E, NEAR, INSIDE)
     return rotated(a, b, cos, sin)
 
 
 @triton.jit
 def attend(
     q, m, l, acc, offs_i, first, local, n, k_ptr, v_ptr, stride, cos, sin, offs_c, offs_e,
-    E: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, INSIDE: tl.constexpr,
-    IP: tl.constexpr,
+    E: tl.constexpr, NEAR: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr,
+    INSIDE: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The online softmax past the keys of a block; WINDOW and CAUSAL are the limits to heed."""
-    k = load_rotated(k_ptr, stride, first, local, n, cos, sin, offs_c, E, INSIDE)
+    k = load_rotated(k_ptr, stride, first, local, n, cos, sin, offs_c, E, NEAR, INSIDE)
     v = load_rows(v_ptr, stride, first, local, n, offs_e, E, INSIDE)
     qk = dot(q, tl.trans(k), None, m.dtype, IP)
     offs_j = first + local
@@ -135,7 +156,7 @@ def _rotary_attention_fwd_kernel(
     qkv_ptr, table_ptr, out_ptr, lse_ptr, stride_b, stride_m, M, n_max, tiles, scale,
     DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
-    ACC: tl.constexpr, IP: tl.constexpr, SHORT: tl.constexpr,
+    NEAR: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr, SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
@@ -151,7 +172,7 @@ def _rotary_attention_fwd_kernel(
     )  # tokens before the tile that its keys start with
 
     c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale, HALF, XPOS, False)
-    q = load_rotated(qkv_ptr, stride, i0, local, n, c, s, offs_c, E, False)
+    q = load_rotated(qkv_ptr, stride, i0, local, n, c, s, offs_c, E, NEAR, False)
     m = tl.full([BLOCK_M], -1e30, ACC)  # finite: a row may see no key of a block
     l = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_E], ACC)
@@ -161,7 +182,7 @@ def _rotary_attention_fwd_kernel(
             c, s = angles(table_ptr, BEFORE + start + local_j, 0, offs_c, 1.0, HALF, -XPOS, False)
             m, l, acc = attend(
                 q, m, l, acc, offs_i, i0 + start, local_j, n, k_ptr, v_ptr, stride, c, s,
-                offs_c, offs_e, E, WINDOW if start < 0 or BLOCK_M - 1 - start > WINDOW else 0,
+                offs_c, offs_e, E, NEAR, WINDOW if start < 0 or BLOCK_M - 1 - start > WINDOW else 0,
                 start + BLOCK_N > 1, False, IP,
             )  # fmt: skip
     else:
@@ -174,13 +195,13 @@ def _rotary_attention_fwd_kernel(
             c, s = angles(table_ptr, local_j, j0 - i0, offs_c, 1.0, HALF, -XPOS, True)
             m, l, acc = attend(
                 q, m, l, acc, offs_i, j0, local_j, n, k_ptr, v_ptr, stride, c, s, offs_c, offs_e,
-                E, WINDOW, False, True, IP,
+                E, NEAR, WINDOW, False, True, IP,
             )  # fmt: skip
         for j0 in range(whole, tl.minimum(i0 + BLOCK_M, n), BLOCK_N):
             c, s = angles(table_ptr, local_j, j0 - i0, offs_c, 1.0, HALF, -XPOS, True)
             m, l, acc = attend(
                 q, m, l, acc, offs_i, j0, local_j, n, k_ptr, v_ptr, stride, c, s, offs_c, offs_e,
-                E, WINDOW, True, False, IP,
+                E, NEAR, WINDOW, True, False, IP,
             )  # fmt: skip
 
     out_ptr += (pid_b * M + r) * H * E + h * E
@@ -194,7 +215,7 @@ def _rotary_attention_fwd_tile_kernel(
     qkv_ptr, table_ptr, out_ptr, lse_ptr, stride_b, stride_m, M, n_max, tiles, scale,
     DILATION: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, XPOS: tl.constexpr,
-    ACC: tl.constexpr, IP: tl.constexpr,
+    NEAR: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
@@ -206,9 +227,9 @@ def _rotary_attention_fwd_tile_kernel(
     stride = DILATION * stride_m
     HALF: tl.constexpr = E // 2
 
-    qa, qb = load_halves(qkv_ptr, stride, t0, local, n, offs_c, E, False)
-    ka, kb = load_halves(k_ptr, stride, t0, local, n, offs_c, E, False)
-    halo_a, halo_b = load_halves(k_ptr, stride, t0 - HALO, near, n, offs_c, E, False)
+    qa, qb = load_halves(qkv_ptr, stride, t0, local, n, offs_c, E, NEAR, False)
+    ka, kb = load_halves(k_ptr, stride, t0, local, n, offs_c, E, NEAR, False)
+    halo_a, halo_b = load_halves(k_ptr, stride, t0 - HALO, near, n, offs_c, E, NEAR, False)
     v = load_rows(v_ptr, stride, t0, local, n, offs_e, E, False)
     halo_v = load_rows(v_ptr, stride, t0 - HALO, near, n, offs_e, E, False)
     c, s = angles(table_ptr, HALO + local, 0, offs_c, scale, HALF, XPOS, False)

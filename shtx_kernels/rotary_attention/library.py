@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import KINDS, Kernel, cdiv, next_power_of_2
-from .forward import STEP, angles, load_rows, program, rotate, store_rows
+from .forward import (
+    STEP,
+    angles,
+    load_halves,
+    load_rows,
+    program,
+    rotate,
+    store_halves,
+    store_rows,
+)
 
 BLOCK = 64  # rows of a tile
 FROM = 512  # tokens of a class: below, the passes cost more than the cores save
@@ -41,20 +50,19 @@ def move(src_ptr, src_stride, dst_ptr, dst_stride, i0, local, n, n_dst, offs, WI
 @triton.jit
 def move_rotated(
     src_ptr, src_stride, dst_ptr, dst_stride, i0, local, n, n_dst, offs_c, cos, sin,
-    HALF: tl.constexpr,
+    E: tl.constexpr, SRC_NEAR: tl.constexpr, DST_NEAR: tl.constexpr,
 ):  # fmt: skip
-    a = load_rows(src_ptr, src_stride, i0, local, n, offs_c, HALF, False).to(cos.dtype)
-    b = load_rows(src_ptr + HALF, src_stride, i0, local, n, offs_c, HALF, False).to(cos.dtype)
-    a, b = rotate(a, b, cos, sin)
-    store_rows(dst_ptr, dst_stride, i0, local, n_dst, offs_c, HALF, a)
-    store_rows(dst_ptr + HALF, dst_stride, i0, local, n_dst, offs_c, HALF, b)
+    a, b = load_halves(src_ptr, src_stride, i0, local, n, offs_c, E, SRC_NEAR, False)
+    a, b = rotate(a.to(cos.dtype), b.to(cos.dtype), cos, sin)
+    store_halves(dst_ptr, dst_stride, i0, local, n_dst, a, b, offs_c, E, DST_NEAR)
 
 
 @triton.jit(do_not_specialize=["M", "n_max", "tiles"])
 def _rotary_attention_rotate_kernel(
     qkv_ptr, q_ptr, k_ptr, v_ptr, table_ptr, stride_b, stride_m, M, n_max, tiles,
     DILATION: tl.constexpr,
-    H: tl.constexpr, E: tl.constexpr, XPOS: tl.constexpr, BACK: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, XPOS: tl.constexpr, NEAR: tl.constexpr,
+    BACK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     pid_b, r, h, tile, n = program(tl.program_id(0).to(tl.int64), M, H, DILATION, tiles)
@@ -70,29 +78,36 @@ def _rotary_attention_rotate_kernel(
     cq, sq = angles(table_ptr, local, first, offs_c, 1.0, E // 2, XPOS, True)
     ck, sk = angles(table_ptr, local, first, offs_c, 1.0, E // 2, -XPOS, True)
     if BACK:
-        move_rotated(q_ptr, K, qkv_ptr, stride, i0, local, n, n, offs_c, cq, -sq, E // 2)
-        move_rotated(k_ptr, K, qkv_ptr + K, stride, i0, local, n, n, offs_c, ck, -sk, E // 2)
+        move_rotated(q_ptr, K, qkv_ptr, stride, i0, local, n, n, offs_c, cq, -sq, E, False, NEAR)
+        move_rotated(
+            k_ptr, K, qkv_ptr + K, stride, i0, local, n, n, offs_c, ck, -sk, E, False, NEAR
+        )
         move(v_ptr, K, qkv_ptr + 2 * K, stride, i0, local, n, n, offs_e, E)
     else:  # a class that is shorter than others ends in zeros
-        move_rotated(qkv_ptr, stride, q_ptr, K, i0, local, n, n_max, offs_c, cq, sq, E // 2)
-        move_rotated(qkv_ptr + K, stride, k_ptr, K, i0, local, n, n_max, offs_c, ck, sk, E // 2)
+        move_rotated(qkv_ptr, stride, q_ptr, K, i0, local, n, n_max, offs_c, cq, sq, E, NEAR, False)
+        move_rotated(
+            qkv_ptr + K, stride, k_ptr, K, i0, local, n, n_max, offs_c, ck, sk, E, NEAR, False
+        )
         move(qkv_ptr + 2 * K, stride, v_ptr, K, i0, local, n, n_max, offs_e, E)
 
 
 @lru_cache(KINDS)
-def _kernel_of_rotation(dilation: int, H: int, E: int, xpos: bool, back: bool) -> Kernel:
+def _kernel_of_rotation(
+    dilation: int, H: int, E: int, xpos: bool, near: bool, back: bool
+) -> Kernel:
     return Kernel(
-        _rotary_attention_rotate_kernel, DILATION=dilation, H=H, E=E, XPOS=int(xpos), BACK=back,
+        _rotary_attention_rotate_kernel, DILATION=dilation, H=H, E=E, XPOS=int(xpos), NEAR=near,
+        BACK=back,
         BLOCK=BLOCK, BLOCK_C=next_power_of_2(E // 2), BLOCK_E=next_power_of_2(E), num_warps=4,
     )  # fmt: skip
 
 
-def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, back: bool):
+def rotate_classes(qkv, classes, table, dilation: int, xpos: bool, interleaved: bool, back: bool):
     """qkv (B, M, 3 H E) to q, k, v (B dilation, n, H, E) in `classes`, or their gradients back."""
     B, M, _ = qkv.shape
     _, n, H, E = classes[0].shape
     tiles = cdiv(n, BLOCK)
-    kernel = _kernel_of_rotation(dilation, H, E, bool(xpos), back)
+    kernel = _kernel_of_rotation(dilation, H, E, bool(xpos), interleaved, back)
     numbers = *qkv.stride()[:2], M, n, tiles
     kernel((B * H * dilation * tiles,), (qkv, *classes, table), *numbers)
 
@@ -159,12 +174,12 @@ def deterministic():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def forward(qkv, table, heads: int, dilation: int, xpos: bool, scale: float):
+def forward(qkv, table, heads: int, dilation: int, xpos: bool, interleaved: bool, scale: float):
     """out (B, M, H E), lse, and [the rotated q, k, v (3, B dilation, n, H, E)] for backward."""
     B, M, width = qkv.shape
     n, E = cdiv(M, dilation), width // (3 * heads)
     classes = qkv.new_empty(3, B * dilation, n, heads, E)
-    rotate_classes(qkv, classes, table, dilation, xpos, back=False)
+    rotate_classes(qkv, classes, table, dilation, xpos, interleaved, back=False)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
         *classes.transpose(2, 3), None, True, 0.0, True, False, scale=scale
     )
@@ -179,7 +194,9 @@ def forward(qkv, table, heads: int, dilation: int, xpos: bool, scale: float):
     return out, lse.squeeze(-1), [classes]
 
 
-def backward(classes, table, out, lse, dout, dilation: int, xpos: bool, scale: float):
+def backward(
+    classes, table, out, lse, dout, dilation: int, xpos: bool, interleaved: bool, scale: float
+):
     """dqkv (B, M, 3 H E)"""
     _, _, n, heads, _ = classes.shape
     B, M, K = out.shape
@@ -190,5 +207,5 @@ def backward(classes, table, out, lse, dout, dilation: int, xpos: bool, scale: f
             *(dout, *classes, out, lse, None, None, n, n, 0.0, True, seed, seed), scale=scale
         )
     dqkv = classes.new_empty(B, M, 3 * K)
-    rotate_classes(dqkv, gradients, table, dilation, xpos, back=True)
+    rotate_classes(dqkv, gradients, table, dilation, xpos, interleaved, back=True)
     return dqkv

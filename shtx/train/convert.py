@@ -1,0 +1,97 @@
+"""`shtx convert`: weights for the other version of simple-hierarchical-transformer."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import safetensors.torch
+import torch
+import tyro
+from torch import Tensor
+
+from shtx.convert import convert
+from shtx.train import TrainError
+from shtx.train.checkpoint import decode, load
+from shtx.train.files import publish, read
+from shtx.versions import version_of
+
+DESCRIPTION = """\
+Make a file of weights for simple-hierarchical-transformer 0.2.0 (shtx) or 0.4.0 (shtx.next_latent)
+from those of the other version, or from a run of `shtx train`.
+
+Examples:
+  shtx convert model-0.2.0.pt --to 0.4.0 --out model-0.4.0.pt
+  shtx convert runs/enwik8 --to 0.2.0 --out enwik8.safetensors
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+    """A state_dict that torch.save wrote, or .safetensors; or a run, for its newest checkpoint, or
+    one of its checkpoints."""
+    to: Literal["0.2.0", "0.4.0"]
+    """The version that is to load it."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """A new file, .pt or .safetensors."""
+    dynamics_hidden_dim: int | None = None
+    """That of the 0.4.0 model, whose dynamics are new."""
+    dynamics_num_layers: int = 3
+    """The same."""
+    seed: int = 0
+    """Of the weights that are new."""
+
+
+def main(argv: list[str]) -> int:
+    """Write what the arguments ask for.
+
+    Returns:
+        the exit status, 0.
+
+    Raises:
+        TrainError, OSError: in one line what went wrong.
+    """
+    options = tyro.cli(Options, args=argv, prog="shtx convert", description=DESCRIPTION)
+    source, out, to = options.source, options.out, options.to
+    if out.suffix not in (".pt", ".safetensors"):
+        raise TrainError(
+            f"--out {out}: must end in .pt or .safetensors: a run has data, settings and the state"
+            " of an optimizer, too, which weights do not tell"
+        )
+    if out.exists():
+        raise TrainError(f"--out {out}: is there already")
+    state = weights_of(source)
+    if not (source.is_dir() and version_of(state) == to):
+        sizes = {k: getattr(options, k) for k in ("dynamics_hidden_dim", "dynamics_num_layers")}
+        try:
+            state = convert(state, to, **sizes, seed=options.seed)
+        except ValueError as error:
+            raise TrainError(f"{source}: {error}") from error
+    write(out, state)
+    print(f"{out}: {len(state)} tensors, for simple-hierarchical-transformer {to}")
+    return 0
+
+
+def weights_of(source: Path) -> dict[str, Tensor]:
+    """The state_dict in a file, or of a run."""
+    if source.is_dir():
+        return load(source.absolute()).weights
+    content = read(source)
+    if source.suffix == ".safetensors":
+        return decode(source, lambda: safetensors.torch.load(content))
+    options = dict(weights_only=True, map_location="cpu")
+    state = decode(source, lambda: torch.load(io.BytesIO(content), **options))
+    if not all(isinstance(t, Tensor) for t in state.values()):
+        raise TrainError(f"{source}: must be a state_dict, of names and tensors alone")
+    return state
+
+
+def write(out: Path, state: dict[str, Tensor]) -> None:
+    """A file that is there whole, or not at all."""
+    temporary = out.with_name(f"{out.name}.tmp")
+    if out.suffix == ".pt":
+        torch.save(state, temporary)
+    else:
+        safetensors.torch.save_file({k: t.contiguous() for k, t in state.items()}, temporary)
+    publish(temporary, out)
