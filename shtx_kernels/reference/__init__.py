@@ -6,8 +6,6 @@ vocabulary. Half precision is accumulated in fp32, fp64 in fp64. Semantics are t
 simple-hierarchical-transformer 0.2.0.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -214,7 +212,7 @@ def rotary_attention(
         dtype = torch.float64
     elif xpos and dtype == torch.float16:  # its range ends at 8 thousand tokens
         dtype = torch.float32
-    with nullcontext() if qkv.is_meta else torch.autocast(qkv.device.type, enabled=False):
+    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):
         if full and far:
             out = _by_spans(q.to(dtype), k.to(dtype), v.to(dtype), scale)
         else:
