@@ -2,7 +2,7 @@
 modules that tools have changed (`shtx.plan.look`), which is to be at most 1%.
 
 Forward and backward of one short sequence, so that a GPU never keeps the host waiting; without a
-GPU, of a model on meta, where nothing is computed. Run it by itself:
+GPU, what the reference computes is in it, too. Run it by itself:
 
     pytest -c benchmarks/pytest.ini benchmarks/bench_host.py --config A
 """
@@ -22,9 +22,8 @@ CALLS, ROUNDS = 3, 10
 
 
 def bench_host(benchmark, config):
-    device = DEVICE if DEVICE == "cuda" else "meta"
     options = shapes.configs(DEVICE)[config].model
-    with torch.device(device):
+    with torch.device(DEVICE):
         model = HierarchicalTransformer(**options)
         ids = torch.randint(1, options["num_tokens"], (1, 129))
     found = look(model)

@@ -3,12 +3,13 @@ again on the same tensors.
 """
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from generation import build, continued, draw
-from helpers import DEVICE, without_a_gpu, without_launches
+from helpers import DEVICE, PLANTS, without_a_gpu, without_launches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -237,3 +238,20 @@ def test_a_capture_that_fails_loses_nothing(monkeypatch, what):
     captured = {n for n, g in sampler.graphs.kept.items() if isinstance(g, torch.cuda.CUDAGraph)}
     failed = {5, 8} if what == "prefill" else {what}
     assert captured == {"step", "refresh", 5, 8} - failed
+
+
+@pytest.mark.gpu  # captures
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_a_step_that_cannot_be_captured(monkeypatch, plant):
+    """One warning; later tokens run eagerly, and all else goes on."""
+    model, step = build(impl="fused"), Decoder.step
+    expected = [model.generate(draw(), 30, seed=seed) for seed in range(3)]
+    monkeypatch.setattr(Decoder, "step", lambda decoder: (step(decoder), plant())[0])
+    _decoders.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokens = [model.generate(draw(), 30, seed=seed) for seed in range(3)]
+    told = [str(w.message) for w in caught if "without a CUDA graph" in str(w.message)]
+    assert len(told) == 1 and told[0].startswith("generate's step")
+    assert all(map(torch.equal, tokens, expected))
+    assert torch.randint(5, (3,), device="cuda").max() < 5

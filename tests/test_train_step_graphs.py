@@ -3,12 +3,11 @@
 import copy
 import io
 import warnings
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DEVICE, without_a_gpu, without_launches
+from helpers import DEVICE, PLANTS, without_a_gpu, without_launches
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -257,31 +256,14 @@ def test_a_replay_is_the_eager_step_and_waits_for_nothing(impl, precision, accum
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 
-def wait(means, *losses):
-    loss, parts = means(*losses)
-    if torch.cuda.is_current_stream_capturing():
-        loss.item()
-    return loss, parts
-
-
-def run_out_of_memory(means, *losses):
-    if torch.cuda.is_current_stream_capturing():
-        torch.cuda.set_per_process_memory_fraction(0.0)
-        try:
-            torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    return means(*losses)
-
-
 @pytest.mark.gpu  # captures
-@pytest.mark.parametrize("plant", [wait, run_out_of_memory], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_capture_that_fails(plant):
     """The step runs once, later ones run eagerly, after one warning; all else can go on."""
     ours, theirs = build(), build()
     step, optimizer = pair(ours)
     other_step, other_optimizer = eager(theirs)
-    ours.means = partial(plant, ours.means)
+    ours.means = lambda *losses, means=ours.means: plant() or means(*losses)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for n in range(5):

@@ -7,7 +7,6 @@ simple-hierarchical-transformer 0.2.0, and of 0.4.0 where that one alone has som
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +234,7 @@ def rotary_attention(
         dtype = torch.float64
     elif xpos and dtype == torch.float16:  # its range ends at 8 thousand tokens
         dtype = torch.float32
-    with nullcontext() if qkv.is_meta else torch.autocast(qkv.device.type, enabled=False):
+    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):
         if full and far:
             out = _by_spans(q.to(dtype), k.to(dtype), v.to(dtype), scale)
         else:
