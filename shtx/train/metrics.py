@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shtx.train.files import publish
+from shtx.train.files import read as read_file
 
 VALIDATION = "val_bits_per_byte"
 
@@ -47,7 +48,7 @@ def read(path: Path) -> list[dict]:
 
 def _lines(path: Path) -> list[tuple[str, object]]:
     lines = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_file(path).decode(errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             lines.append((line, json.loads(line)))
     return lines
