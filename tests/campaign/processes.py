@@ -90,8 +90,10 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
-            os._exit(status)
+            try:
+                sys.stderr.flush()
+            finally:  # whatever happens: the parent's code is not the child's
+                os._exit(status)
 
     def kill(self, signum: int) -> bool:
         """Whether there was still something to kill."""
