@@ -134,7 +134,7 @@ class Decoder:
             self._stages = self._embed(model, streams)
             for layer in range(len(model.layers)):
                 self._stages += self._blocks(model, layer, streams)
-                if len(self.levels) > 1:
+                if model.need_hierarchical_merge:
                     self._stages += self._merge(model, layer, streams)
             self._stages += self._predict(model, streams)
 
@@ -266,7 +266,7 @@ class Decoder:
             weight = lambda name, i=i: self._weight(model, f"layers.{layer}.{i}.{name}")
             attn, step = model.layers[layer][i].attn, level.stride
             if exists(attn):
-                inner = level.heads * level.dim_head
+                inner = attn.heads * level.dim_head
                 qkv, attended = self._ring(1, 3 * inner), self._ring(1, inner)
                 norm = dict(norm="rms")
                 if isinstance(attn, WindowAttention):
@@ -278,12 +278,13 @@ class Decoder:
                         **shifted, **norm, gamma=gamma, weight=weight("attn.to_qkv.weight"), out=qkv
                     )
                 )
-                attentions.append(self._attention(level, qkv, attended))
+                attentions.append(self._attention(level, attn.heads, qkv, attended))
                 x, streams[i] = streams[i], self._stream(level)
                 w_out = weight("attn.to_out.weight")
                 attn_outs.append(Projection(attended, w_out, streams[i], step, residual=x))
-            hidden = self._ring(1, int(level.dim * level.ff_mult))
-            ff = dict(gamma=weight("ff.net.0.gamma"), weight=weight("ff.net.1.weight"), out=hidden)
+            w_in = weight("ff.net.1.weight")
+            hidden = self._ring(1, len(w_in))
+            ff = dict(gamma=weight("ff.net.0.gamma"), weight=w_in, out=hidden)
             shifted = self._shifted(streams[i], level)
             ff_ins.append(Projection(**shifted, **ff, norm="rms", activation="gelu"))
             x, streams[i] = streams[i], self._stream(level)
@@ -299,14 +300,14 @@ class Decoder:
             (decode.project, ff_outs),
         ]
 
-    def _attention(self, level: Level, qkv: Tensor, out: Tensor) -> Attention:
+    def _attention(self, level: Level, heads: int, qkv: Tensor, out: Tensor) -> Attention:
         tokens = -(-self.length // level.stride)
         keys = -(-tokens // level.dilation) if level.window is None else level.window + 1
-        kv = self._ring(keys * level.dilation, 2, level.heads, level.dim_head)
+        kv = self._ring(keys * level.dilation, 2, heads, level.dim_head)
         table = rotation(level, keys, self.device).to(self.wide)
 
         def fill_kv(args, outputs, recent):
-            rows = args[0].unflatten(-1, (3, level.heads, level.dim_head))[:, :, 1:]
+            rows = args[0].unflatten(-1, (3, heads, level.dim_head))[:, :, 1:]
             recent.fill(kv, rows, level.stride)
 
         self._fills["rotary_attention"].append(fill_kv)

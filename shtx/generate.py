@@ -229,7 +229,7 @@ def _from_decoder(
     room = min(room, model.seq_len)  # enough for any number without full attention
     window = float("inf") if overflow == "stream" else model.seq_len
     shapes = tuple(p.shape for p in model.parameters())
-    key = (len(rows), room, dtype, model.impl, model.device, shapes)
+    key = (len(rows), room, dtype, model.impl, model.device, model.way, shapes)
     with _decoders_lock:  # out of sight of other calls while this one is at work
         sampler = _decoders.setdefault(model, {}).pop(key, None)
     if sampler is None:

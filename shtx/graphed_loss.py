@@ -164,6 +164,9 @@ class GraphedLoss:
         ids = ids.clone(memory_format=torch.contiguous_format)
         work = _Work(model, ids, loss_reduction, self.graphs.structure.trained)
         forward, outputs = self.graphs.capture(work.forward)
+        own = set(work.own.values())
+        if any(leaf not in own for leaf in leaves(work.outputs)):
+            raise RuntimeError("it trains a tensor that no module of the model has as a parameter")
         backward, gradients = self.graphs.capture(work.backward)
         return Captured(
             work.parameters,
@@ -197,6 +200,19 @@ class GraphedLoss:
             turn.done, self.given = True, captured
             # of detached tensors, which nobody else has, autograd takes the memory for .grad
             return [g if g is None else g.detach() for g in captured.gradients]
+
+
+def leaves(outputs: list[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that a backward from outputs would leave gradients in."""
+    nodes = {output.grad_fn for output in outputs}
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        following = {after for after, _ in node.next_functions if after is not None} - nodes
+        nodes |= following
+        todo += following
 
 
 class _Work:

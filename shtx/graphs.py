@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from shtx.ops import matmul_precision
-from shtx.plan import HOOKS, OPTIONS, any_global_hooks, look
+from shtx.plan import FORWARDS, HOOKS, OPTIONS, any_global_hooks, look
 
 # in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
 # failed, so it stays eager.
@@ -195,7 +195,8 @@ class Structure:
             [get(module) for get, module in self.options],
             ["forward" in state for state in self.states],
             list(map(comparable, self.changeable)),
-            (model.impl, model.ignore_index, model.loss_weights, model.checkpointing),
+            (model.impl, model.ignore_index, model.loss_weights, model.checkpointing, model.way),
+            [kind.forward for kind in FORWARDS],
             matmul_precision(),
             matmul.allow_bf16_reduced_precision_reduction,
             matmul.allow_fp16_reduced_precision_reduction,

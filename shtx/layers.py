@@ -194,7 +194,7 @@ class Attention(Layer):
     def __init__(self, level: Level):
         super().__init__()
         dim_inner = level.dim_head * level.heads
-        self.level = level
+        self.level, self.heads = level, level.heads
         self.norm = RMSNorm(level.dim)
         self.rotary_emb = RotaryEmbedding(level.dim_head)
         self.to_qkv = Linear(level.dim, dim_inner * 3, bias=False)
@@ -215,12 +215,12 @@ class Attention(Layer):
     def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
         """Attend within y (B, M, D), which is normalized."""
         qkv = plan.linear(self.to_qkv, y)
-        out = plan.ops.rotary_attention(qkv, self.level.heads, dilation=dilation, xpos=True)
+        out = plan.ops.rotary_attention(qkv, self.heads, dilation=dilation, xpos=True)
         return plan.linear(self.to_out, out)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Attend by the angles that `rotary_emb` returns, whatever it has become."""
-        q, k, v = rearrange(qkv, "b n (qkv h e) -> qkv b h n e", qkv=3, h=self.level.heads)
+        q, k, v = rearrange(qkv, "b n (qkv h e) -> qkv b h n e", qkv=3, h=self.heads)
         angles, factors = self.rotary_emb(qkv.shape[1])
         q, k = rotate(q, angles, factors).to(v.dtype), rotate(k, angles, 1 / factors).to(v.dtype)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -255,8 +255,8 @@ class WindowAttention(Layer, LocalMHA):
 
     def run(self, y: Tensor, plan: Plan, dilation: int = 1) -> Tensor:
         """Attend within y (B, M, D), which is normalized."""
-        level, qkv = self.level, plan.linear(self.to_qkv, y)
-        out = plan.ops.rotary_attention(qkv, level.heads, window=level.window, dilation=dilation)
+        qkv, window = plan.linear(self.to_qkv, y), self.level.window
+        out = plan.ops.rotary_attention(qkv, self.heads, window=window, dilation=dilation)
         return plan.linear(self.to_out, out)
 
 

@@ -209,8 +209,19 @@ class HierarchicalTransformer(Layer):
     @property
     def num_tokens(self) -> int:
         """V, as the embedding or what is in its place has it; else as it was made."""
+        weight = self.token_emb._parameters.get("weight")
+        if exists(weight):
+            return len(weight)
         sizes = (getattr(m, "num_embeddings", None) for m in self.token_emb.modules())
         return next(filter(exists, sizes), self._num_tokens)
+
+    @property
+    def way(self) -> tuple:
+        """Attributes that decide on which way a forward takes; scripts may set them."""
+        return (
+            *(self.need_hierarchical_merge, self.hierarchy_merge_all, self.should_recon),
+            *(self.predict_use_all_hierarchy, self.predict_hierarchy_index),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -380,7 +391,7 @@ class HierarchicalTransformer(Layer):
             parts = zip(layer, tokens, branches, strict=True)
             results = (self.run_block(block, t, b, plan) for block, t, b in parts)
             tokens, branches = zip(*results, strict=True)
-            if exists(merge) and not ablate_merge:
+            if exists(merge) and self.need_hierarchical_merge and not ablate_merge:
                 tokens, merged = self.run_merge(merge, tokens, branches, plan)
                 branches = self.branches_of(merged)
         parts = zip(self.norms, tokens, branches, strict=True)

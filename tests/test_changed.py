@@ -47,9 +47,32 @@ def another_window(model):
     model.layers[0][0].attn.attn_fn.window_size = 8
 
 
+def fewer_heads_and_inner_channels(model):
+    """As structured pruning leaves them."""
+    for block in model.layers[0]:
+        attn, net = block.attn, block.ff.net
+        rows = attn.to_qkv.weight.detach().unflatten(0, (3, 2, 8))[:, :1].flatten(0, 2)
+        attn.to_qkv.weight, attn.heads = nn.Parameter(rows.clone()), 1
+        attn.to_out.weight = nn.Parameter(attn.to_out.weight.detach()[:, :8].clone())
+        net[1].weight = nn.Parameter(net[1].weight.detach()[:20].clone())
+        net[3].weight = nn.Parameter(net[3].weight.detach()[:, :20].clone())
+
+
+def other_attributes(model):
+    model.generate(draw(tokens=9), 1)  # what it leaves for later calls has to go
+    model.need_hierarchical_merge = model.should_recon = False
+
+
+def a_larger_vocabulary(model):
+    model.should_recon = False  # whose vocabulary stays
+    for module in (model.token_emb, model.to_logits):
+        module.weight = nn.Parameter(torch.cat((module.weight.detach(), module.weight.detach())))
+
+
 CHANGES = [
     *(weights_of_any_layout, norms_that_were_folded, modules_that_are_gone),
-    *(an_embedding_of_several_modules, another_window),
+    *(an_embedding_of_several_modules, another_window, fewer_heads_and_inner_channels),
+    *(other_attributes, a_larger_vocabulary),
 ]
 
 
@@ -59,7 +82,7 @@ def test_changed_models(change):
     for model in (ours, theirs):
         change(model)
     assert_same(ours, theirs)
-    prompt = draw(tokens=9)
+    prompt = draw(tokens=9) + 31 * (change is a_larger_vocabulary)
     expected = theirs.generate(prompt, 3, temperature=0.0)
     assert torch.equal(ours.generate(prompt, 3, temperature=0), expected)
 

@@ -188,6 +188,15 @@ def test_damage_of_the_only_step(tmp_path):
         load(tmp_path)
 
 
+def test_fallback_never_goes_ahead(tmp_path):
+    saved(tmp_path, 1, 2)
+    damaged = tmp_path / "checkpoints" / "step-000001"
+    empty(damaged / FILES[0])
+    with pytest.raises(TrainError, match="no older step is left"):
+        load(damaged, fallback=True)
+    assert_is(load(tmp_path, fallback=True), 2)
+
+
 @pytest.mark.parametrize("name", ["", "checkpoints", "nothing"])
 def test_no_checkpoint(tmp_path, name):
     (tmp_path / "checkpoints").mkdir()

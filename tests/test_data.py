@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shtx.train import TrainError
-from shtx.train.data import Corpus, prepare
+from shtx.train.data import Corpus, packing, prepare
 
 TEXT = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
 SEQ_LEN = 32
@@ -225,6 +225,10 @@ def test_first_bytes_tell_what_is_packed(tmp_path, out, kind):
     assert corpus.path == tmp_path / "text"
     # a run of an older version, which trained on it as it was
     assert prepare(corpus.path, out, SEQ_LEN, expected=corpus.identity).path == corpus.path
+
+
+def test_blocks_of_bz2_are_of_any_size():
+    assert {packing(bz2.compress(TEXT, level)) for level in range(1, 10)} == {"bz2"}
 
 
 def tar_of(content):

@@ -421,6 +421,20 @@ def test_a_capture_that_fails_leaves_the_loop_eager(captured, monkeypatch):
     assert_same(ours, theirs)
 
 
+def test_a_weight_that_is_out_of_sight(captured):
+    """Within a closure, say: a graph would lose its gradient."""
+    ours, theirs = both()
+    for model, _ in (ours, theirs):
+        weight = model.token_emb.weight
+        model.to_logits.forward = lambda x, w=weight: torch.nn.functional.linear(x, w)
+    message = "goes on without a CUDA graph: it trains a tensor that no module"
+    with pytest.warns(UserWarning, match=message):
+        losses = plain(*ours, [draw(n) for n in range(4)])
+    expected = plain(*theirs, [draw(n) for n in range(4)])
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert_same(ours, theirs)
+
+
 def test_copies_have_no_graphs(captured):
     (model, optimizer), _ = both()
     plain(model, optimizer, [draw(0)] * 3)

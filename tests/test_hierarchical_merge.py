@@ -10,6 +10,7 @@ SAME = [(9, 8, 1), (9, 5, 1)]
 CUT = [(13, 16, 1), (7, 8, 2), (4, 5, 4), (2, 24, 8)]
 STRIDED = [(5, 6, 2), (9, 4, 4), (3, 3, 4)]  # 10 tokens: of the second level three count
 APART = [(17, 3, 1), (9, 4, 2), (20, 300, 1)]  # of one stride, not side by side, past a tile
+MEET = [(17, 3, 1), (9, 4, 2), (17, 8, 1)]  # of one stride and length, not side by side
 LONG = [(40, 4, 1), (1, 6, 64)]
 CASES = [  # levels (M, D, stride), with branches, J, D_out
     (ONE, True, 9, 1),
@@ -20,6 +21,7 @@ CASES = [  # levels (M, D, stride), with branches, J, D_out
     (STRIDED, True, 7, 3),
     (APART, True, 8, 64),
     (LONG, False, 16, 8),
+    (MEET, True, 8, 5),
 ]
 
 

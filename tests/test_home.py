@@ -1,5 +1,6 @@
 """The directory of a run: who may write there, and whose the files are."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -101,6 +102,20 @@ def test_a_run_that_is_trained_is_left_alone(text, run, tmp_path, capsys, argume
     assert resume(part) == 0
 
 
+def test_lock_that_was_removed_before_it_was_held(tmp_path, monkeypatch):
+    """As a process does that fails while another one starts."""
+    flock, removed = fcntl.flock, []
+
+    def remove_and_lock(*args):
+        if not removed:
+            removed.append((tmp_path / "run" / "shtx.lock").unlink())
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with Home(tmp_path / "run"), pytest.raises(TrainError, match="another process trains into it"):
+        Home(tmp_path / "run")
+
+
 def test_file_system_without_locks(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(45 if os.uname().sysname == "Darwin" else 95, "not supported")
@@ -199,6 +214,11 @@ def test_files_of_others_stay(run, tmp_path, capsys):
     (mine / "file").write_text("mine")
     for name in ("step-000002.best", "step-000002.old", "step-000002.tmp", "step-000004"):
         shutil.copytree(checkpoints / "step-000008", checkpoints / name)
+    for name, values in (("5", dict(step=5)), ("step-000006", dict(step=6, id="other"))):
+        other = shutil.copytree(checkpoints / "step-000008", checkpoints / name)
+        change_config(other, lambda config, values=values: config.update(values))
+    (checkpoints / "5").rename(tmp_path / "moved")
+    (checkpoints / "step-000005").symlink_to(tmp_path / "moved")
     (checkpoints / "step-000001").symlink_to(mine)
     (checkpoints / "step-000012").symlink_to(mine)  # in the place of what will be saved
     (checkpoints / "step-000002.tar.gz").write_text("mine")

@@ -170,13 +170,13 @@ def test_lines_of_others_in_the_metrics_stay(run, step):
     assert [n for n in notes if n in (part / "metrics.jsonl").read_text().splitlines()] == notes
 
 
-def test_metrics_that_are_no_file(step, capsys):
-    """A pipe is not waited for."""
+def test_metrics_that_are_a_pipe(step, capsys):
+    """Which never ends."""
     metrics = step.parents[1] / "metrics.jsonl"
     metrics.unlink()
     os.mkfifo(metrics)
     error = one_line(capsys, resume(step.parents[1]))
-    assert f"{metrics}: damaged: not a regular file\n" in error
+    assert f"error: {metrics}: damaged: not a regular file" in error
 
 
 def test_what_nobody_thought_of(text, run, tmp_path, monkeypatch, capsys):

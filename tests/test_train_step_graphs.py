@@ -156,10 +156,14 @@ def replace_a_forward(step):
     module.forward = lambda x: torch.nn.functional.linear(x, module.weight * 2)
 
 
+def leave_merges_out(step):
+    step.model.need_hierarchical_merge = False
+
+
 CHANGES = [
     *(checkpoint_blocks, change_weight_decay, change_weight_of_a_loss, freeze, move_parameters),
     *(load_from_a_file, allow_tf32, clip, split, use_autocast, evaluate_a_block),
-    *(change_an_option, edit_a_buffer, replace_a_forward),
+    *(change_an_option, edit_a_buffer, replace_a_forward, leave_merges_out),
 ]
 
 
@@ -178,6 +182,20 @@ def test_what_a_graph_took_in_may_change(captured, change):
             other_step(draw(n))
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert captured == [(4, 17)] * 2
+    assert_same((ours, optimizer), (theirs, other_optimizer))
+
+
+@pytest.mark.filterwarnings("ignore:.*modules run by themselves")
+def test_a_class_whose_forward_is_replaced(captured, monkeypatch):
+    ours, theirs = build(), build()
+    step, optimizer = graphed(ours)
+    other_step, other_optimizer = eager(theirs)
+    forward = torch.nn.Linear.forward
+    for n in range(6):
+        if n == 3:
+            monkeypatch.setattr(torch.nn.Linear, "forward", lambda m, x: forward(m, x) * 1.5)
+        assert torch.equal(step(draw(n))[0], other_step(draw(n))[0])
     assert captured == [(4, 17)] * 2
     assert_same((ours, optimizer), (theirs, other_optimizer))
 

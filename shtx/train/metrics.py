@@ -5,8 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from shtx.train.files import publish
-from shtx.train.files import read as read_file
+from shtx.train import files
 
 VALIDATION = "val_bits_per_byte"
 
@@ -26,7 +25,7 @@ class Metrics:
         self.validated = {_step(row) for _, row in lines if _is_row(row) and VALIDATION in row}
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line, _ in lines))
-        publish(temporary, path)
+        files.publish(temporary, path)
         self.file = open(path, "a", buffering=1)  # a line at a time
 
     def append(self, **row) -> None:
@@ -48,7 +47,7 @@ def read(path: Path) -> list[dict]:
 
 def _lines(path: Path) -> list[tuple[str, object]]:
     lines = []
-    for line in read_file(path).decode(errors="replace").splitlines():
+    for line in files.read(path).decode(errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             lines.append((line, json.loads(line)))
     return lines
@@ -79,4 +78,4 @@ def plot(path: Path, png: Path) -> None:
     axes.legend()
     temporary = png.with_name(f"{png.name}.tmp")
     figure.savefig(temporary, dpi=150, format="png")
-    publish(temporary, png)
+    files.publish(temporary, png)
