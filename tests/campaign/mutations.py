@@ -128,7 +128,7 @@ LISTED = [
         "shtx/train/trainer.py",
         "torch.manual_seed(self.config.seed)\n        with self.autocast():",
         "with self.autocast():",
-        "tests/test_train.py::test_output",
+        "tests/test_train.py::test_sample_repeats",
     ),
     # runs and their files
     Mutation(
