@@ -23,7 +23,7 @@ CALLS, ROUNDS = 3, 10
 
 def bench_host(benchmark, config):
     device = DEVICE if DEVICE == "cuda" else "meta"
-    options = shapes.CONFIGS[config].model
+    options = shapes.configs(DEVICE)[config].model
     with torch.device(device):
         model = HierarchicalTransformer(**options)
         ids = torch.randint(1, options["num_tokens"], (1, 129))

@@ -26,7 +26,6 @@ trainer = lightning.Trainer(
     devices=1,
     max_steps=STEPS,
     precision="bf16-mixed" if DEVICE == "cuda" else "32-true",
-    gradient_clip_val=1.0,
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,

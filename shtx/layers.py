@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
-from local_attention import LocalMHA
+from local_attention import LocalAttention, LocalMHA
 from local_attention.rotary import SinusoidalEmbeddings
 from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
@@ -180,6 +180,10 @@ def has_made_values(buffer: Tensor, name: str) -> bool:
     return seen[1]
 
 
+OPTIONS[LocalAttention] = lambda m: (
+    (m.window_size, m.exact_windowsize, m.look_backward, m.look_forward, m.causal),
+    (m.autopad, m.scale, m.shared_qk, m.use_xpos),
+)
 OPTIONS[RotaryEmbedding] = lambda m: rotates_as_made(m, "inv_freq", "scale")
 OPTIONS[SinusoidalEmbeddings] = lambda m: (m.use_xpos, rotates_as_made(m, "inv_freq"))
 

@@ -326,11 +326,18 @@ def unwrap(model: Module) -> Module:
             )
     if not isinstance(model, DistributedDataParallel):
         return model
-    for what in ("_comm_hooks", "parameters_to_ignore", "mixed_precision"):
-        if found := getattr(model, what):
+    parameters = dict(model.module.named_parameters())
+    ignored = sorted(model.parameters_to_ignore & parameters.keys())
+    more = dict(
+        comm_hooks=model._comm_hooks,
+        parameters_to_ignore=ignored,
+        mixed_precision=model.mixed_precision,
+    )
+    for what, found in more.items():
+        if found:
             raise ValueError(
                 "model must be in a DistributedDataParallel that does nothing but to sum gradients,"
-                f" got one with {what.strip('_')}: {found}"
+                f" got one with {what}: {found}"
             )
     return model.module
 

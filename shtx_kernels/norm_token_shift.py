@@ -250,7 +250,8 @@ class _NormTokenShift(torch.autograd.Function):
             r, gamma, _rows(dr), _rows(dy), ctx.layer, ctx.dilation, dtype
         )
         (dbranch,) = dbranches or [dx]
-        dgamma, dbeta = dweight.chunk(2) if ctx.layer else (dweight, None)
+        sizes = [len(gamma)] * 2
+        dgamma, dbeta = dweight.split_with_sizes(sizes) if ctx.layer else (dweight, None)
         return dx, dgamma, dbeta, dbranch if has_branch else None, None, None
 
 

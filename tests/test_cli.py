@@ -1,13 +1,16 @@
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import DEVICE, ROOT, child_environment
+from running import write
 
 from shtx import ops
 from shtx.cli import TRAIN_EXTRA, main
@@ -174,7 +177,7 @@ def test_info(capsys):
         assert ("has no fused form" in line) == (name not in (*ops.FUSED_OPS, *TOKEN_OPS))
 
 
-def test_info_of_a_checkpoint(run, capsys):
+def test_info_of_a_checkpoint(run, tmp_path, capsys):
     capsys.readouterr()
     assert main(["info", "--checkpoint", str(run)]) == 0
     path, told = capsys.readouterr().out.splitlines()[-2:]
@@ -182,6 +185,15 @@ def test_info_of_a_checkpoint(run, capsys):
     parameters = sum(p.numel() for p in model.parameters())
     assert path.endswith(f'step-000060: {parameters:,} parameters, trained with impl="auto"')
     assert told == "every module is as it was made: the ops above are all that runs"
+    step = tmp_path / "step-000060"
+    shutil.copytree(path.split(":")[0], step)
+    weights = load(run).weights
+    name = next(name for name in weights if name.endswith("rotary_emb.inv_freq"))
+    weights[name] *= 0.5
+    write(step, "model.safetensors", safetensors.torch.save(weights))
+    assert main(["info", "--checkpoint", str(step)]) == 0
+    module, _, reason = capsys.readouterr().out.splitlines()[-1].partition("  ")
+    assert module == name.removesuffix(".inv_freq") and "other options or buffers" in reason
     assert main(["info", "--checkpoint", "nowhere"]) == 1
     assert "nowhere: no checkpoint there" in capsys.readouterr().err
 

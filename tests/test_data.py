@@ -280,6 +280,14 @@ def test_data_that_changes_meanwhile(raw):
             corpus.batch(0, 0, 4)
 
 
+def test_data_of_the_first_process(raw):
+    corpus = Corpus(raw, SEQ_LEN)
+    assert Corpus(raw, SEQ_LEN, corpus.identity).identity == corpus.identity
+    raw.write_bytes(TEXT[:-1])
+    with pytest.raises(TrainError, match="text: the bytes changed while the run went on"):
+        Corpus(raw, SEQ_LEN, corpus.identity)
+
+
 def test_copy_that_was_unpacked_is_enough(tmp_path, out):
     archive = write(tmp_path / "text.gz", TEXT)
     identity = prepare(archive, out, SEQ_LEN).identity

@@ -71,7 +71,8 @@ class Corpus:
         identity: its size and sha256, for a process that need not find them out.
 
     Raises:
-        TrainError: either part is shorter than seq_len + 1 bytes.
+        TrainError: either part is shorter than seq_len + 1 bytes, or the size is not that of the
+            identity.
     """
 
     def __init__(self, path: Path, seq_len: int, identity: dict | None = None):
@@ -79,6 +80,8 @@ class Corpus:
         self.file = open(path, "rb", buffering=0)
         self.stamp = self._stamp()
         size = self.stamp[0]
+        if identity and size != identity["bytes"]:
+            raise self._changed()
         held_out = size // 10
         if held_out < seq_len + 1:  # the other part is longer
             raise TrainError(

@@ -79,6 +79,7 @@ class Child:
             sys.stdout, sys.stderr = (os.fdopen(d, "w", closefd=False) for d in (1, 2))
             os.environ |= environment
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
             prepare()
             status = main(argv)
             sys.stdout.flush()
