@@ -368,7 +368,7 @@ def test_a_peer_without_such_attention_is_left_out(window, provider):
 
 def test_every_op_has_its_providers():
     benches = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
-    assert benches == {"ceilings", *providers.PROVIDERS}
+    assert benches == {"ceilings", "host", *providers.PROVIDERS}
     everything = bench_rotary_attention.WINDOWED | bench_rotary_attention.FULL
     assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
     copied = {"copy", *bench_hierarchical_ar_loss.OPS}

@@ -98,10 +98,10 @@ def negate(model):
 
 
 def load_others(model):
-    state = {name: -t for name, t in model.state_dict().items()}
+    state = {name: -p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.data.fill_(float("nan"))  # a graph that still reads it would show
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=False)  # buffers stay
 
 
 def move_parameters(model):

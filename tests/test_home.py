@@ -214,13 +214,12 @@ def test_files_of_others_stay(run, tmp_path, capsys):
     (mine / "file").write_text("mine")
     for name in ("step-000002.best", "step-000002.old", "step-000002.tmp", "step-000004"):
         shutil.copytree(checkpoints / "step-000008", checkpoints / name)
-    for name, values in (("5", dict(step=5)), ("step-000006", dict(step=6, id="other"))):
+    for name, values in (("moved", dict(step=12)), ("step-000006", dict(step=6, id="other"))):
         other = shutil.copytree(checkpoints / "step-000008", checkpoints / name)
         change_config(other, lambda config, values=values: config.update(values))
-    (checkpoints / "5").rename(tmp_path / "moved")
-    (checkpoints / "step-000005").symlink_to(tmp_path / "moved")
+    moved = (checkpoints / "moved").rename(tmp_path / "moved")
     (checkpoints / "step-000001").symlink_to(mine)
-    (checkpoints / "step-000012").symlink_to(mine)  # in the place of what will be saved
+    (checkpoints / "step-000012").symlink_to(moved)  # in the place of what will be saved
     (checkpoints / "step-000002.tar.gz").write_text("mine")
     (checkpoints / "step-000003").write_text("mine")
     (checkpoints / "step-000008" / "notes").write_text("mine")
@@ -238,7 +237,7 @@ def test_files_of_others_stay(run, tmp_path, capsys):
             part / "metrics.jsonl",
         ),
     }
-    assert os.readlink(checkpoints / "step-000012.kept") == str(mine)
+    assert os.readlink(checkpoints / "step-000012.kept") == str(moved)
     assert sorted(path.name for path in checkpoints.glob("step-0000[12]?")) == [
         *("step-000016", "step-000020"),
     ]

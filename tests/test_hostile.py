@@ -209,7 +209,7 @@ def test_out_of_memory_wherever_it_is(run, monkeypatch, capsys, error):
         raise error
 
     monkeypatch.setattr("shtx.train.run.build", fail)
-    monkeypatch.setattr("shtx.train.generate.build", fail)
+    monkeypatch.setattr("shtx.train.trainer.build", fail)
     assert "out of memory: lower --batch-size" in one_line(capsys, resume(run))
     status = main(["generate", "--checkpoint", str(run), "--prompt", "x"])
     assert "out of memory: shorten --prompt" in one_line(capsys, status, "generate")

@@ -140,6 +140,13 @@ def test_bits_per_byte(text):
     )
 
 
+def test_sample_repeats(text):
+    config, _ = parse(TINY)
+    model = build(config, torch.device("cpu"))
+    trainer = Trainer(config, Corpus(text, config.model.seq_len), model)
+    assert trainer.sample() == trainer.sample()
+
+
 def test_byte_0_counts(text):
     config, _ = parse(TINY)
     model = build(config, torch.device("cpu"))

@@ -32,7 +32,8 @@ def configuration(random: Random) -> tuple[dict, int, bool]:
             dim_head=random.choice([2, 4, 6, 8, 10, 16]),
             heads=random.randrange(1, 5),
             ff_mult=random.choice([1, 1.5, 2.7, 4]),
-            tokens=random.randrange(33, TOKENS + 1),
+            # of which two at least are of the longest level: upstream's loss of one is NaN
+            tokens=random.randrange(34, TOKENS + 1),
         )
         if (options := build(row | dict(window="none", dim="equal"))) is None:
             continue
@@ -47,12 +48,10 @@ def configuration(random: Random) -> tuple[dict, int, bool]:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Relative to the largest number; what is not a number has to be none in both."""
-    if not torch.equal(ours.isnan(), theirs.isnan()):
-        return float("nan")
-    ours, theirs = (t.double().nan_to_num() for t in (ours, theirs))
-    size = theirs.abs().max().item() if theirs.numel() else 0.0
-    error = (ours - theirs).abs().max().item() if theirs.numel() else 0.0
+    """Relative to the largest number; NaN where either has one."""
+    if not theirs.numel():
+        return 0.0
+    size, error = theirs.abs().max().item(), (ours.double() - theirs.double()).abs().max().item()
     return error / size if size else error
 
 

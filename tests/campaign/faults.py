@@ -216,7 +216,7 @@ def full_disks(count: int, random: Random, folder: Path) -> Part:
             fault = partial(_full_from, changes, out)
             what, changes = f"change {changes}", changes + 1
         else:
-            size = random.randrange(1 << random.randrange(4, 18))
+            size = random.randrange(400, 1 << random.randrange(9, 20))  # the error has room
             fault = partial(_largest_file, size)
             what = f"files of {size} bytes"
         (child,) = runs.start(out, fault)

@@ -66,6 +66,8 @@ class Child:
     ):
         name = folder / f"output-{next(NUMBERS)}"
         self.files = [name.with_suffix(suffix) for suffix in (".out", ".err")]
+        for file in self.files:
+            file.touch()  # a process may be killed before it could
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -75,7 +77,7 @@ class Child:
         status = 1
         try:
             for descriptor, file in enumerate(self.files, 1):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+                os.dup2(os.open(file, os.O_WRONLY), descriptor)
             sys.stdout, sys.stderr = (os.fdopen(d, "w", closefd=False) for d in (1, 2))
             os.environ |= environment
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,8 +90,10 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
-            os._exit(status)
+            try:
+                sys.stderr.flush()
+            finally:  # whatever happens: the parent's code is not the child's
+                os._exit(status)
 
     def kill(self, signum: int) -> bool:
         """Whether there was still something to kill."""
