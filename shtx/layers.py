@@ -182,8 +182,11 @@ class InterleavedRotary(Module):
 
 def rotates_as_made(rotary: Module, *names: str) -> bool:
     """Return whether the buffers that a rotary embedding reads have the values of the op."""
-    buffers = rotary._buffers
-    return all(exists(b := buffers.get(name)) and has_made_values(b, name) for name in names)
+    for name in names:  # a generator's variables are cells, which torch.compile may find empty
+        buffer = rotary._buffers.get(name)
+        if buffer is None or not has_made_values(buffer, name):
+            return False
+    return True
 
 
 @torch.compiler.assume_constant_result

@@ -101,8 +101,8 @@ def test_op_shapes_are_the_largest_of_each_width():
 # measuring
 
 
-def in_tiny_configuration(monkeypatch):
-    tiny = shapes.SMALL["C"].model | dict(dim=16, depth=1, seq_len=128, window_sizes=8)
+def in_tiny_configuration(monkeypatch, seq_len=128):
+    tiny = shapes.SMALL["C"].model | dict(dim=16, depth=1, seq_len=seq_len, window_sizes=8)
     monkeypatch.setattr(shapes, "configs", lambda device: {"C": shapes.Config(1, tiny)})
 
 
@@ -197,6 +197,7 @@ def test_scaling_has_a_row_for_each_batch_and_length(monkeypatch):
     assert {job.configs for job in cli.plan(cli.parse(["scaling"]))[0]} == {("B",), ("C",)}
 
 
+@pytest.mark.skipif(bench_gpus.MOST < 2, reason="needs two GPUs, or none")
 def test_processes_share_a_train_step(monkeypatch):
     in_tiny_configuration(monkeypatch)
     case = bench_gpus.Case("C", "strong", 2)
@@ -224,7 +225,7 @@ def test_scaling_past_the_memory_is_a_failure_that_keeps_none(monkeypatch):
 
 
 def test_generation_is_counted_in_tokens(monkeypatch):
-    in_tiny_configuration(monkeypatch)
+    in_tiny_configuration(monkeypatch, bench_generate.PROMPT + bench_generate.NEW)
     bench = bench_generate
     monkeypatch.setattr(bench, "BATCHES", {"batch 3": 3})
     row = partial(row_of, bench.bench_generate, config="C", variant="batch 3")
@@ -238,7 +239,7 @@ def test_generation_is_counted_in_tokens(monkeypatch):
 
 
 def test_a_decoder_that_computes_something_else_is_not_timed(monkeypatch):
-    in_tiny_configuration(monkeypatch)
+    in_tiny_configuration(monkeypatch, bench_generate.PROMPT + bench_generate.NEW)
     step = bench_generate.Decoder.step
     monkeypatch.setattr(bench_generate.Decoder, "step", lambda self: step(self) + 1)
     with pytest.raises(ValueError, match="off the reference"):
@@ -329,12 +330,12 @@ def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
 @pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_peers_of_rotary_attention_agree_with_the_reference(window, dilation, scale):
-    """By plain PyTorch on a CPU; FlexAttention has no backward there."""
+    """By plain PyTorch; FlexAttention has no backward on a CPU."""
     peers = bench_rotary_attention
     cpu = {"flex": peers.OPS["flex"], "local-mha": peers.local_mha}
     if window is None:
         cpu["local-mha"] = peers.around(partial(peers.sdpa, backend=peers.SDPBackend.MATH))
-    qkv = torch.randn(2, 32, 3 * 2 * 16, requires_grad=True)
+    qkv = torch.randn(2, 32, 3 * 2 * 16, device=DEVICE, requires_grad=True)
     keywords = dict(window=window, dilation=dilation, xpos=window is None, scale=scale)
     expected = reference.rotary_attention(qkv, 2, **keywords)
     dout = torch.randn_like(expected)

@@ -609,7 +609,9 @@ def work(rank, folder, backend, cases):
 
 
 def spawn(folder, backend, cases):
-    processes = mp.spawn(work, (folder, backend, cases), RANKS, join=False).processes
+    interpreted = dict(TRITON_INTERPRET="1") if backend == "gloo" else {}
+    with patch.dict(os.environ, interpreted):  # read where triton is imported
+        processes = mp.spawn(work, (folder, backend, cases), RANKS, join=False).processes
     for process in processes:
         process.join()
     return folder

@@ -289,7 +289,7 @@ def test_registration_of_the_library(dilation):
     options = 2, -1, dilation, True, False, 0.25
     table = op.make_table(qkv, 16, -(-1601 // dilation))
     torch.library.opcheck(torch.ops.shtx.rotary_attention, (qkv, table, *options))
-    out, lse, rotated = torch.ops.shtx.rotary_attention(qkv, table, *options)
+    out, lse, (rotated,) = torch.ops.shtx.rotary_attention(qkv, table, *options)
     assert rotated.ndim == 5
     saved = rotated, table, out, lse, out
     torch.library.opcheck(torch.ops.shtx.rotary_attention_bwd, (*saved, *options))
