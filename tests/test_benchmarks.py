@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -329,9 +330,10 @@ def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
 
 @pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_peers_of_rotary_attention_agree_with_the_reference(window, dilation, scale):
-    """By plain PyTorch; FlexAttention has no backward on a CPU."""
+def test_peers_of_rotary_attention_agree_with_the_reference(monkeypatch, window, dilation, scale):
+    """By plain PyTorch in fp32; FlexAttention has no backward on a CPU."""
     peers = bench_rotary_attention
+    monkeypatch.setattr(peers, "autocast", nullcontext)
     cpu = {"flex": peers.OPS["flex"], "local-mha": peers.local_mha}
     if window is None:
         cpu["local-mha"] = peers.around(partial(peers.sdpa, backend=peers.SDPBackend.MATH))
