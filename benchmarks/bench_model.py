@@ -24,6 +24,7 @@ from benchmarks.timing import (
     DTYPE,
     autocast,
     graphed,
+    host_ms,
     kernel_ms,
     median_ms,
     synchronize,
@@ -108,10 +109,12 @@ def time_step(benchmark, config, provider, wait_for_turn):
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
     timed, with_graph = faster_with_or_without_graph(step) if graph_by_hand else (step, False)
     (ms,) = median_ms(benchmark, timed)
+    host = host_ms(timed)
     if not math.isfinite(last := float(step())):
         raise ValueError(f"loss became {last}")
     benchmark.extra_info |= {
         "ms": ms,
+        "host_ms": host,
         "peak_gib": peak,
         "cuda_graph": with_graph or DEVICE == "cuda" and provider in WITH_GRAPHS,
         "first_step_s": first_step_s,

@@ -130,6 +130,7 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
         "config": row["config"],
         "provider": row["provider"],
         "step (ms)": number(row.get("ms")),
+        "of the host (ms)": number(row.get("host_ms")),
         "over floor (x)": number(ratio(row.get("ms"), floor)),
         "over TrainStep (x)": number(ratio(row.get("ms"), find(rows, row, "fused").get("ms"))),
         "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),

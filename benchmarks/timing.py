@@ -60,6 +60,19 @@ def median_ms(
     return [median(ms for burst in kept[warmup_rounds:] for ms in burst) for kept in times]
 
 
+def host_ms(fn: Callable, calls: int = 5) -> float:
+    """Median time in ms until fn returns, of a device that has nothing else to do: what the host
+    takes to tell it all. A step cannot take less.
+    """
+    times = []
+    for _ in range(calls):
+        synchronize()
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    return median(times)
+
+
 def kernel_ms(fn: Callable, calls: int = 3) -> dict[str, float]:
     """Milliseconds that each kernel of the GPU takes in a call of fn, by name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

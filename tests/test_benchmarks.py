@@ -446,6 +446,7 @@ def test_the_command_on_a_cpu(tmp_path):
     row = rows["reference"]
     assert row.items() >= {"bench": "model", "config": "C", "commit": "cafe", "batch": 2}.items()
     assert row["ms"] > 0 and row["tokens_per_s"] == pytest.approx(2 * 128 / row["ms"] * 1e3)
+    assert row["host_ms"] == pytest.approx(row["ms"], rel=0.9)  # a CPU is its own host
     assert row["caches"] == "cold" and row["first_steps_s"] > row["first_step_s"] > 0
     assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
 
