@@ -226,6 +226,12 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/home.py",
+        "                sync(folder)\n",
+        "",
+        "tests/test_checkpoint.py::test_directory_of_the_first_checkpoint_is_synced_too",
+    ),
+    Mutation(
+        "shtx/train/home.py",
         "if need > free:",
         "if need > 2 * free:",
         "tests/test_train.py::test_disk_is_looked_at_before_training",
