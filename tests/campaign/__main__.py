@@ -12,7 +12,6 @@ from dataclasses import asdict
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from random import Random
 from threading import Lock
 
 import torch
@@ -90,9 +89,8 @@ def job(name: str, given: argparse.Namespace) -> None:
     end = time.monotonic() + given.seconds
     numbers = range(given.job, given.count, given.jobs)
     with tempfile.TemporaryDirectory() as folder:
-        # a part draws the same whichever others are run
-        random = Random(f"{name} {given.seed} {given.job}")
-        cases = NAMES[name](numbers, random, Path(folder) / name)
+        # a part draws the same whichever others are run, and however many share it
+        cases = NAMES[name](numbers, f"{name} {given.seed}", Path(folder) / name)
         for case in islice(cases, len(numbers)):
             print(json.dumps(asdict(case)), flush=True)
             if time.monotonic() > end:

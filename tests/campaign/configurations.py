@@ -66,10 +66,10 @@ def results(model, ids: Tensor, ablate: bool) -> Iterator[tuple[str, Tensor]]:
         yield f"gradient of {name}", torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def compare(models: Callable, numbers: range, random: Random) -> Iterator[Case]:
+def compare(models: Callable, numbers: range, seed: str) -> Iterator[Case]:
     """`models(options)` are ours, the one that it is to be like, and one that may be as far off."""
-    for _ in numbers:
-        options, tokens, ablate = configuration(random)
+    for number in numbers:
+        options, tokens, ablate = configuration(Random(f"{seed} {number}"))
         finding, largest, ill = None, 0.0, 0
         try:
             with redirect_stdout(io.StringIO()):  # upstream prints its warnings
@@ -92,7 +92,7 @@ def compare(models: Callable, numbers: range, random: Random) -> Iterator[Case]:
         yield Case(finding and f"{what}: {finding}", figures)
 
 
-def upstream(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def upstream(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """The reference against simple-hierarchical-transformer, both in fp64."""
 
     def models(options: dict):
@@ -100,22 +100,23 @@ def upstream(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
         theirs = theirs.double()
         return ours.double(), theirs, deepcopy(theirs)
 
-    return compare(models, numbers, random)
+    return compare(models, numbers, seed)
 
 
-def fused(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def fused(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Fused ops in fp32, on a CPU by Triton's interpreter, against the reference in fp64."""
 
     def models(options: dict):
         theirs, ours = pair(options, "fused")
         return ours, deepcopy(theirs).double(), theirs
 
-    return compare(models, numbers, random)
+    return compare(models, numbers, seed)
 
 
-def cached(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def cached(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Greedy tokens with the cache, for as long as the model sees all, and without it."""
-    for _ in numbers:
+    for number in numbers:
+        random = Random(f"{seed} {number}")
         options, _, _ = configuration(random)
         finding, model = None, make(options)
         prompt = draw(options, random.randrange(1, 20))

@@ -112,19 +112,20 @@ class Runs:
         return self.other_end(out)
 
 
-def kills(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def kills(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """kill -9 at random moments: of the first start, of those that go on, again and again."""
-    return _disturbed(random, Runs(folder), 1)
+    return _disturbed(f"{seed} {numbers.start}", Runs(folder), 1)
 
 
-def rank_kills(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def rank_kills(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """kill -9 of one process of two, whose other one a launcher then ends as torchrun does: by
     SIGTERM, and by SIGKILL if it waits for the dead one where Python cannot hear."""
-    return _disturbed(random, Runs(folder, world=2), 2)
+    return _disturbed(f"{seed} {numbers.start}", Runs(folder, world=2), 2)
 
 
-def _disturbed(random: Random, runs: Runs, world: int) -> Iterator[Case]:
+def _disturbed(seed: str, runs: Runs, world: int) -> Iterator[Case]:
     """A case is a kill, and what came of it: the run's end, too, where it was the last."""
+    random = Random(seed)
     for chain in count():
         out, newest = runs.folder / f"run-{chain}", 0
         while True:
@@ -155,9 +156,9 @@ def _disturbed(random: Random, runs: Runs, world: int) -> Iterator[Case]:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def signals(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def signals(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """SIGINT, SIGTERM and SIGHUP at random moments, one in four twice."""
-    runs = Runs(folder)
+    runs, random = Runs(folder), Random(f"{seed} {numbers.start}")
     for chain in count():
         out = runs.folder / f"run-{chain}"
         (child,) = runs.start(out)
@@ -176,10 +177,11 @@ def signals(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
             yield Case(finding and f"{out.name}, {sent}: {finding}")
 
 
-def signals_of_a_start(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def signals_of_a_start(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Signals to a process that Python starts, while it imports; before that they are Python's."""
     runs = Runs(folder)
     for number in numbers:
+        random = Random(f"{seed} {number}")
         out, signum = runs.folder / f"run-{number}", random.choice(SIGNALS)
         with subprocess.Popen(
             [sys.executable, "-X", "importtime", "-m", "shtx", *map(str, runs.arguments(out))],
@@ -202,12 +204,12 @@ def signals_of_a_start(numbers: range, random: Random, folder: Path) -> Iterator
         yield Case(finding and f"{out.name}, {signum!r}: {finding}")
 
 
-def full_disks(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def full_disks(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """No room from the nth change of the directory on, for every n; no room in a file, from a
     random byte on."""
     runs, changes = Runs(folder), True
     for number in numbers:
-        out = runs.folder / f"run-{number}"
+        out, random = runs.folder / f"run-{number}", Random(f"{seed} {number}")
         if changes:
             fault, what = partial(_full_from, number, out), f"change {number}"
         else:
@@ -248,10 +250,11 @@ def _largest_file(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def races(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def races(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Two to four processes that start one run, or go on with it, together."""
     runs = Runs(folder)
     for number in numbers:
+        random = Random(f"{seed} {number}")
         out, finding = runs.folder / f"run-{number}", None
         if random.random() < 0.5:  # some of them go on with it
             (child,) = runs.start(out)
@@ -329,13 +332,13 @@ def edit(file: Path, random: Random) -> None:
 DAMAGES = (truncate, flip, append, overwrite, remove, replace, edit)
 
 
-def corruptions(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def corruptions(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Every file of a run, damaged in every way. It goes on to the same end, or says in a line why
     it does not; with --resume-fallback it goes on from the checkpoint before."""
     runs = Runs(folder)
     files = sorted(p.relative_to(runs.whole) for p in runs.whole.rglob("*") if p.is_file())
     for number in numbers:
-        out = runs.folder / f"run-{number}"
+        out, random = runs.folder / f"run-{number}", Random(f"{seed} {number}")
         shutil.copytree(runs.whole, out)
         if random.random() < 0.5:  # it has something left to do
             shutil.rmtree(load(out).path)
@@ -358,7 +361,7 @@ def corruptions(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
         yield Case(finding and f"{what}, {verb}: {finding}", figures)
 
 
-def hostile_checkpoints(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def hostile_checkpoints(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Pickles, gigantic headers, escapes, names that lead elsewhere, and what else the tests have:
     each refused in a line, by training and by sampling."""
     runs = Runs(folder)

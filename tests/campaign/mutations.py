@@ -462,7 +462,7 @@ def unchanged(tests: list[str], numbers: range, copy: Copy) -> None:
             raise RuntimeError(f"{share} fail without a mutation, or take {PATIENCE} seconds")
 
 
-def listed(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def listed(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Mistakes that were made, or that tests once let through."""
     copy = Copy(folder)
     unchanged(sorted({mutation.tests for mutation in LISTED[: numbers.stop]}), numbers, copy)
@@ -475,11 +475,11 @@ def listed(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
         yield Case(finding, {"caught": int(not survives)})
 
 
-def drawn(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def drawn(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """As many of every file that has tests of its own."""
     pool = {file: mutants((ROOT / file).read_text()) for file in TESTS}
     for file, mutations in pool.items():
-        Random(file).shuffle(mutations)  # the same in every job
+        Random(f"{seed} {file}").shuffle(mutations)
     chosen = []  # file, what it becomes, the line of it
     while len(chosen) < numbers.stop and any(pool.values()):
         for file in [file for file in pool if pool[file]][: numbers.stop - len(chosen)]:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from random import Random
 from unittest.mock import patch
 
 import torch
@@ -47,7 +46,7 @@ def every_op(dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
 
 
-def sanitizers(numbers: range, random: Random, folder: Path) -> Iterator[Case]:
+def sanitizers(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Each tool over `every_op`. PyTorch's cache of memory, which hides what is out of bounds, is
     off."""
     sanitizer = shutil.which("compute-sanitizer", path=PLACES)
