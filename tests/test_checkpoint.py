@@ -102,14 +102,17 @@ def test_synced_before_it_is_named(tmp_path, monkeypatch):
     assert events == [*files, temporary, (temporary, path), path.parent]
 
 
-def test_directory_of_the_first_checkpoint_is_synced_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("out", ["a/run", None])
+def test_directory_of_the_first_checkpoint_is_synced_too(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
     synced, fsync = [], os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))
     )
-    with Home(tmp_path / "a" / "run"):
-        save(tmp_path / "a" / "run", 1, CONFIG, *contents(1))
-    assert synced[:3] == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "run")]
+    with Home(out and tmp_path / out) as home:
+        save(home.path, 1, CONFIG, *contents(1))
+    run = home.path.absolute()
+    assert synced[:3] == [str(tmp_path), str(run.parent), str(run)]
 
 
 def test_removal_that_was_interrupted(tmp_path, monkeypatch):

@@ -215,6 +215,18 @@ def test_out_of_memory_wherever_it_is(run, monkeypatch, capsys, error):
     assert "out of memory: shorten --prompt" in one_line(capsys, status, "generate")
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["Trainer.restore", "Trainer.compile", "Trainer.evaluate", "Trainer.state", "Trainer.sample"],
+)
+def test_out_of_memory_at_any_time_of_a_run(step, monkeypatch, capsys, place):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"shtx.train.trainer.{place}", fail)
+    assert "out of memory: lower --batch-size" in one_line(capsys, resume(step))
+
+
 def test_warnings_are_lines(text, tmp_path, capsys):
     from running import train
 

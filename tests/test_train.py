@@ -245,6 +245,7 @@ def test_resume_of_a_finished_run_changes_nothing(run, tmp_path, capsys):
         ("--seed 3", "--seed 3 is not the run's 0"),
         ("--steps 11", "--steps 11 is less than the run's 12"),
         ("--data missing", "--data missing: no such file"),
+        ("--eval-sequences 100000", "--eval-sequences 100000: the validation data has 5,527 diff"),
     ],
 )  # fmt: skip
 def test_resume_refuses_changes(run, capsys, arguments, message):

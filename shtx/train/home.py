@@ -22,7 +22,7 @@ from pathlib import Path
 
 from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, KEEP, Checkpoint, find_steps, step_of
-from shtx.train.files import make, publish, read_json
+from shtx.train.files import make, publish, read_json, sync
 
 LOCK, RUN, METRICS, DATA, PLOT = "shtx.lock", "run.json", "metrics.jsonl", "data.bin", "loss.png"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -219,6 +219,7 @@ def _of_this_second(folder: Path) -> Path:
         for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
             with suppress(FileExistsError):
                 (path := folder / f"{name}{suffix}").mkdir()
+                sync(folder)
                 return path
     except OSError as error:
         raise TrainError(f"{folder}: {error.strerror}; name a directory with --out") from error

@@ -197,7 +197,9 @@ def open_run(
     data = config.data, home.path, config.model.seq_len
     corpus = prepare(*data, expected, former, config.raw)
     most = max(corpus.different_windows, PRESETS[config.preset].eval_sequences)
-    if checkpoint is None and config.eval_sequences > most:
+    if checkpoint:  # whatever an earlier version let it begin with
+        most = max(most, checkpoint.config["run"].get("eval_sequences", 0))
+    if config.eval_sequences > most:
         raise TrainError(
             f"--eval-sequences {config.eval_sequences}: the validation data has"
             f" {corpus.different_windows:,} different sequences"

@@ -12,17 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest does it for t
 
 
 @dataclass
-class Part:
-    """What one part of the campaign did.
+class Case:
+    """How one case of a part ended.
 
     Attributes:
-        name: of the part.
-        tried: how many cases were run.
-        findings: a line for each case that went wrong.
-        notes: what else the reader of the table has to know.
+        finding: what went wrong, or None.
+        figures: name -> number, for the reader of the table. Over all cases of a part, whole
+            numbers are added up, and of the others the largest is taken.
     """
 
-    name: str
-    tried: int = 0
-    findings: list[str] = field(default_factory=list)
-    notes: str = ""
+    finding: str | None = None
+    figures: dict[str, int | float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from test_upstream import draw, pair
 from torch import Tensor
 
 from shtx import HierarchicalTransformer
-from tests.campaign import Part
+from tests.campaign import Case
 
 SLACK = 3  # times what eager PyTorch is off in the same dtype
 LARGEST = 1e-4  # difference, relative to the largest number of a tensor
@@ -66,12 +66,11 @@ def results(model, ids: Tensor, ablate: bool) -> Iterator[tuple[str, Tensor]]:
         yield f"gradient of {name}", torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def compare(name: str, models: Callable, count: int, random: Random) -> Part:
+def compare(models: Callable, numbers: range, seed: str) -> Iterator[Case]:
     """`models(options)` are ours, the one that it is to be like, and one that may be as far off."""
-    part, largest, ill = Part(name), 0.0, 0
-    for part.tried in range(1, count + 1):
-        options, tokens, ablate = configuration(random)
-        finding = None
+    for number in numbers:
+        options, tokens, ablate = configuration(Random(f"{seed} {number}"))
+        finding, largest, ill = None, 0.0, 0
         try:
             with redirect_stdout(io.StringIO()):  # upstream prints its warnings
                 all_three = models(options)
@@ -85,15 +84,15 @@ def compare(name: str, models: Callable, count: int, random: Random) -> Part:
                 ill += LARGEST < off
         except Exception as error:
             finding = f"{type(error).__name__}: {error}"
-        if finding:
-            part.findings.append(f"{options}, {tokens} tokens, ablate={ablate}: {finding}")
-    part.notes = f"largest relative difference {largest:.1e}"
-    if ill:
-        part.notes += f"; {ill} tensors are above {LARGEST}, as ill-conditioned in upstream's fp32"
-    return part
+        figures = {
+            "largest relative difference": largest,
+            f"tensors above {LARGEST}, as ill-conditioned in upstream's fp32": ill,
+        }
+        what = f"{options}, {tokens} tokens, ablate={ablate}"
+        yield Case(finding and f"{what}: {finding}", figures)
 
 
-def upstream(count: int, random: Random, folder: Path) -> Part:
+def upstream(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """The reference against simple-hierarchical-transformer, both in fp64."""
 
     def models(options: dict):
@@ -101,23 +100,23 @@ def upstream(count: int, random: Random, folder: Path) -> Part:
         theirs = theirs.double()
         return ours.double(), theirs, deepcopy(theirs)
 
-    return compare("configurations: reference and upstream, fp64", models, count, random)
+    return compare(models, numbers, seed)
 
 
-def fused(count: int, random: Random, folder: Path) -> Part:
+def fused(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Fused ops in fp32, on a CPU by Triton's interpreter, against the reference in fp64."""
 
     def models(options: dict):
         theirs, ours = pair(options, "fused")
         return ours, deepcopy(theirs).double(), theirs
 
-    return compare("configurations: fused in fp32 and upstream in fp64", models, count, random)
+    return compare(models, numbers, seed)
 
 
-def cached(count: int, random: Random, folder: Path) -> Part:
+def cached(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Greedy tokens with the cache, for as long as the model sees all, and without it."""
-    part = Part("configurations: cached and uncached")
-    for part.tried in range(1, count + 1):
+    for number in numbers:
+        random = Random(f"{seed} {number}")
         options, _, _ = configuration(random)
         finding, model = None, make(options)
         prompt = draw(options, random.randrange(1, 20))
@@ -130,9 +129,7 @@ def cached(count: int, random: Random, folder: Path) -> Part:
             finding = unlike(model, prompt, tokens, expected)
         except Exception as error:
             finding = f"{type(error).__name__}: {error}"
-        if finding:
-            part.findings.append(f"{options}, prompt of {prompt.shape[1]}: {finding}")
-    return part
+        yield Case(finding and f"{options}, prompt of {prompt.shape[1]}: {finding}")
 
 
 def make(options: dict) -> HierarchicalTransformer:

@@ -14,7 +14,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
+from itertools import count, product
 from pathlib import Path
 from random import Random
 
@@ -25,7 +27,7 @@ from test_hostile import DAMAGE
 from shtx.train import TrainError, visible
 from shtx.train.checkpoint import CHECKPOINTS, find_steps, load, step_of
 from shtx.train.home import RUN
-from tests.campaign import Part
+from tests.campaign import Case
 from tests.campaign.processes import PATIENCE, Child, Ended, shtx_command
 
 WEIGHTS = ("model.safetensors", "optimizer.pt")
@@ -110,23 +112,24 @@ class Runs:
         return self.other_end(out)
 
 
-def kills(count: int, random: Random, folder: Path) -> Part:
+def kills(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """kill -9 at random moments: of the first start, of those that go on, again and again."""
-    return _disturbed("kill -9", count, random, Runs(folder), 1)
+    return _disturbed(f"{seed} {numbers.start}", Runs(folder), 1)
 
 
-def rank_kills(count: int, random: Random, folder: Path) -> Part:
+def rank_kills(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """kill -9 of one process of two, whose other one a launcher then ends as torchrun does: by
     SIGTERM, and by SIGKILL if it waits for the dead one where Python cannot hear."""
-    return _disturbed("kill -9 of one of two", count, random, Runs(folder, world=2), 2)
+    return _disturbed(f"{seed} {numbers.start}", Runs(folder, world=2), 2)
 
 
-def _disturbed(name: str, count: int, random: Random, runs: Runs, world: int) -> Part:
-    part, chain = Part(name), 0
-    while part.tried < count:
-        out, newest, chain, finding = runs.folder / f"run-{chain}", 0, chain + 1, None
-        while part.tried < count and not finding:
-            moment = random.uniform(0, 1.1 * runs.seconds)
+def _disturbed(seed: str, runs: Runs, world: int) -> Iterator[Case]:
+    """A case is a kill, and what came of it: the run's end, too, where it was the last."""
+    random = Random(seed)
+    for chain in count():
+        out, newest = runs.folder / f"run-{chain}", 0
+        while True:
+            finding, moment = None, random.uniform(0, 1.1 * runs.seconds)
             children = runs.start(out)
             time.sleep(moment)
             victim = random.randrange(world)
@@ -134,7 +137,6 @@ def _disturbed(name: str, count: int, random: Random, runs: Runs, world: int) ->
             for child in children if killed else ():
                 child.kill(signal.SIGTERM)  # the victim does not hear it any more
             ends = [child.wait(20 if killed else PATIENCE) for child in children]
-            part.tried += killed
             for index, ended in enumerate(ends):
                 if index != victim:
                     terminated = 128 + signal.SIGTERM, -signal.SIGKILL
@@ -143,21 +145,22 @@ def _disturbed(name: str, count: int, random: Random, runs: Runs, world: int) ->
                     finding = finding or ended.unclear(0)
             finding = finding or runs.lost(out, newest)
             newest = runs.newest(out)
-            if not killed or random.random() < 0.2:
+            if last := not killed or bool(finding) or random.random() < 0.2:
+                finding = finding or runs.finish(out)
+            if finding:
+                yield Case(f"{out.name}, moment {moment:.3f}: {finding}")
+            elif killed:
+                yield Case(figures={"runs to their ends": int(last)})
+            if last:
                 break
-        if finding := finding or runs.finish(out):
-            part.findings.append(f"{out.name}, kill {part.tried}: {finding}")
-        else:
-            shutil.rmtree(out)
-    part.notes = f"{chain} runs to their ends"
-    return part
+        shutil.rmtree(out, ignore_errors=True)
 
 
-def signals(count: int, random: Random, folder: Path) -> Part:
+def signals(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """SIGINT, SIGTERM and SIGHUP at random moments, one in four twice."""
-    runs, part = Runs(folder), Part("signals")
-    while part.tried < count:
-        out = runs.folder / f"run-{part.tried}"
+    runs, random = Runs(folder), Random(f"{seed} {numbers.start}")
+    for chain in count():
+        out = runs.folder / f"run-{chain}"
         (child,) = runs.start(out)
         sent, wait = [], random.uniform(0, 1.1 * runs.seconds)
         for _ in range(2 if random.random() < 0.25 else 1):
@@ -167,22 +170,19 @@ def signals(count: int, random: Random, folder: Path) -> Part:
                 sent.pop()
             wait = random.uniform(0, 0.05)
         ended = child.wait()
-        part.tried += bool(sent)
         finding = ended.unclear(0, *(128 + signum for signum in sent)) or runs.lost(out, 0)
-        if finding := finding or runs.finish(out):
-            part.findings.append(f"{out.name}, {sent}: {finding}")
+        finding = finding or runs.finish(out)
         shutil.rmtree(out, ignore_errors=True)
-    return part
+        if sent or finding:
+            yield Case(finding and f"{out.name}, {sent}: {finding}")
 
 
-def signals_of_a_start(count: int, random: Random, folder: Path) -> Part:
+def signals_of_a_start(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Signals to a process that Python starts, while it imports; before that they are Python's."""
-    runs, part = (
-        Runs(folder),
-        Part("signals of a start", notes="the interpreter's own start left out"),
-    )
-    for part.tried in range(1, count + 1):
-        out, signum = runs.folder / f"run-{part.tried}", random.choice(SIGNALS)
+    runs = Runs(folder)
+    for number in numbers:
+        random = Random(f"{seed} {number}")
+        out, signum = runs.folder / f"run-{number}", random.choice(SIGNALS)
         with subprocess.Popen(
             [sys.executable, "-X", "importtime", "-m", "shtx", *map(str, runs.arguments(out))],
             stdout=subprocess.PIPE,
@@ -199,39 +199,32 @@ def signals_of_a_start(count: int, random: Random, folder: Path) -> Part:
             process.stdout.read()
         text = b"".join(said).decode()
         ended = Ended(process.returncode, "", text)
-        if finding := ended.unclear(0, 128 + signum) or runs.finish(out):
-            part.findings.append(f"{out.name}, {signum!r}: {finding}")
+        finding = ended.unclear(0, 128 + signum) or runs.finish(out)
         shutil.rmtree(out, ignore_errors=True)
-    return part
+        yield Case(finding and f"{out.name}, {signum!r}: {finding}")
 
 
-def full_disks(count: int, random: Random, folder: Path) -> Part:
+def full_disks(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """No room from the nth change of the directory on, for every n; no room in a file, from a
     random byte on."""
-    runs, part = Runs(folder), Part("full disk")
-    changes, ended = 0, None
-    while part.tried < count:
-        out = runs.folder / f"run-{part.tried}"
-        if ended is None or ended.status:  # until there were not as many changes as that
-            fault = partial(_full_from, changes, out)
-            what, changes = f"change {changes}", changes + 1
+    runs, changes = Runs(folder), True
+    for number in numbers:
+        out, random = runs.folder / f"run-{number}", Random(f"{seed} {number}")
+        if changes:
+            fault, what = partial(_full_from, number, out), f"change {number}"
         else:
             size = random.randrange(400, 1 << random.randrange(9, 20))  # the error has room
-            fault = partial(_largest_file, size)
-            what = f"files of {size} bytes"
+            fault, what = partial(_largest_file, size), f"files of {size} bytes"
         (child,) = runs.start(out, fault)
-        disturbed = child.wait()
-        if what.startswith("change"):
-            ended = disturbed
-        part.tried += 1
-        finding = disturbed.unclear(0, 1)
+        ended = child.wait()
+        figures = {"changes of the directory": int(changes and ended.status != 0)}
+        changes = changes and ended.status != 0  # until there were not as many as that
+        finding = ended.unclear(0, 1)
         if out.exists():
             finding = finding or runs.lost(out, 0)
-        if finding := finding or runs.finish(out):
-            part.findings.append(f"{out.name}, {what}: {finding}")
+        finding = finding or runs.finish(out)
         shutil.rmtree(out, ignore_errors=True)
-    part.notes = f"{changes - 1} changes of the directory, the others limits of a file's size"
-    return part
+        yield Case(finding and f"{out.name}, {what}: {finding}", figures)
 
 
 def _full_from(nth: int, out: Path) -> None:
@@ -257,11 +250,12 @@ def _largest_file(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def races(count: int, random: Random, folder: Path) -> Part:
+def races(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Two to four processes that start one run, or go on with it, together."""
-    runs, part = Runs(folder), Part("races")
-    for part.tried in range(1, count + 1):
-        out, finding = runs.folder / f"run-{part.tried}", None
+    runs = Runs(folder)
+    for number in numbers:
+        random = Random(f"{seed} {number}")
+        out, finding = runs.folder / f"run-{number}", None
         if random.random() < 0.5:  # some of them go on with it
             (child,) = runs.start(out)
             time.sleep(random.uniform(0.5, 1) * runs.seconds)
@@ -278,10 +272,9 @@ def races(count: int, random: Random, folder: Path) -> Part:
                 finding = f"said {ended.err!r}"
         if all(ended.status for ended in ends):
             finding = finding or f"nobody trained: {ends[0].err!r}"
-        if finding := finding or runs.lost(out, newest) or runs.other_end(out):
-            part.findings.append(f"{out.name}: {finding}")
+        finding = finding or runs.lost(out, newest) or runs.other_end(out)
         shutil.rmtree(out, ignore_errors=True)
-    return part
+        yield Case(finding and f"{out.name}: {finding}")
 
 
 def truncate(file: Path, random: Random) -> None:
@@ -339,14 +332,13 @@ def edit(file: Path, random: Random) -> None:
 DAMAGES = (truncate, flip, append, overwrite, remove, replace, edit)
 
 
-def corruptions(count: int, random: Random, folder: Path) -> Part:
+def corruptions(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Every file of a run, damaged in every way. It goes on to the same end, or says in a line why
     it does not; with --resume-fallback it goes on from the checkpoint before."""
-    runs, part = Runs(folder), Part("corruptions")
+    runs = Runs(folder)
     files = sorted(p.relative_to(runs.whole) for p in runs.whole.rglob("*") if p.is_file())
-    went_on = 0
-    for part.tried in range(1, count + 1):
-        out = runs.folder / f"run-{part.tried}"
+    for number in numbers:
+        out, random = runs.folder / f"run-{number}", Random(f"{seed} {number}")
         shutil.copytree(runs.whole, out)
         if random.random() < 0.5:  # it has something left to do
             shutil.rmtree(load(out).path)
@@ -361,49 +353,45 @@ def corruptions(count: int, random: Random, folder: Path) -> Part:
             given = ["train", "--resume", out, *["--resume-fallback"] * (verb == "fallback")]
         ended = shtx_command(*given, folder=runs.folder)
         finding = ended.unclear(0, 1)
-        if ended.status == 0 and verb != "generate":
-            went_on += 1
-            if runs.content(out) != runs.last:
-                finding = finding or "went on to another end, in silence"
-        if finding:
-            part.findings.append(f"{what}, {verb}: {finding}")
+        went_on = ended.status == 0 and verb != "generate"
+        if went_on and runs.content(out) != runs.last:
+            finding = finding or "went on to another end, in silence"
         shutil.rmtree(out)
-    part.notes = f"{went_on} of those that train went on to the same end"
-    return part
+        figures = {"went on to the same end": int(went_on)}
+        yield Case(finding and f"{what}, {verb}: {finding}", figures)
 
 
-def hostile_checkpoints(count: int, random: Random, folder: Path) -> Part:
+def hostile_checkpoints(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
     """Pickles, gigantic headers, escapes, names that lead elsewhere, and what else the tests have:
     each refused in a line, by training and by sampling."""
-    runs, part = Runs(folder), Part("hostile checkpoints")
+    runs = Runs(folder)
     checkpoints = {
         **{what: (damage, True) for what, (damage, _) in DAMAGE.items()},
         "a manifest of files elsewhere": (elsewhere, True),
         "links out of the checkpoint": (links, False),
         "a name with escapes": (escapes, False),
     }
-    for what, (damage, refused) in [*checkpoints.items()][:count]:
-        for verb in ("train", "generate"):
-            out = runs.folder / "run"
-            shutil.copytree(runs.whole, out)
-            step = load(out).path
-            step = damage(step) or step
-            given = ["generate", "--checkpoint", step, "--prompt", "x", "--length", "1"]
-            if verb == "train":
-                given = ["train", "--resume", step]
-            before = {*runs.folder.rglob("*")}
-            ended = shtx_command(*given, folder=runs.folder, prepare=lambda: os.chdir(runs.folder))
-            # what concerns training alone does not keep a model from sampling
-            finding = ended.unclear(*((1,) if refused and verb == "train" else (0, 1)))
-            if ended.status and {*runs.folder.rglob("*")} != before:
-                finding = finding or "left something behind"
-            if visible(ended.out) != ended.out:
-                finding = finding or f"said {ended.out!r}"
-            part.tried += 1
-            if finding:
-                part.findings.append(f"{verb}, {what}: {finding}")
-            shutil.rmtree(out)
-    return part
+    for number, (verb, what) in enumerate(product(("train", "generate"), checkpoints)):
+        if number not in numbers:
+            continue
+        damage, refused = checkpoints[what]
+        out = runs.folder / "run"
+        shutil.copytree(runs.whole, out)
+        step = load(out).path
+        step = damage(step) or step
+        given = ["generate", "--checkpoint", step, "--prompt", "x", "--length", "1"]
+        if verb == "train":
+            given = ["train", "--resume", step]
+        before = {*runs.folder.rglob("*")}
+        ended = shtx_command(*given, folder=runs.folder, prepare=lambda: os.chdir(runs.folder))
+        # what concerns training alone does not keep a model from sampling
+        finding = ended.unclear(*((1,) if refused and verb == "train" else (0, 1)))
+        if ended.status and {*runs.folder.rglob("*")} != before:
+            finding = finding or "left something behind"
+        if visible(ended.out) != ended.out:
+            finding = finding or f"said {ended.out!r}"
+        shutil.rmtree(out)
+        yield Case(finding and f"{verb}, {what}: {finding}")
 
 
 def elsewhere(step: Path) -> None:
