@@ -17,16 +17,18 @@ MODULES = {
     "train": "shtx.train.run",
     "warmup": "shtx.train.warmup",
     "generate": "shtx.train.generate",
+    "eval": "shtx.train.evaluate",
     "convert": "shtx.train.convert",
     "info": "shtx.info",
 }
 
 HELP = """\
-usage: shtx {train,warmup,generate,convert,info} [options]
+usage: shtx {train,warmup,generate,eval,convert,info} [options]
 
   train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
   warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
+  eval       bits per byte of a checkpoint's model over a file
   convert    weights for the other version of simple-hierarchical-transformer
   info       versions, device, which ops run fused; --check compares them with their references,
               --checkpoint names what of a checkpoint's model does not
@@ -36,6 +38,7 @@ examples:
   shtx train --data enwik8.zip --steps 1000
   shtx train --resume runs/enwik8
   shtx generate --checkpoint runs/enwik8 --prompt "The city of" --length 1000
+  shtx eval --checkpoint runs/enwik8 --data test.txt
   shtx info --check
   shtx info --checkpoint runs/enwik8
 
@@ -74,9 +77,8 @@ def dispatch(verb: str, *rest: str) -> int:
         print(HELP, end="")
         return 0
     if verb not in MODULES:
-        return fail(
-            "", f"unknown verb {verb!r}; the verbs are train, warmup, generate, convert and info"
-        )
+        *others, last = MODULES
+        return fail("", f"unknown verb {verb!r}; the verbs are {', '.join(others)} and {last}")
     needs_extra = verb != "info" or any(a.startswith("--checkpoint") for a in rest)
     missing = [name for name in TRAIN_EXTRA if needs_extra and find_spec(name) is None]
     if missing:

@@ -5,6 +5,7 @@ OUT_OF_MEMORY = {
     "train": _LESS,
     "warmup": _LESS,
     "generate": "out of memory: shorten --prompt and --length, or take another --dtype or --device",
+    "eval": "out of memory: lower --batch-size or --context, or take another --device",
     "convert": "out of memory",
     "info": "out of memory",
 }

@@ -47,10 +47,11 @@ class Display:
         steps: steps in all.
         done: steps already done.
         quiet: show nothing (all processes but the first).
+        unit: what is counted.
     """
 
-    def __init__(self, steps: int, done: int, quiet: bool):
-        self.steps = steps
+    def __init__(self, steps: int, done: int, quiet: bool, unit: str = "step"):
+        self.steps, self.unit = steps, unit
         self.output = Output(sys.stdout)
         self.console = Console(
             file=self.output,
@@ -61,7 +62,7 @@ class Display:
             highlight=False,
         )
         self.bar = Progress(
-            TextColumn("step"),
+            TextColumn(unit),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.description}"),
@@ -83,10 +84,12 @@ class Display:
 
     def step(self, done: int, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
         text = f"loss {loss:.3f} nats, {bits_per_byte:.3f} bits per byte"
-        text = f"{text}, {tokens_per_second:,.0f} tokens/s"
+        self.show(done, f"{text}, {tokens_per_second:,.0f} tokens/s")
+
+    def show(self, done: int, text: str) -> None:
         self.bar.update(self.task, completed=done, description=text)
         if self.bar.disable:
-            self.say(f"step {done}/{self.steps}: {text}")
+            self.say(f"{self.unit} {done}/{self.steps}: {text}")
 
 
 def printable(data: bytes) -> str:
