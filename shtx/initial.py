@@ -8,6 +8,7 @@ from copy import copy
 
 import torch
 from local_attention.rotary import SinusoidalEmbeddings
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from shtx.plan import is_sharded
@@ -26,13 +27,18 @@ def draw(module: Module) -> None:
         return
     made = _anew(module)
     for name, place in places.items():
-        values = getattr(made, name).detach()
-        if is_sharded(place):  # every process draws the whole of it, and keeps its part
-            from torch.distributed.tensor import distribute_tensor  # not everywhere there is one
+        fill(place, getattr(made, name).detach())
 
-            mesh = place.device_mesh
-            values = distribute_tensor(values, mesh, place.placements, src_data_rank=None)
-        place.copy_(values)
+
+@torch.no_grad()
+def fill(place: Tensor, values: Tensor) -> None:
+    """Copy values, which every process has as a whole, to a tensor, of which it may have a part."""
+    if is_sharded(place):
+        from torch.distributed.tensor import distribute_tensor  # not everywhere there is one
+
+        mesh = place.device_mesh
+        values = distribute_tensor(values, mesh, place.placements, src_data_rank=None)
+    place.copy_(values)
 
 
 def _anew(module: Module) -> Module:
