@@ -72,13 +72,14 @@ def fully_shard_model(
     mesh = mesh or _all_processes()
     options = dict(
         mesh=mesh,
+        reshard_after_forward=reshard_after_forward,
         mp_policy=MixedPrecisionPolicy(
             param_dtype, reduce_dtype=None if param_dtype is None else torch.float32
         ),
     )
     units = _units(model)
     for unit in units:
-        fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(unit, **options)
     fully_shard(model, **options)
     for i, unit in enumerate(units):
         unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + prefetch])

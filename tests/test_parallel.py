@@ -471,6 +471,10 @@ def full_sharding_steps_as_one_process(rank):
     ):
         for checkpointing, accumulate in ((False, 1), (True, 2)):
             model = fully_shard_model(build(depth=2), **options)
+            if options.get("reshard_after_forward", True):
+                with torch.no_grad():
+                    model(draw(rank))
+                assert all(map(is_sharded, model.parameters()))
             model.checkpointing = checkpointing
             assert_close(take(model, uneven(rank), accumulate=accumulate), alone)
 
@@ -517,6 +521,16 @@ def fsdp_steps_equal_those_of_one_process(rank):
     for accumulate in (1, 2):
         ours = take(shard(build()), uneven(rank), accumulate=accumulate)
         assert_close(ours, take(build(), whole(), process_group=False))
+
+
+def fsdp_may_have_gone_forward_before(rank):
+    model = shard(build())
+    optimizer = adamw(model)
+    with torch.no_grad():
+        model(draw(rank))  # which leaves what its parts left whole
+    assert not is_sharded(model.token_emb.weight)
+    TrainStep(model, optimizer, precision="fp32")(draw(rank))
+    assert is_sharded(model.token_emb.weight)
 
 
 # on GPUs
@@ -640,6 +654,7 @@ CPU_CASES = [
     graphs_are_refused_under_fsdp,
     fsdp_steps_equal_those_of_one_process,
     fsdp_compiles_ahead_without_a_trace,
+    fsdp_may_have_gone_forward_before,
 ]
 GPU_CASES = [
     graphs_are_the_eager_steps,
