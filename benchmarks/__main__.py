@@ -107,7 +107,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("kinds", nargs="*", metavar="KIND", help=f"of {' '.join(KINDS)}; default: all")
-    add("--config", nargs="+", default=list(CONFIGS), metavar="NAME", help="of A B C D")
+    add(
+        "--config", nargs="+", default=list(CONFIGS), metavar="NAME", help=f"of {' '.join(CONFIGS)}"
+    )
     add("--op", nargs="+", default=OPS, metavar="NAME", help=f"of {' '.join(OPS)}")
     add("--provider", nargs="+", metavar="NAME", help="default: all that suit the device")
     add("--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="for results.json")

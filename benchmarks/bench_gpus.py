@@ -1,6 +1,9 @@
 """A train step on 1, 2, 4, ... GPUs, as many as there are; on a CPU, processes in their place.
 
 Weak scaling: every GPU has the batch of the configuration. Strong: all of them share four times it.
+
+Of a configuration that is SHARDED, several GPUs have parts, under FSDP2, and more layers than one
+has room for; its steps run blocks again in the backward, on one GPU, too.
 """
 
 import json
@@ -16,8 +19,9 @@ import torch.multiprocessing as mp
 
 from benchmarks import shapes
 from benchmarks.providers import build_reference, load
-from benchmarks.timing import DEVICE, autocast, elapsed_ms, mark, synchronize
+from benchmarks.timing import DEVICE, DTYPE, autocast, elapsed_ms, mark, synchronize
 from shtx import TrainStep
+from shtx.fsdp import fully_shard_model
 
 SHARED = 4  # batches of the configuration, in strong scaling
 STEPS, WARMUP = (30, 10) if DEVICE == "cuda" else (3, 1)
@@ -33,7 +37,12 @@ class Case(NamedTuple):
         """With the batch of all."""
         config = shapes.configs(DEVICE)[self.config]
         times = self.gpus if self.scaling == "weak" else SHARED
-        return config._replace(batch=config.batch * times)
+        more = {"depth": shapes.SHARDED[self.config]} if self.sharded else {}
+        return shapes.Config(config.batch * times, config.model | more)
+
+    @property
+    def sharded(self) -> bool:
+        return self.gpus > 1 and self.config in shapes.SHARDED
 
     def labels(self) -> dict:
         """As a row names it."""
@@ -44,7 +53,7 @@ GPUS = [2**i for i in range(MOST.bit_length())]
 CASES = [
     case
     for name in shapes.CONFIGS
-    for scaling in ("weak", "strong")
+    for scaling in (("weak",) if name in shapes.SHARDED else ("weak", "strong"))
     for gpus in GPUS
     if (case := Case(name, scaling, gpus)).config_of().batch % gpus == 0
 ]
@@ -59,22 +68,30 @@ def pytest_generate_tests(metafunc):
 def bench_gpus(benchmark, case, provider):
     config = case.config_of()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (case.gpus, config, provider, Path(folder)), case.gpus)
+        mp.spawn(work, (case, config, provider, Path(folder)), case.gpus)
         row = json.loads(Path(folder, "row").read_text())
     tokens = config.batch * config.model["seq_len"]
     row |= {"gpus": case.gpus, "batch": config.batch, "seq_len": config.model["seq_len"]}
-    benchmark.extra_info |= row | {"tokens_per_s": tokens / row["ms"] * 1e3}
+    flop_per_token = 3 * shapes.flops(shapes.products(config)) / tokens
+    row |= {"tokens_per_s": tokens / row["ms"] * 1e3, "flop_per_token": flop_per_token}
+    benchmark.extra_info |= row
 
 
-def work(rank: int, gpus: int, config: shapes.Config, provider: str, folder: Path):
+def work(rank: int, case: Case, config: shapes.Config, provider: str, folder: Path):
     """Of one process; the first leaves what all have measured in the folder."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, f"file://{folder}/rendezvous", world_size=gpus, rank=rank)
-    model = build_reference(config)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group(backend, rendezvous, world_size=case.gpus, rank=rank)
+    if case.sharded:
+        torch.manual_seed(0)
+        model = fully_shard_model(shapes.on_meta(config), param_dtype=DTYPE)
+    else:
+        model = build_reference(config)
+    model.checkpointing = case.config in shapes.SHARDED
     torch.manual_seed(1 + rank)
-    size = (config.batch // gpus, config.model["seq_len"] + 1)
+    size = (config.batch // case.gpus, config.model["seq_len"] + 1)
     ids = torch.randint(1, config.model["num_tokens"], size, device=DEVICE)  # all labels count
     with torch.no_grad(), autocast():  # a few at a time, for memory
         parts = [len(part) * model(part, return_loss=True)[0] for part in ids.split(4)]
@@ -84,7 +101,7 @@ def work(rank: int, gpus: int, config: shapes.Config, provider: str, folder: Pat
     model = load(provider, model, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     precision = "bf16-mixed" if DEVICE == "cuda" else "fp32"
-    step = TrainStep(model, optimizer, precision=precision)
+    step = TrainStep(model, optimizer, precision=precision, cuda_graph=not case.sharded)
     loss = float(step(ids)[0])
     if not abs(loss - expected) <= 2e-2 * abs(expected):
         raise ValueError(f"loss {loss:.4f} disagrees with the reference's {float(expected):.4f}")
@@ -98,7 +115,8 @@ def work(rank: int, gpus: int, config: shapes.Config, provider: str, folder: Pat
     synchronize()
     ms = torch.tensor(median(elapsed_ms(*pair) for pair in pairwise(marks)), device=DEVICE)
     dist.all_reduce(ms, dist.ReduceOp.MAX)
-    check_equal(model)
+    if not case.sharded:
+        check_equal(model)
     if rank == 0:
         peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
         row = {"ms": float(ms), "peak_gib": peak, "loss": loss, "reference_loss": float(expected)}

@@ -51,6 +51,8 @@ CASES = {
         *(Case(B, M, 8, 64) for B, M in ((16, 2048), (32, 1024), (128, 256))),
         Case(4, 2048, 8, 64, dilation=8),
         Case(1, 16384, 8, 64, dilation=16),
+        Case(2, 8192, 16, 128, 256),  # configuration E
+        Case(2, 2048, 32, 128),
     ],
     "cpu": [
         Case(2, 128, 2, 16, 16),

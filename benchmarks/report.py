@@ -12,7 +12,8 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
     "scaling": "Train step against the batch, and against the length at as many tokens",
-    "gpus": "Train step on several GPUs; weak: a batch each, strong: four batches for all",
+    "gpus": "Train step on several GPUs; weak: a batch each, strong: four batches for all;"
+    " of E 6 layers on one GPU, 20 on several",
     "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
 HEADLINES = ("model", "generate")  # which README shows
@@ -160,9 +161,15 @@ def scaling_line(row: dict, rows: list[dict], results: dict) -> dict:
 
 
 def share_of_one(row: dict, rows: list[dict]) -> float | None:
-    """Throughput over that of as many GPUs as if each were alone."""
-    one = find(rows, row | {"variant": "GPUs: 1"}, row["provider"]).get("tokens_per_s")
-    return ratio(row.get("tokens_per_s"), one and one * row.get("gpus", 1))
+    """Throughput over that of as many GPUs as if each were alone; in FLOPs where one GPU has fewer
+    layers.
+    """
+    one = find(rows, row | {"variant": "GPUs: 1"}, row["provider"])
+    alone, together = (
+        each.get("tokens_per_s") and each["tokens_per_s"] * each.get("flop_per_token", 1)
+        for each in (one, row)
+    )
+    return ratio(together, alone and alone * row.get("gpus", 1))
 
 
 def gpus_line(row: dict, rows: list[dict], results: dict) -> dict:

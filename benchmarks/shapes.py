@@ -62,8 +62,23 @@ CONFIGS = {
             window_sizes=(128, 128, None),
         ),
     ),
+    "E": Config(  # bytes, wide: two billion parameters, six where several GPUs have parts of them
+        batch=2,
+        model=dict(
+            num_tokens=256,
+            dim=(2048, 4096),
+            depth=6,
+            seq_len=8192,
+            dim_head=128,
+            heads=(16, 32),
+            hierarchies=(1, 4),
+            hierarchical_stride=(1, 4),
+            window_sizes=(256, None),
+        ),
+    ),
 }
 
+SHARDED = {"E": 20}  # layers of what several GPUs have parts of, with checkpointing by block
 SCALED = ("B", "C")  # measured at several batches and lengths
 
 # for a CPU: the same levels, narrow and short
@@ -72,6 +87,9 @@ SMALL = {
     "B": Config(2, CONFIGS["B"].model | dict(dim=(16, 32, 32, 64), depth=2, seq_len=128)),
     "C": Config(2, CONFIGS["C"].model | dict(dim=64, depth=2, seq_len=128)),
     "D": Config(1, CONFIGS["D"].model | dict(dim=32, depth=2, seq_len=1024)),
+    "E": Config(
+        2, CONFIGS["E"].model | dict(dim=(32, 64), depth=2, heads=2, dim_head=16, seq_len=512)
+    ),
 }
 
 

@@ -38,7 +38,11 @@ def exists(v):
 class RMSNorm(Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -147,6 +151,11 @@ class RotaryEmbedding(Module):
         for name, values in rotary_buffers(dim).items():
             self.register_buffer(name, values)
 
+    def reset_parameters(self):
+        made = rotary_buffers(2 * len(self.inv_freq))
+        self.inv_freq.copy_(made["inv_freq"])
+        self.scale.copy_(made["scale"])
+
     def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
         """Return angles and xpos factors (seq_len, E), as upstream makes them."""
         t = arange(seq_len, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
@@ -169,6 +178,12 @@ class InterleavedRotary(Module):
         made = rotary_buffers(dim)
         self.freqs = nn.Parameter(made["inv_freq"], requires_grad=False)
         self.register_buffer("scale", made["scale"], persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        made = rotary_buffers(2 * len(self.freqs))
+        self.freqs.copy_(made["inv_freq"])
+        self.scale.copy_(made["scale"])
 
     def rotate_queries_and_keys(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate (B, H, N, E), as the module does that upstream has in this place."""

@@ -7,17 +7,19 @@ level that predicts the next token.
 """
 
 import warnings
+from collections.abc import Iterator
 from itertools import zip_longest
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Linear, ModuleList
+from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from shtx import losses, ops
 from shtx.generate import generate
 from shtx.graphed_loss import replay
+from shtx.initial import draw
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
 from shtx.losses import HierarchicalAR, NextToken, Reconstruction, Term
@@ -56,11 +58,13 @@ class Trunk(Layer):
         version: of simple-hierarchical-transformer, whose interface and checkpoints it has.
         terms: the losses, see losses.py.
         is_interleaved: whether rotary pairs neighbouring channels in full attention.
+        made_in_turns: lists of modules that a constructor fills side by side.
     """
 
     version: str
     terms: list[Term]
     is_interleaved = False
+    made_in_turns = (("layers", "hierarchical_merges"),)
 
     def set_options(
         self,
@@ -125,6 +129,30 @@ class Trunk(Layer):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.impl = impl
         self._told = False  # which of its modules run unfused
+
+    def init_weights(self) -> None:
+        """Give all parameters and buffers the values of a new model, wherever they are.
+
+        A model that was made on meta needs `to_empty` before. PyTorch's generator of the CPU draws
+        the numbers that a constructor there draws from the same seed, a module at a time; of what
+        FSDP2 has sharded, every process keeps its part, and all of them need the same seed.
+
+        Raises:
+            TypeError: for a module of other making that has no reset_parameters.
+        """
+        for module in self.in_order_made():
+            draw(module)
+
+    def in_order_made(self) -> Iterator[Module]:
+        """The modules below, in the order in which a constructor makes them."""
+        for name, child in self.named_children():
+            lists = next((names for names in self.made_in_turns if name in names), (name,))
+            if len(lists) == 1:
+                yield from child.modules()
+            elif name == lists[0]:
+                for turn in zip_longest(*map(self.get_submodule, lists)):
+                    for made in filter(exists, turn):
+                        yield from made.modules()
 
     generate = generate
     cast_by_ops = ("to_logits",)  # and a vocabulary at a time, in losses

@@ -60,10 +60,13 @@ class LatentDynamics(Layer):
             if i:
                 self.net.append(nn.GELU())
             self.net.append(nn.Linear(sizes[i], sizes[i + 1]))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        self.begin_as_identity()
         self.cast_by_ops = tuple(f"net.{i}" for i in range(1, len(self.net), 2))
         self.remember()
+
+    def begin_as_identity(self):
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, summary: Tensor, z: Tensor) -> Tensor:
         """(B, K, d) each: the summaries of what comes next, and the latents."""
@@ -136,6 +139,7 @@ class HierarchicalTransformer(Trunk):
 
     version = "0.4.0"
     is_interleaved = True
+    made_in_turns = (*Trunk.made_in_turns, ("chunk_summarizers", "latent_dynamics"))
 
     def __init__(
         self,
@@ -200,7 +204,8 @@ class HierarchicalTransformer(Trunk):
         is_custom = callable(check_loss_type(next_latent_loss_type))
         self.next_latent_loss_type = None if is_custom else next_latent_loss_type
         self.next_latent_loss_fn = next_latent_loss_type if is_custom else None
-        steps = normalized(rollout_weights, self.num_rollouts)
+        self.rollout_weights = rollout_weights and list(rollout_weights)
+        steps = normalized(self.rollout_weights, self.num_rollouts)
         self.register_buffer("rollout_loss_weights", steps, persistent=False)
         self.make_dynamics(chunk_summarizers, dynamics_hidden_dim, dynamics_num_layers)
         self.make_layers(num_tokens, depth, impl)
@@ -227,6 +232,12 @@ class HierarchicalTransformer(Trunk):
         used = {m for i, pair in enumerate(both) if self.next_latent_loss_weight[i] for m in pair}
         for module in {m for pair in both for m in pair} - used:
             module.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for dynamics in self.latent_dynamics:
+            dynamics.begin_as_identity()
+        self.rollout_loss_weights.copy_(normalized(self.rollout_weights, self.num_rollouts))
 
     def summarize(self, level: int, inputs: Inputs, plan: Plan) -> Tensor:
         """(B, M, d): what a level's dynamics are told of the tokens that come next."""

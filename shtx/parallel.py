@@ -64,6 +64,9 @@ class Shards(Alone):
     why_not_captured = "the model is sharded"
 
     def __init__(self, model: Module):
+        self.modules = [m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")]
+        for module in self.modules:
+            module.reshard()  # after a forward the outermost one is whole
         parameters = dict(model.named_parameters())
         whole = [name for name, p in parameters.items() if not is_sharded(p)]
         if whole:
@@ -73,7 +76,6 @@ class Shards(Alone):
             )
         mesh = next(iter(parameters.values())).device_mesh
         self.groups, self.size = mesh.get_all_groups(), mesh.size()
-        self.modules = [m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")]
 
     def sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         for group in self.groups:

@@ -168,7 +168,7 @@ def check_in_memory(model: Module):
         if p.is_meta:
             raise ValueError(
                 f"model must be in memory, got {name} on meta: model.to_empty(device=...) and"
-                " model.load_state_dict(...) give it values"
+                " model.init_weights(), then model.load_state_dict(...), give it values"
             )
 
 

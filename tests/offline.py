@@ -2,6 +2,7 @@
 or a token that it generates, launches there.
 
     python offline.py cuda 90 bfloat16
+    python offline.py cuda 90 bfloat16 wide
 
 Launches compile and go no further, so the numbers are garbage; the kernels, their specialisation
 and their constants are those of a real step. All of them compile side by side, ahead of a second
@@ -27,17 +28,33 @@ from shtx_kernels._launch import compile_only
 from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024
-VOCABULARIES = 256, 5000  # a row of logits is one tile, or several
+# vocabularies, of which a row of logits is one tile, or several, and the model
 # a level for each pair of ways that attention goes forward and backward, one of them strided
-SHAPES = dict(
-    dim=512,
-    dim_head=64,
-    heads=8,
-    hierarchies=(1, 2, 4),
-    hierarchical_stride=(1, 1, 2),
-    window_sizes=(64, 128, None),
-    seq_len=TOKENS,
-)
+MODELS = {
+    "narrow": (
+        (256, 5000),
+        dict(
+            dim=512,
+            dim_head=64,
+            heads=8,
+            hierarchies=(1, 2, 4),
+            hierarchical_stride=(1, 1, 2),
+            window_sizes=(64, 128, None),
+        ),
+    ),
+    # the widths of the benchmarks' configuration E, and less compression: products take minutes
+    "wide": (
+        (256,),
+        dict(
+            dim=(2048, 4096),
+            dim_head=128,
+            heads=(16, 32),
+            hierarchies=(1, 2),
+            hierarchical_stride=(1, 2),
+            window_sizes=(256, None),
+        ),
+    ),
+}
 
 
 class NoDevice:
@@ -59,12 +76,12 @@ def resources(cubin: bytes) -> dict:
     return {key: int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
 
 
-def main(backend: str, arch: str, dtype: str):
+def main(backend: str, arch: str, dtype: str, model: str = "narrow"):
     cuda = backend == "cuda"
     target = GPUTarget(backend, int(arch) if cuda else arch, 32 if cuda else 64)
     driver.set_active(NoDevice(target))
     ops.why_not_fused = lambda device: None
-    ops.compile_ahead(lambda: launch_all(dtype))
+    ops.compile_ahead(lambda: launch_all(dtype, model))
     compiled = {}
 
     def look_up(self, *args, grid, warmup, _run=JITFunction.run, **options):
@@ -77,7 +94,7 @@ def main(backend: str, arch: str, dtype: str):
 
     JITFunction.run, JITFunction._do_compile = look_up, compile_late
     with compile_only():
-        launch_all(dtype)
+        launch_all(dtype, model)
     for kernel in compiled.values():
         row = dict(kernel=kernel.metadata.name, shared=kernel.metadata.shared)
         if cuda:
@@ -87,9 +104,11 @@ def main(backend: str, arch: str, dtype: str):
         print(json.dumps(row))
 
 
-def launch_all(dtype: str):
-    for num_tokens in VOCABULARIES:
-        model = HierarchicalTransformer(num_tokens=num_tokens, depth=1, impl="fused", **SHAPES)
+def launch_all(dtype: str, name: str):
+    vocabularies, shapes = MODELS[name]
+    for num_tokens in vocabularies:
+        options = dict(num_tokens=num_tokens, depth=1, seq_len=TOKENS, impl="fused")
+        model = HierarchicalTransformer(**options, **shapes)
         with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
             loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
         loss.backward()

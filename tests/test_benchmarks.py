@@ -60,7 +60,7 @@ def test_folding_replaces_the_convolutions_alone():
         2 * (32 * 1024 // stride - 256) * c * 1024 * 4096 for c, stride in ((2, 1), (4, 1), (16, 8))
     )
     assert shapes.flops(direct) - shapes.flops(folded) == saved
-    assert [name for name in shapes.CONFIGS if shapes.foldable(name)] == ["B", "C", "D"]
+    assert [name for name in shapes.CONFIGS if shapes.foldable(name)] == list("BCDE")
 
 
 def test_generation_reads_every_weight_it_multiplies_by():
@@ -97,6 +97,15 @@ def test_op_shapes_are_the_largest_of_each_width():
         ("C", 8, 2048, 1024),
     ]
     assert all(s.config == "A" for s in shapes.level_shapes(["A"], "cuda"))
+    wide = shapes.level_shapes(list("ABCDE"), "cuda")[-2:]
+    assert [(s.config, s.B, s.M, s.D) for s in wide] == [("E", 2, 8192, 2048), ("E", 2, 2048, 4096)]
+
+
+def test_the_large_configuration_has_six_billion_parameters():
+    count = lambda config: sum(p.numel() for p in shapes.on_meta(config).parameters())
+    one = shapes.CONFIGS["E"]
+    several = one._replace(model=one.model | {"depth": shapes.SHARDED["E"]})
+    assert 2.0e9 < count(one) < 2.2e9 and 5.9e9 < count(several) < 6.2e9
 
 
 # measuring
@@ -208,6 +217,19 @@ def test_processes_share_a_train_step(monkeypatch):
     assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
     assert bench_gpus.Case("C", "weak", 2).config_of().batch == 2
     assert case.labels() == {"config": "C", "shape": "strong", "variant": "GPUs: 2"}
+
+
+@pytest.mark.skipif(bench_gpus.MOST < 2, reason="needs two GPUs, or none")
+def test_processes_have_parts_of_the_large_configuration(monkeypatch):
+    monkeypatch.setattr(bench_gpus, "STEPS", 1)
+    rows = []
+    for gpus in (1, 2):
+        case = bench_gpus.Case("E", "weak", gpus)
+        rows.append(row_of(bench_gpus.bench_gpus, case=case, provider="reference"))
+        assert rows[-1]["loss"] == pytest.approx(rows[-1]["reference_loss"], rel=1e-5)
+    one, several = (row["flop_per_token"] for row in rows)
+    assert several > 3 * one  # 2 layers, and 20
+    assert {case.scaling for case in bench_gpus.CASES if case.config == "E"} == {"weak"}
 
 
 def test_scaling_past_the_memory_is_a_failure_that_keeps_none(monkeypatch):

@@ -5,10 +5,12 @@ import warnings
 import pytest
 import torch
 from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
+from torch import nn
 from torch.export import Dim, export
 from training import OPTIONS
 
 from shtx import HierarchicalTransformer, TrainStep
+from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 
 IMPLS = ["reference", "fused"]
 LENGTHS = 8, 16, 24  # upstream exports lengths that the window divides
@@ -80,3 +82,31 @@ def test_values_that_are_loaded(model, assign):
     prompt = draw(9)
     tokens = loaded.generate(prompt, 4, temperature=0)
     assert torch.equal(tokens, model.generate(prompt, 4, temperature=0))
+
+
+@pytest.mark.parametrize("kind", [HierarchicalTransformer, NextLatentTransformer])
+@pytest.mark.parametrize("like", ["depth 2", "one level", "merge all"])
+def test_initial_values_are_those_of_a_constructor(kind, like):
+    options = {
+        "depth 2": dict(depth=2),
+        "one level": dict(hierarchies=1, hierarchical_stride=1, dim=16, window_sizes=4),
+        "merge all": dict(hierarchy_merge_all=True, recon_loss_weight=0.0),
+    }[like]
+    torch.manual_seed(3)
+    made = kind(**OPTIONS | options)
+    after = torch.rand(())
+    with torch.device("meta"):
+        model = kind(**OPTIONS | options)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.init_weights()
+    assert torch.equal(torch.rand(()), after)
+    tensors = lambda m: dict([*m.named_parameters(), *m.named_buffers()])
+    assert all(torch.equal(t, tensors(model)[name]) for name, t in tensors(made).items())
+
+
+def test_initial_values_of_a_foreign_module_need_its_word():
+    model = HierarchicalTransformer(**OPTIONS)
+    model.token_emb.adaptor = nn.ParameterList([torch.zeros(2)])
+    with pytest.raises(TypeError, match="modules with reset_parameters, .*got a ParameterList"):
+        model.init_weights()

@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training import OPTIONS, adamw, replay_a_step
 
 from shtx import HierarchicalTransformer, TrainStep, parallel
+from shtx.fsdp import fully_shard_model
 from shtx.graphs import NEVER, Graphs, Structure
+from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.ops import why_not_fused
 from shtx.parallel import Replicas, Summing
 from shtx.plan import is_sharded
@@ -30,9 +32,9 @@ from shtx.train_step import MAX_GRAPHS
 RANKS = 2
 
 
-def build(seed=0, **options):
+def build(seed=0, kind=HierarchicalTransformer, **options):
     torch.manual_seed(seed)
-    return HierarchicalTransformer(**OPTIONS | options)
+    return kind(**OPTIONS | options)
 
 
 def draw(rank, batch=2):
@@ -443,6 +445,68 @@ def ddp_takes_the_gradients_of_cuda_graphs(rank):
     ddp_takes_the_gradients_of_graphs(rank, "cuda")
 
 
+def a_model_on_meta_gets_the_weights_of_its_seed(rank):
+    options = dict(depth=2, dim=(18, 7))  # parts of unequal size
+    for kind in (HierarchicalTransformer, NextLatentTransformer):
+        alone = build(kind=kind, **options)
+        with torch.device("meta"):
+            model = build(kind=kind, **options)
+        torch.manual_seed(0)
+        assert fully_shard_model(model) is model and all(map(is_sharded, model.parameters()))
+        expected = {**alone.state_dict(), **dict(alone.named_buffers())}
+        found = {**model.state_dict(), **dict(model.named_buffers())}
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+            assert torch.equal(whole, expected[name]), name
+
+
+def full_sharding_steps_as_one_process(rank):
+    alone = take(build(depth=2), whole(), process_group=False)
+    for options in (
+        dict(),
+        dict(prefetch=0),
+        dict(prefetch=3, reshard_after_forward=False),
+        dict(mesh=init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("copies", "parts"))),
+    ):
+        for checkpointing, accumulate in ((False, 1), (True, 2)):
+            model = fully_shard_model(build(depth=2), **options)
+            if options.get("reshard_after_forward", True):
+                with torch.no_grad():
+                    model(draw(rank))
+                assert all(map(is_sharded, model.parameters()))
+            model.checkpointing = checkpointing
+            assert_close(take(model, uneven(rank), accumulate=accumulate), alone)
+
+
+def full_sharding_trains_in_bf16(rank):
+    """Three steps of weights that are gathered in bf16, as close as those of bf16-mixed."""
+    losses = []
+    for shard_it in (
+        lambda model: fully_shard_model(model, param_dtype=torch.bfloat16),
+        fully_shard_model,
+    ):
+        model = shard_it(build())
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        step = TrainStep(model, adamw(model), precision="bf16-mixed", grad_clip=0.5)
+        losses.append(torch.stack([step(uneven(rank))[0] for _ in range(3)]))
+    torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
+
+
+def what_cannot_be_sharded_is_refused(rank):
+    def refused(error, message, model, **options):
+        with pytest.raises(error, match=message):
+            fully_shard_model(model, **options)
+
+    refused(TypeError, "model must be a HierarchicalTransformer, got Linear", nn.Linear(2, 2))
+    refused(ValueError, "model must not be sharded yet, got .* that is", shard(build()))
+    refused(ValueError, "param_dtype must be .* got torch.float16", build(), param_dtype=torch.half)
+    refused(ValueError, "prefetch must be at least 0, got -1", build(), prefetch=-1)
+    partly = build()
+    partly.to_logits = partly.to_logits.to("meta")
+    refused(ValueError, "model must be on meta as a whole .* got to_logits.weight", partly)
+
+
 def graphs_are_refused_under_fsdp(rank):
     model = shard(build())
     model.graphs = True
@@ -457,6 +521,16 @@ def fsdp_steps_equal_those_of_one_process(rank):
     for accumulate in (1, 2):
         ours = take(shard(build()), uneven(rank), accumulate=accumulate)
         assert_close(ours, take(build(), whole(), process_group=False))
+
+
+def fsdp_may_have_gone_forward_before(rank):
+    model = shard(build())
+    optimizer = adamw(model)
+    with torch.no_grad():
+        model(draw(rank))  # which leaves what its parts left whole
+    assert not is_sharded(model.token_emb.weight)
+    TrainStep(model, optimizer, precision="fp32")(draw(rank))
+    assert is_sharded(model.token_emb.weight)
 
 
 # on GPUs
@@ -572,10 +646,15 @@ CPU_CASES = [
     a_process_may_step_alone,
     fsdp_trains_and_generates,
     fsdp_of_parts_alone,
+    a_model_on_meta_gets_the_weights_of_its_seed,
+    full_sharding_steps_as_one_process,
+    full_sharding_trains_in_bf16,
+    what_cannot_be_sharded_is_refused,
     ddp_takes_the_gradients_of_graphs,
     graphs_are_refused_under_fsdp,
     fsdp_steps_equal_those_of_one_process,
     fsdp_compiles_ahead_without_a_trace,
+    fsdp_may_have_gone_forward_before,
 ]
 GPU_CASES = [
     graphs_are_the_eager_steps,

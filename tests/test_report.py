@@ -326,3 +326,12 @@ def test_the_pages_show_the_committed_results(tmp_path):
         page.write_text(source.read_text())
     cli.main(["table", "--write", *map(str, pages)])
     assert [page.read_text() for page in pages] == [page.read_text() for page in committed]
+
+
+def test_gpus_of_more_layers_are_compared_by_flops():
+    rows = [
+        dict(bench="gpus", config="E", shape="weak", provider="fused", variant=f"GPUs: {n}")
+        | dict(gpus=n, tokens_per_s=speed, flop_per_token=flops)
+        for n, speed, flops in ((1, 100.0, 6.0), (2, 60.0, 18.0))
+    ]
+    assert report.share_of_one(rows[1], rows) == pytest.approx(0.9)

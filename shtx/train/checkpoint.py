@@ -5,6 +5,10 @@
                                 config.json         step, settings of the run, identity of its data
                                 manifest.json       size and sha256 of the others
 
+One that sharded processes wrote together has in place of the first two
+
+                                shard-00001-model-00001-of-00001.safetensors, ...   see `shards`
+
 A directory is written and synced under a hidden name, `.step-000123.<8 digits>.tmp`, and renamed
 when it is whole. Nothing is deleted but what bears such a name, or is a checkpoint of the same run.
 """
@@ -17,18 +21,20 @@ import pickle
 import re
 import secrets
 import shutil
+import stat
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from shtx.train import TrainError
-from shtx.train.files import parse_json, publish, read, read_json, sync
+from shtx.train import TrainError, shards
+from shtx.train.files import BLOCK, parse_json, publish, read, read_json, sync
 
 FILES = ("model.safetensors", "optimizer.pt", "config.json")
 MANIFEST = "manifest.json"
@@ -40,13 +46,15 @@ TEMPORARY = re.compile(r"\.step-\d+\.[0-9a-f]{8}\.tmp")
 @dataclass(frozen=True)
 class Checkpoint:
     """What a directory holds: `config` is plain JSON, `state` what the caller of `save` gave.
-    `damaged` are later checkpoints that were passed over, and what is wrong with them."""
+    `damaged` are later checkpoints that were passed over, and what is wrong with them.
+
+    `weights` and `state` are None of one that sharded processes wrote, until `whole` reads them."""
 
     path: Path
     step: int
     config: dict
-    weights: dict[str, Tensor]
-    state: dict
+    weights: dict[str, Tensor] | None
+    state: dict | None
     damaged: dict[Path, str] = field(default_factory=dict)
 
 
@@ -82,18 +90,85 @@ def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: 
     )
     manifest = {name: _fingerprint(content) for name, content in contents.items()}
     contents[MANIFEST] = _json(manifest)
+    with _new(run, step, config.get("id")) as temporary:
+        _write(temporary, contents)
+    return path_of(run, step)
 
+
+def save_shards(run: Path | None, step: int, config: dict, tensors: dict[str, Tensor]) -> None:
+    """The same, of processes that hold parts of `tensors`: all of torch.distributed call this.
+
+    Args:
+        run: on the first process; None on the others, which need to see the same files.
+        step, config: as for `save`, on the first process.
+        tensors: as `shards` names them.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    rank, world, error = dist.get_rank(), dist.get_world_size(), None
+    with ExitStack() as stack:
+        temporary = None
+        if run is not None:
+            try:
+                temporary = stack.enter_context(_new(run, step, config.get("id")))
+            except OSError as raised:
+                error = raised
+        given = [(temporary, error)]
+        dist.broadcast_object_list(given)
+        temporary, error = given[0]
+        if error is not None:
+            raise error
+        shards.write(temporary, tensors)
+        names = sorted(path.name for path in temporary.glob("*.safetensors"))
+        mine = {name: _fingerprint_of(temporary / name) for name in names[rank::world]}
+        of_all = [None] * world if rank == 0 else None
+        dist.gather_object(mine, of_all)
+        if rank == 0:
+            content = _json({"step": step, **config})
+            manifest = {name: listed for part in of_all for name, listed in part.items()}
+            manifest |= {FILES[-1]: _fingerprint(content)}
+            _write(temporary, {FILES[-1]: content, MANIFEST: _json(manifest)})
+
+
+def whole(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint with all of its weights and state in memory, whoever wrote it.
+
+    Raises:
+        TrainError: it is not what was written.
+    """
+    if checkpoint.weights is not None:
+        return checkpoint
+    names = lambda: shards.nested(shards.read(checkpoint.path))
+    read = lambda: dict(zip(("weights", "state"), names(), strict=True))
+    found = decode(checkpoint.path, read)
+    groups = checkpoint.config.get("param_groups")
+    state = {"optimizer": {"state": found["state"], "param_groups": groups}, "scaler": {}}
+    return replace(checkpoint, weights=found["weights"], state=state)
+
+
+def path_of(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:06d}"
+
+
+def _write(temporary: Path, contents: dict[str, bytes]) -> None:
+    for name, content in contents.items():
+        (temporary / name).write_bytes(content)
+        sync(temporary / name)
+
+
+@contextmanager
+def _new(run: Path, step: int, id: str | None) -> Iterator[Path]:
+    """A directory for the files of a checkpoint, which is one at the end of the context."""
     folder = run / CHECKPOINTS
     if not folder.is_dir():
         folder.mkdir()
         sync(run)
-    path = folder / f"step-{step:06d}"
+    path = path_of(run, step)
     temporary = _temporary(path)
     try:
-        for name, content in contents.items():
-            (temporary / name).write_bytes(content)
-            sync(temporary / name)
-        if _is_of(path, config.get("id")):  # of the future that resuming an older step gave up
+        yield temporary
+        if _is_of(path, id):  # of the future that resuming an older step gave up
             _remove(path)
         elif os.path.lexists(path):
             set_aside(path, "kept")
@@ -101,8 +176,7 @@ def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _prune(path, config.get("id"))
-    return path
+    _prune(path, id)
 
 
 def load(path: Path, fallback: bool = False) -> Checkpoint:
@@ -138,6 +212,8 @@ def load(path: Path, fallback: bool = False) -> Checkpoint:
 
 def _load(path: Path) -> Checkpoint:
     manifest = parse_json(path / MANIFEST, _read(path / MANIFEST))
+    if any(map(shards.NAME.fullmatch, manifest)):
+        return _load_shards(path, manifest)
     contents = {}
     for name in FILES:
         listed = manifest.get(name)
@@ -146,9 +222,7 @@ def _load(path: Path) -> Checkpoint:
         if listed != _fingerprint(contents[name]):
             raise _unlike(path / name, "sha256" if size == len(contents[name]) else "size")
     weights, optimizer, config = (contents[name] for name in FILES)
-    config = parse_json(path / FILES[2], config)
-    if type(step := config.pop("step", None)) is not int or step != step_of(path):
-        raise TrainError(f"{path / FILES[2]}: damaged: its step is {step!r}, not that of its name")
+    step, config = _config(path, config)
     state = lambda: torch.load(io.BytesIO(optimizer), weights_only=True, map_location="cpu")
     return Checkpoint(
         path=path,
@@ -157,6 +231,32 @@ def _load(path: Path) -> Checkpoint:
         weights=decode(path / FILES[0], lambda: safetensors.torch.load(weights)),
         state=decode(path / FILES[1], state),
     )
+
+
+def _load_shards(path: Path, manifest: dict) -> Checkpoint:
+    names = sorted(file.name for file in path.iterdir() if shards.NAME.fullmatch(file.name))
+    for name in sorted({*names, *manifest, FILES[-1]}):
+        file, listed = path / name, manifest.get(name)
+        if file.parent != path:
+            raise _unlike(path / MANIFEST, "list of files")
+        size = listed.get("bytes") if isinstance(listed, dict) else None
+        try:
+            if not stat.S_ISREG(os.lstat(file).st_mode) or file.stat().st_size != size:
+                raise _unlike(file, "size")
+            if _fingerprint_of(file) != listed:
+                raise _unlike(file, "sha256")
+        except FileNotFoundError:
+            raise TrainError(f"{file}: missing") from None
+    step, config = _config(path, read(path / FILES[-1]))
+    return Checkpoint(path=path, step=step, config=config, weights=None, state=None)
+
+
+def _config(path: Path, content: bytes) -> tuple[int, dict]:
+    """The step and the settings in a checkpoint's config.json."""
+    config = parse_json(path / FILES[-1], content)
+    if type(step := config.pop("step", None)) is not int or step != step_of(path):
+        raise TrainError(f"{path / FILES[-1]}: damaged: its step is {step!r}, not that of its name")
+    return step, config
 
 
 def decode(file: Path, read: Callable[[], dict]) -> dict:
@@ -199,6 +299,16 @@ def _fingerprint(content: bytes) -> dict:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def _fingerprint_of(path: Path) -> dict:
+    """That of a file which may be larger than all memory."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 def step_of(path: Path) -> int | None:
     """The step that the name of a checkpoint says; None for any other name."""
     digits = path.name.removeprefix("step-")
@@ -226,7 +336,8 @@ def _is_of(path: Path, id: str | None) -> bool:
     """Whether this is a checkpoint that the run wrote, with no file of anybody else in it."""
     if path.is_symlink() or not path.is_dir():
         return False
-    if not {file.name for file in path.iterdir()} <= {*FILES, MANIFEST}:
+    names = {file.name for file in path.iterdir()} - {*FILES, MANIFEST}
+    if not all(map(shards.NAME.fullmatch, names)):
         return False
     try:
         written = read_json(path / FILES[-1])

@@ -149,8 +149,10 @@ class Config:
     """Steps of the schedule; None: all."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
     """Of matrix products; weights are fp32."""
-    shard: Literal["none", "optimizer"] = "none"
-    """What each of several processes keeps a share of, for less memory."""
+    shard: Literal["none", "optimizer", "full"] = "none"
+    """What each of several processes keeps a share of, for less memory: nothing, the state of the
+    optimizer, or all of it and the weights, too (FSDP2), of which every process writes its part of
+    a checkpoint."""
     impl: Literal["auto", "fused", "reference"] = "auto"
     """Fused ops, reference ops, or whichever suits the device."""
     activation_checkpointing: bool = False

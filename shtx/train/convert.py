@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shtx.convert import convert
 from shtx.train import TrainError
-from shtx.train.checkpoint import decode, load
+from shtx.train.checkpoint import decode, load, whole
 from shtx.train.files import publish, read
 from shtx.versions import version_of
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 def weights_of(source: Path) -> dict[str, Tensor]:
     """The state_dict in a file, or of a run."""
     if source.is_dir():
-        return load(source.absolute()).weights
+        return whole(load(source.absolute())).weights
     content = read(source)
     if source.suffix == ".safetensors":
         return decode(source, lambda: safetensors.torch.load(content))

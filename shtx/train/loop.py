@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shtx import __version__
 from shtx.train import TrainError
-from shtx.train.checkpoint import save
+from shtx.train.checkpoint import save, save_shards
 from shtx.train.data import DataChanged
 from shtx.train.home import Home
 from shtx.train.metrics import Metrics
@@ -67,16 +67,19 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
             metrics.append(step=done, val_bits_per_byte=bits)
 
     def keep() -> None:
-        weights = trainer.model.state_dict()
-        if not all(weight.isfinite().all() for weight in weights.values()):
+        if not trainer.is_finite():
             raise TrainError(
                 f"step {done}: a weight is not finite: stopped, nothing of it is saved"
             )
-        state = trainer.state()
+        state = None if trainer.sharded else trainer.state()
         if first:
             home.check()
             metrics.sync()
-            save(home.path, done, description, weights, state)
+        if trainer.sharded:
+            tensors, groups = trainer.parts()
+            save_shards(home and home.path, done, description | {"param_groups": groups}, tensors)
+        elif first:
+            save(home.path, done, description, trainer.model.state_dict(), state)
 
     trainer.compile()
     lacking = first and metrics.lacks_validation(done, config.eval_every)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
             home = stack.enter_context(Home(path, "--resume"))
         config, checkpoint = parse(argv)
         device, rank, world = place(config)
-        model = build(config, device, copies=4)
+        model = build(config, device, copies=4, world=world)
         refuse_untrainable(model)
         if first and home is None:
             home = stack.enter_context(Home(config.out))
@@ -106,6 +106,8 @@ def run(
                 f" and goes on with {command(home)}"
             ) from error
         raise
+    if not signum and (home or trainer.sharded):
+        prompt, text = trainer.sample()
     if signum and home:
         display.say(f"stopped and saved; to go on: {command(home)}")
     elif home:
@@ -114,7 +116,6 @@ def run(
             plot(home.metrics, home.plot)
         if stop.signum:
             raise Stopped(stop.signum)
-        prompt, text = trainer.sample()
         display.say(
             f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
         )

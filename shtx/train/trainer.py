@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shtx import TrainStep
+from shtx.fsdp import fully_shard_model
+from shtx.initial import fill
 from shtx.model import Trunk
-from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint, load
+from shtx.plan import is_sharded
+from shtx.train import TrainError, shards
+from shtx.train.checkpoint import Checkpoint, load, whole
 from shtx.train.config import Config, of
 from shtx.train.data import Corpus
 from shtx.train_step import AUTOCAST
@@ -27,36 +30,38 @@ MINIMUM = 0.02  # of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes
 
 
-def build(config: Config, device: torch.device, copies: int = 1) -> Trunk:
+def build(config: Config, device: torch.device, copies: int = 1, world: int = 1) -> Trunk:
     """The model of the settings, with the initial weights of their seed.
 
     Args:
         config: the settings.
         device: where it will be.
         copies: fp32 numbers a weight that have to fit there; 4 to train.
+        world: processes that train it together, each of which has a part under `--shard full`.
 
     Raises:
         TrainError: there is no such model, or it cannot fit.
     """
-    torch.manual_seed(config.seed)
+    sharded = config.shard == "full" and world > 1
     make = lambda: config.model.kind(impl=config.impl, **config.model.arguments())
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again
-            parameters = sum(p.numel() for p in make().parameters())
-        need, there = 4 * copies * parameters, memory_of(device)
+            model = make()
+        parameters = sum(p.numel() for p in model.parameters())
+        need, there = 4 * copies * parameters / (world if sharded else 1), memory_of(device)
         if need > there:
             raise TrainError(
                 f"out of memory: {parameters:,} parameters need {need / 1e9:,.1f} GB,"
                 f" {device} has {there / 1e9:,.1f} GB: lower --dim, --depth or --heads"
             )
         torch.manual_seed(config.seed)
-        model = make()
+        model = model if sharded else make()
         model.ops_for(device)
     except (ValueError, TypeError, OverflowError) as error:
         raise TrainError(" ".join(str(error).split())) from error
     model.checkpointing = config.activation_checkpointing
-    return model.to(device)
+    return fully_shard_model(model) if sharded else model.to(device)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
@@ -69,7 +74,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
     Raises:
         TrainError: in one line why there is none.
     """
-    checkpoint = load(path)
+    checkpoint = whole(load(path))
     model = build(replace(of(checkpoint), impl="auto"), device)
     try:
         model.load_state_dict(checkpoint.weights)
@@ -123,6 +128,9 @@ class Trainer:
         corpus: the data.
         model: from `build`, on the device of this process.
         rank, world: of torch.distributed, which is initialized if world > 1.
+
+    Attributes:
+        sharded: whether this process has a part of the model.
     """
 
     def __init__(
@@ -135,6 +143,7 @@ class Trainer:
     ):
         self.config, self.corpus, self.model = config, corpus, model
         self.rank, self.world, self.device = rank, world, model.device
+        self.sharded = any(map(is_sharded, model.parameters()))
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -181,16 +190,23 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         count = self.config.eval_sequences
         share = self.config.batch_size // (self.world * self.config.accumulate)
-        for start in range(self.rank * share, count, self.world * share):
+        for first in range(0, count, self.world * share):
             if self.world == 1 and stopped():
                 self.model.train()
                 return None
-            ids = self.ids(self.corpus.windows(count, slice(start, start + share)))
+            start = first + self.rank * share
+            if start >= count and not self.sharded:
+                break
+            # of a sharded model all processes have to call each forward
+            last = slice(count - 1, count)
+            which = slice(start, start + share) if start < count else last
+            ids = self.ids(self.corpus.windows(count, which))
             with self.autocast():
                 logits = self.model(ids[:, :-1])
-            nats += F.cross_entropy(
-                logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-            )
+            if which is not last:
+                nats += F.cross_entropy(
+                    logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+                )
         if self.world > 1:
             dist.all_reduce(nats)
         self.model.train()
@@ -230,11 +246,28 @@ class Trainer:
         optimizer = self.train_step.optimizer_state_dict()
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
+    def parts(self) -> tuple[dict[str, Tensor], list[dict]]:
+        """Of a sharded model: the tensors that a checkpoint keeps, of which this process has parts,
+        and the optimizer's groups.
+        """
+        state = self.optimizer.state_dict()
+        return shards.flat(self.model.state_dict(), state["state"]), state["param_groups"]
+
+    def is_finite(self) -> bool:
+        """Whether all weights are, of all processes."""
+        weights = self.model.state_dict().values()
+        mine = (weight.to_local() if is_sharded(weight) else weight for weight in weights)
+        return not self.agree(int(not all(weight.isfinite().all() for weight in mine)))
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; a TrainError if it is not one of these settings."""
         groups = self.optimizer.param_groups
         ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        if not self.sharded:
+            checkpoint = whole(checkpoint)
         try:
+            if self.sharded:
+                checkpoint = self._with_parts(checkpoint)
             self.model.load_state_dict(checkpoint.weights)
             self.train_step.load_optimizer_state_dict(checkpoint.state["optimizer"])
             self.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -246,3 +279,33 @@ class Trainer:
             raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
         for group, options in zip(self.optimizer.param_groups, ours, strict=True):
             group.update(options)  # those of another device are no good here
+
+    def _with_parts(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint whose tensors are as the sharded model has them."""
+        state, parameters = self.model.state_dict(), list(self.model.parameters())
+        if checkpoint.weights is None:
+            given, sizes = None, shards.sizes(checkpoint.path)
+            groups = checkpoint.config["param_groups"]
+        else:
+            optimizer = checkpoint.state["optimizer"]
+            given, groups = (
+                shards.flat(checkpoint.weights, optimizer["state"]),
+                optimizer["param_groups"],
+            )
+            sizes = {name: (t.shape, t.dtype) for name, t in given.items()}
+        parts = {}
+        for name, (size, dtype) in sizes.items():
+            kind, _, rest = name.partition(".")
+            like = state[rest] if kind == "model" else parameters[int(rest.partition(".")[0])]
+            if size == like.shape:
+                parts[name] = torch.empty_like(like, dtype=dtype)
+            else:  # the number of steps
+                parts[name] = torch.empty(size, dtype=dtype, device=self.device)
+        if given is None:
+            shards.read_into(checkpoint.path, parts)
+        else:
+            for name, part in parts.items():
+                fill(part, given[name])
+        weights, values = shards.nested(parts)
+        optimizer = {"state": values, "param_groups": groups}
+        return replace(checkpoint, weights=weights, state={"optimizer": optimizer, "scaler": {}})

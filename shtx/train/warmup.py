@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     """
     config, _ = parse(argv, prog="shtx warmup", description=DESCRIPTION)
     device, rank, world = place(config)
-    model = build(config, device, copies=4)
+    model = build(config, device, copies=4, world=world)
     refuse_untrainable(model)
     if reason := nothing_to_compile(model):
         print(f"nothing to compile: {reason}")
