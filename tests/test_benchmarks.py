@@ -494,7 +494,7 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
         (["trian"], "KIND: 'trian' is unknown, choose from ops model scaling gpus generate"),
         (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress feed_forward"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
-        (["model", "--config", "E"], "--config: 'E' is unknown, choose from A B C D"),
+        (["model", "--config", "F"], "--config: 'F' is unknown, choose from A B C D E"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),
         (["model", "--config", "A", "--provider", "floor-folded"], "--provider: floor-folded does"),
         (["scaling", "--config", "A"], "--provider: none does not apply to this KIND and --config"),
