@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import DEVICE, ROOT, child_environment
 
 import shtx_kernels
 from shtx import HierarchicalTransformer, __version__, ops
+from shtx.plan import is_sharded
 from shtx_kernels import decode, reference
 from shtx_kernels.reference import decode as reference_decode
 
@@ -180,15 +182,23 @@ def test_one_version():
     assert f'\nversion = "{__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_example_of_readme_runs():
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_example_of_readme_runs(one_process):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     variables = {}
     for code in blocks:
         exec(code, variables)
-    assert len(blocks) == 5 and variables["model"].to_logits.weight.grad is None  # stepped
+    assert len(blocks) == 6 and variables["model"].to_logits.weight.grad is None  # stepped
     assert variables["loss"].isfinite() and variables["logits"].shape == (2, 100, 256)
     assert variables["sample"].shape == (2, 32) and variables["token"].shape == (2,)
     assert variables["tokens"].shape[1] <= 32
+    assert all(map(is_sharded, variables["large"].parameters()))
 
 
 def test_impl_is_a_string_that_adds_no_parameter():
