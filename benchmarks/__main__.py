@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def summary(rows: list[dict]) -> str:
     return "; ".join(failed or times) or f"{len(rows)} rows"
 
 
+@contextmanager
+def exit_at_sigterm() -> Iterator[None]:
+    """Within, a time limit ends the process as an exception does, which keeps the tables."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def measure(options: argparse.Namespace) -> int:
     jobs, impossible = plan(options)
     if not jobs and not impossible:
@@ -159,9 +170,8 @@ def measure(options: argparse.Namespace) -> int:
     path = options.out / "results.json"
     older = report.read(path) if path.exists() else None
     make_folder("--out", options.out)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a time limit keeps the tables
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, exit_at_sigterm():
         cache = options.cache or Path(folder, "cache")
         make_folder("--cache", cache)
         where = (Path(folder), cache.resolve(), options.timeout)

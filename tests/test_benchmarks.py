@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 import weakref
@@ -440,6 +441,13 @@ def test_a_process_that_ends_early_is_a_row(tmp_path):
         "provider": "fused",
         "error": "exit status -9: no result within 0 s",
     }
+
+
+def test_a_time_limit_ends_as_an_exception_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), cli.exit_at_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_on_a_cpu(tmp_path):
