@@ -6,6 +6,7 @@ Of a configuration that is SHARDED, several GPUs have parts, under FSDP2, and mo
 has room for; its steps run blocks again in the backward, on one GPU, too.
 """
 
+import gc
 import json
 import tempfile
 from itertools import pairwise
@@ -84,6 +85,15 @@ def work(rank: int, case: Case, config: shapes.Config, provider: str, folder: Pa
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group(backend, rendezvous, world_size=case.gpus, rank=rank)
+    row = measure(rank, case, config, provider)
+    if rank == 0:
+        Path(folder, "row").write_text(json.dumps(row))
+    gc.collect()  # a sharded model has groups of processes, which must not end after all others
+    dist.barrier()  # none leaves while the other is at work
+    dist.destroy_process_group()
+
+
+def measure(rank: int, case: Case, config: shapes.Config, provider: str) -> dict:
     if case.sharded:
         torch.manual_seed(0)
         model = fully_shard_model(shapes.on_meta(config), param_dtype=DTYPE)
@@ -117,12 +127,9 @@ def work(rank: int, case: Case, config: shapes.Config, provider: str, folder: Pa
     dist.all_reduce(ms, dist.ReduceOp.MAX)
     if not case.sharded:
         check_equal(model)
-    if rank == 0:
-        peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
-        row = {"ms": float(ms), "peak_gib": peak, "loss": loss, "reference_loss": float(expected)}
-        Path(folder, "row").write_text(json.dumps(row))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
     step.close()
-    dist.destroy_process_group()
+    return {"ms": float(ms), "peak_gib": peak, "loss": loss, "reference_loss": float(expected)}
 
 
 def check_equal(model: torch.nn.Module):
