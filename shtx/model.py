@@ -28,6 +28,14 @@ from shtx.plan import Layer, Plan, make_plan, unfused
 from shtx.versions import refuse_other_version
 
 
+def _is_exporting() -> bool:
+    """Whether a graph is made for where only PyTorch's own ops are known.
+
+    Dynamo of PyTorch 2.11 takes torch.compile for an export; export itself does without Dynamo.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 @torch.library.custom_op("shtx::checked_ids", mutates_args=())
 def checked_ids(ids: Tensor, num_tokens: int) -> Tensor:
     """ids as int64, every one below num_tokens. An op, so that the check outlives torch.compile."""
@@ -252,7 +260,7 @@ class Trunk(Layer):
                 f" got {ids.shape[1]}"
             )
         if not checked and (ids.device.type == "cpu" or self.checked):
-            if not torch.compiler.is_exporting():  # to where only PyTorch's own ops are known
+            if not _is_exporting():
                 return checked_ids(ids, self.num_tokens)
         return ids.long()
 
