@@ -8,12 +8,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.shapes import CONFIGS, SHARDED
+
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
     "scaling": "Train step against the batch, and against the length at as many tokens",
     "gpus": "Train step on several GPUs; weak: a batch each, strong: four batches for all;"
-    " of E 6 layers on one GPU, 20 on several",
+    f" of E {CONFIGS['E'].model['depth']} layers on one GPU, {SHARDED['E']} on several",
     "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
 HEADLINES = ("model", "generate")  # which README shows

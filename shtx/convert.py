@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
+from shtx.layers import rotary_buffers
 from shtx.next_latent import LatentDynamics
 from shtx.ops import halves, neighbours
 from shtx.versions import MODULES, version_of
@@ -66,7 +67,7 @@ def convert(
 
 
 def _entries(state: dict, key: str, t: Tensor, turn: Callable) -> list[tuple[str, Tensor]]:
-    """What an entry of the trunk becomes."""
+    """Return what an entry of the trunk becomes."""
     attn = key.partition(".attn.")[0] + ".attn"
     names = (f"{attn}{ROTARY}{name}" for name in ("inv_freq", "freqs"))
     frequencies = [state[name] for name in names if name in state]
@@ -79,8 +80,7 @@ def _entries(state: dict, key: str, t: Tensor, turn: Callable) -> list[tuple[str
     if key.startswith(attn + ROTARY):
         if turn is neighbours:
             return [(f"{attn}{ROTARY}freqs", t)] if key.endswith("inv_freq") else []
-        channel = torch.arange(0, 2 * len(t), 2, dtype=t.dtype, device=t.device)
-        scale = (channel + 0.8 * len(t)) / (2.8 * len(t))
+        scale = rotary_buffers(2 * len(t), t.device)["scale"].to(t.dtype)
         return [(f"{attn}{ROTARY}inv_freq", t), (f"{attn}{ROTARY}scale", scale)]
     return [(key, t)]
 

@@ -92,7 +92,7 @@ def fully_shard_model(
 
 
 def _units(model: Trunk) -> list[Module]:
-    """What is gathered at once, in the order of a forward."""
+    """List what is gathered at once, in the order of a forward."""
     units = []
     for blocks, merge in zip_longest(model.layers, model.hierarchical_merges):
         units += [*blocks, *([] if merge is None else [merge])]

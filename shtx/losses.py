@@ -34,7 +34,7 @@ class Term(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What losses are computed from.
+    """Holds what losses are computed from.
 
     Attributes:
         ids: (B, N) that were read.
@@ -145,7 +145,7 @@ def means_of_columns(terms: list[Term], columns: Tensor) -> list[Tensor]:
 
 
 class Part(NamedTuple):
-    """What all terms of one loss come to."""
+    """Holds what all terms of one loss come to."""
 
     value: Tensor  # their sum
     weighted: Tensor  # as they are in the loss of the model

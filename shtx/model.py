@@ -28,14 +28,6 @@ from shtx.plan import Layer, Plan, make_plan, unfused
 from shtx.versions import refuse_other_version
 
 
-def _is_exporting() -> bool:
-    """Whether a graph is made for where only PyTorch's own ops are known.
-
-    Dynamo of PyTorch 2.11 takes torch.compile for an export; export itself does without Dynamo.
-    """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-
-
 @torch.library.custom_op("shtx::checked_ids", mutates_args=())
 def checked_ids(ids: Tensor, num_tokens: int) -> Tensor:
     """ids as int64, every one below num_tokens. An op, so that the check outlives torch.compile."""
@@ -56,7 +48,7 @@ def _(ids, num_tokens):
 
 
 class Trunk(Layer):
-    """What models of every interface have in common: all but arguments, returns and losses.
+    """Holds what models of every interface share: all but arguments, returns and losses.
 
     A subclass makes its modules in the order of its upstream, so that a seed gives upstream's
     initial weights: `set_options`, `token_emb`, `make_compressors`, `make_layers`, its losses' own
@@ -260,7 +252,9 @@ class Trunk(Layer):
                 f" got {ids.shape[1]}"
             )
         if not checked and (ids.device.type == "cpu" or self.checked):
-            if not _is_exporting():
+            # an exported graph runs where only PyTorch's own ops are known; the function that tells
+            # one says so of torch.compile, too, in PyTorch 2.11
+            if not torch.compiler._is_exporting_flag:
                 return checked_ids(ids, self.num_tokens)
         return ids.long()
 
@@ -374,12 +368,15 @@ class Trunk(Layer):
         refuse_other_version(keys, self.version)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def compressed(self) -> list[int]:
+        """The levels that are not the token sequence itself."""
+        return [i for i, level in enumerate(self.levels) if level.compress > 1]
+
     def recon_terms(self) -> list[Term]:
         """The terms of what is reconstructed: every compressed level, unless it weighs nothing."""
-        compressed = [i for i, level in enumerate(self.levels) if level.compress > 1]
-        return [
-            Term(Reconstruction, self.recon_loss_weight, i) for i in compressed * self.should_recon
-        ]
+        levels = self.compressed if self.should_recon else []
+        return [Term(Reconstruction, self.recon_loss_weight, i) for i in levels]
 
     @property
     def options(self) -> tuple:
@@ -545,9 +542,8 @@ class HierarchicalTransformer(Trunk):
 
     @property
     def terms(self) -> list[Term]:
-        compressed = [i for i, level in enumerate(self.levels) if level.compress > 1]
         weight = self.hierarchical_ar_loss_weight
-        ar = [Term(HierarchicalAR, weight, i) for i in compressed]
+        ar = [Term(HierarchicalAR, weight, i) for i in self.compressed]
         return [Term(NextToken, 1.0), *self.recon_terms(), *ar]
 
     def combine(self, values: list[Tensor]) -> tuple[Tensor, tuple]:

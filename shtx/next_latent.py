@@ -204,7 +204,7 @@ class HierarchicalTransformer(Trunk):
         is_custom = callable(check_loss_type(next_latent_loss_type))
         self.next_latent_loss_type = None if is_custom else next_latent_loss_type
         self.next_latent_loss_fn = next_latent_loss_type if is_custom else None
-        self.rollout_weights = rollout_weights and list(rollout_weights)
+        self.rollout_weights = None if rollout_weights is None else list(rollout_weights)
         steps = normalized(self.rollout_weights, self.num_rollouts)
         self.register_buffer("rollout_loss_weights", steps, persistent=False)
         self.make_dynamics(chunk_summarizers, dynamics_hidden_dim, dynamics_num_layers)

@@ -3,6 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
+import training
 from running import resume, train
 from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 
@@ -13,17 +14,7 @@ from shtx.convert import convert
 from shtx.train.checkpoint import load
 from shtx.versions import version_of
 
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(16, 12),
-    depth=2,
-    dim_head=8,
-    heads=2,
-    seq_len=24,
-    hierarchies=(1, 4),
-    hierarchical_stride=(1, 2),
-    window_sizes=(4, None),
-)
+OPTIONS = training.OPTIONS | dict(dim=(16, 12), depth=2)
 
 
 @pytest.fixture(scope="module")

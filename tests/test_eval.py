@@ -133,9 +133,9 @@ def test_the_command(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--context", "40"], "--context must be 1 to 32, got 40"),
-        (["--stride", "0"], "--stride must be 1 to 32, got 0"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--context", "40"], "context must be 1 to 32, got 40"),
+        (["--stride", "0"], "stride must be 1 to 32, got 0"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--out", "figures.txt"], "--out figures.txt: must end in .json"),
         (["--out", "kept.json"], "--out kept.json: is there already"),
         (["--data", "missing"], "--data missing: no such file"),

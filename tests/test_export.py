@@ -43,6 +43,21 @@ def test_a_dynamic_length(model, exported):
         program(draw(16) + 31)
 
 
+def test_strict_export_and_compiled_code(model):
+    """Dynamo makes both; of an exported graph alone no op of this package is part."""
+    names = lambda graph: {str(node.target) for node in graph.nodes}
+    strict = export(model, (draw(16),), strict=True)
+    assert not [name for name in names(strict.graph) if "shtx" in name]
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    torch.compile(model, backend=keep, fullgraph=True)(draw(16))
+    assert [name for name in names(*graphs) if "checked_ids" in name]
+
+
 def test_onnx(model, exported):
     pytest.importorskip("onnxscript", reason="needs the extra clients")
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import training
 from covering import COUNT
 from helpers import DEVICE
 from next_latent_dumps import (
@@ -126,18 +127,7 @@ def test_same_arguments_and_defaults():
 
 # where upstream fails
 
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(16, 8),
-    depth=1,
-    dim_head=8,
-    heads=2,
-    seq_len=64,
-    hierarchies=(1, 4),
-    hierarchical_stride=(1, 2),
-    window_sizes=(4, None),
-    num_rollouts=2,
-)
+OPTIONS = training.OPTIONS | dict(seq_len=64, num_rollouts=2)
 
 
 def build(**options):

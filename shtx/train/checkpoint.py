@@ -139,12 +139,11 @@ def whole(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.weights is not None:
         return checkpoint
-    names = lambda: shards.nested(shards.read(checkpoint.path))
-    read = lambda: dict(zip(("weights", "state"), names(), strict=True))
-    found = decode(checkpoint.path, read)
+    tensors = decode(checkpoint.path, lambda: shards.read(checkpoint.path))
+    weights, values = shards.nested(tensors)
     groups = checkpoint.config.get("param_groups")
-    state = {"optimizer": {"state": found["state"], "param_groups": groups}, "scaler": {}}
-    return replace(checkpoint, weights=found["weights"], state=state)
+    state = {"optimizer": {"state": values, "param_groups": groups}, "scaler": {}}
+    return replace(checkpoint, weights=weights, state=state)
 
 
 def path_of(run: Path, step: int) -> Path:

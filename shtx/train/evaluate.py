@@ -20,6 +20,7 @@ from shtx import __version__
 from shtx.model import Trunk
 from shtx.train import TrainError, files, visible
 from shtx.train.data import Corpus, Part, prepare
+from shtx.train.metrics import save_figure
 from shtx.train.progress import Display
 from shtx.train.run import find_device
 from shtx.train.trainer import load_model, refuse_untrainable
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> int:
                     progress=progress,
                 )
         except ValueError as error:
-            raise TrainError(f"--{str(error).replace('batch_size', 'batch-size')}") from error
+            raise TrainError(str(error)) from error
         corpus.check()
     seconds = time.monotonic() - began
     figures = {
@@ -233,10 +234,7 @@ def write(path: Path, figures: dict) -> None:
     axes.set(xscale="log", xlabel="bytes before it in its window", ylabel="bits per byte")
     axes.set(title=f"{figures['bits_per_byte']:.4f} bits per byte over {figures['bytes']:,} bytes")
     axes.grid(alpha=0.3)
-    for target, save in (
-        (path.with_suffix(".png"), lambda file: figure.savefig(file, dpi=150, format="png")),
-        (path, lambda file: file.write_text(json.dumps(figures, indent=1) + "\n")),
-    ):
-        temporary = target.with_name(f"{target.name}.tmp")
-        save(temporary)
-        files.publish(temporary, target)
+    save_figure(figure, path.with_suffix(".png"))
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    files.publish(temporary, path)

@@ -76,6 +76,11 @@ def plot(path: Path, png: Path) -> None:
     axes.set(xlabel="step", ylabel="bits per byte", title="Next-byte loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, png)
+
+
+def save_figure(figure, png: Path) -> None:
+    """Draw a matplotlib figure into a file, which a crash leaves as it was or whole."""
     temporary = png.with_name(f"{png.name}.tmp")
     figure.savefig(temporary, dpi=150, format="png")
     files.publish(temporary, png)
