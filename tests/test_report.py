@@ -328,6 +328,14 @@ def test_the_pages_show_the_committed_results(tmp_path):
     assert [page.read_text() for page in pages] == [page.read_text() for page in committed]
 
 
+def test_the_campaigns_page_shows_its_file():
+    from tests.campaign.__main__ import table
+
+    folder = ROOT / "benchmarks" / "results" / "campaign"
+    parts = json.loads((folder / "campaign.json").read_text())
+    assert f"\n\n{table(parts)}\n\n" in (folder / "README.md").read_text()
+
+
 def test_gpus_of_more_layers_are_compared_by_flops():
     rows = [
         dict(bench="gpus", config="E", shape="weak", provider="fused", variant=f"GPUs: {n}")

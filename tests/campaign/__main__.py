@@ -84,6 +84,10 @@ def row(result: dict) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def table(parts: dict) -> str:
+    return "\n".join([HEADER, *map(row, parts.values())])
+
+
 def job(name: str, given: argparse.Namespace) -> None:
     """One process's share of a part: a line of JSON for each case."""
     end = time.monotonic() + given.seconds
@@ -147,10 +151,10 @@ def main() -> int:
         job(*given.parts, given)
         return 0
     parts = json.loads(given.out.read_text()) if given.out.exists() else {}
-    print(HEADER, flush=True)
     if given.show:
-        print("\n".join(row(parts[name]) for name in NAMES if name in parts))
+        print(table(parts))
         return 0
+    print(HEADER, flush=True)
     findings = 0
     for name in given.parts or NAMES:
         run(name, given, parts)

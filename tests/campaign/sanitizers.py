@@ -65,7 +65,13 @@ def sanitizers(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
         )
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.stdout)
         clean = done.returncode == 0 and [*map(int, summary)] == [0]
-        yield Case(None if clean else f"{tool}, {dtype}: {done.stdout[-2000:]}{done.stderr[-500:]}")
+        yield Case(None if clean else f"{tool}, {dtype}: {told(done.stdout, done.stderr)}")
+
+
+def told(stdout: str, stderr: str) -> str:
+    """Return what a tool has said at last, and how what it watched ended; no paths of a machine."""
+    lines = [line for line in stdout.splitlines() if line.startswith("=========")]
+    return "\n".join([*lines[-20:], *stderr.strip().splitlines()[-1:]])
 
 
 if __name__ == "__main__":
