@@ -13,6 +13,7 @@ SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block m
 # tiles spill less and take longer.
 STACK_LIMIT = {
     "_attend_kernel": 8,  # of fp32, on sm_90
+    "_chunk_summary_kernel": 8,  # on sm_100
     "_hierarchical_ar_loss_kernel": 8,
     "_next_latent_norm_bwd_kernel": 8,  # of summaries with a gradient, on sm_80
     "_norm_token_shift_fwd_kernel": 16,  # of layer norms that add a branch, on sm_80
