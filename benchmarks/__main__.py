@@ -24,6 +24,7 @@ KINDS = ("ops", *WHOLE)
 GIB_PER_COMPILATION = 25  # GPU memory: the most that a model's first steps take
 EXAMPLES = """examples:
   python -m benchmarks model --config A C --out results   train steps of two configurations
+  PYTHONPATH=FOLDER python -m benchmarks next_latent        steps against upstream 0.4.0 in FOLDER
   python -m benchmarks scaling --out results                the step against batch and length
   python -m benchmarks gpus --out results                   the step on 1, 2, 4, ... GPUs
   python -m benchmarks ops --op norm_token_shift            one op, against all its peers
@@ -139,7 +140,7 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
             for provider in wanted:
                 if provider == "floor-folded" and not foldable(config[0]):
                     continue
-                job, reason = Job(bench, tuple(config), provider), why_not(provider)
+                job, reason = Job(bench, tuple(config), provider), why_not(provider, bench)
                 jobs += [job] * (reason is None)
                 impossible += job.failed(reason) if reason else []
     return jobs, impossible

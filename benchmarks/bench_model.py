@@ -36,35 +36,48 @@ PARTS = {  # of a fused step, by what its kernels are called; the first that is 
     "norm, shift": "norm_token_shift",
     "products with GELU": "gelu",
     "merge": "hierarchical_merge",
-    "compress": "causal_compress|one_hot",
-    "losses": "cross_entropy|hierarchical_ar_loss|_scale_kernel",
+    "compress": "causal_compress|one_hot|chunk_summary",
+    "losses": "cross_entropy|hierarchical_ar_loss|_scale_kernel|next_latent",
     "bias gradients": "column_sums",
     "AdamW": "[Aa]dam",
     "cuBLAS": "nvjet|gemm|gemv|cutlass|cublas|splitK",
     "others": "",
 }
-WITH_GRAPHS = ("fused", "fused-graphs", "fused-reduce-overhead-compiled")
+TRAIN_STEPS = ("fused", "fused-without")
+WITH_GRAPHS = (*TRAIN_STEPS, "fused-graphs", "fused-reduce-overhead-compiled")
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):
-    step = measure(benchmark, shapes.configs(DEVICE)[config], provider, wait_for_turn)
+    config = shapes.configs(DEVICE)[config]
+    step = measure(benchmark, config, provider, wait_for_turn, build_reference, load)
     if provider == "fused" and DEVICE == "cuda":
         benchmark.extra_info["parts_ms"] = by_part(kernel_ms(step))
 
 
-def measure(benchmark, config: shapes.Config, provider: str, wait_for_turn: Callable) -> Callable:
-    """Adds what was measured to the benchmark, and returns the step."""
+def measure(
+    benchmark,
+    config: shapes.Config,
+    provider: str,
+    wait_for_turn: Callable,
+    build_reference: Callable,
+    load: Callable,
+) -> Callable:
+    """Adds what was measured to the benchmark, and returns the step.
+
+    build_reference: makes the model of a configuration.
+    load: makes the provider's model of it, as `providers.load`.
+    """
     benchmark.extra_info |= {"batch": config.batch, "seq_len": config.model["seq_len"]}
     if provider in FLOORS:
         step = time_floor(benchmark, config, folded=provider == "floor-folded")
     else:
-        step = time_step(benchmark, config, provider, wait_for_turn)
+        step = time_step(benchmark, config, provider, wait_for_turn, build_reference, load)
     tokens = config.batch * config.model["seq_len"]
     benchmark.extra_info["tokens_per_s"] = tokens / benchmark.extra_info["ms"] * 1e3
     return step
 
 
-def time_step(benchmark, config, provider, wait_for_turn):
+def time_step(benchmark, config, provider, wait_for_turn, build_reference, load):
     reference = build_reference(config)
     size = (config.batch, config.model["seq_len"] + 1)
     ids = torch.randint(1, config.model["num_tokens"], size, device=DEVICE)
@@ -75,13 +88,13 @@ def time_step(benchmark, config, provider, wait_for_turn):
     del reference
     graph_by_hand = provider.endswith("-compiled") and provider not in LOOPS and DEVICE == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=graph_by_hand)
-    if provider == "fused":
+    if provider in TRAIN_STEPS:
         train_step = TrainStep(
             model, optimizer, precision="bf16-mixed" if DEVICE == "cuda" else "fp32"
         )
 
     def step():
-        if provider == "fused":
+        if provider in TRAIN_STEPS:
             return train_step(ids)[0]
         torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad()

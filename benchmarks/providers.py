@@ -18,15 +18,17 @@ LOOPS = (
     *("fused", "fused-graphs", "fused-eager"),
     *("fused-compiled", "fused-reduce-overhead-compiled"),
 )
-FUSED = (*LOOPS, "products")
+FUSED = (*LOOPS, "fused-without", "products")
 OURS = ("fused", "reference-compiled", "reference")
 PROVIDERS = {
     "causal_compress": (*OURS, "products", "cublas"),
+    "chunk_summary": OURS,
     "feed_forward": (*OURS, "cublas"),
     "hierarchical_ar_loss": (*OURS, "copy"),
     "hierarchical_merge": (*OURS, "cublas"),
     "linear": (*OURS, "cublas"),
     "linear_cross_entropy": (*OURS, "liger", "cut-cross-entropy", "cublas"),
+    "next_latent_loss": (*OURS, "cublas"),
     "norm_token_shift": (*OURS, "liger", "copy"),
     "reconstruction_loss": (*OURS, "cublas"),
     "rotary_attention": (
@@ -38,11 +40,15 @@ PROVIDERS = {
         *(*FLOORS, *LOOPS, "reference-compiled", "reference"),
         *("repaired-compiled", "upstream-compiled", "upstream"),
     ),
+    "next_latent": (
+        *("fused", "fused-without", "reference-compiled", "reference"),
+        *("upstream-compiled", "upstream"),
+    ),
     "scaling": ("fused", "reference"),
     "gpus": ("fused",),
     "generate": ("fused", "reference", "upstream"),
 }
-WHOLE = ("model", "scaling", "gpus", "generate")
+WHOLE = ("model", "next_latent", "scaling", "gpus", "generate")
 OPS = [bench for bench in PROVIDERS if bench not in WHOLE]
 PACKAGES = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 GPU_ALONE = (
@@ -51,8 +57,8 @@ GPU_ALONE = (
 )
 
 
-def why_not(provider: str) -> str | None:
-    """Why a provider cannot be measured here; None if it can."""
+def why_not(provider: str, bench: str) -> str | None:
+    """Why a provider of a benchmark cannot be measured here; None if it can."""
     if provider in FUSED:
         return why_not_fused(torch.device(DEVICE))
     if provider in GPU_ALONE and DEVICE == "cpu":
@@ -60,11 +66,12 @@ def why_not(provider: str) -> str | None:
     if provider in PACKAGES and not find_spec(PACKAGES[provider]):
         return f"{PACKAGES[provider].replace('_', '-')} is not installed"
     if provider.startswith("upstream"):
+        peer = "0.4.0" if bench == "next_latent" else "0.2.0"
         try:
             found = version(UPSTREAM)
         except PackageNotFoundError:
-            return f"{UPSTREAM}==0.2.0 is not installed"
-        return None if found == "0.2.0" else f"{UPSTREAM} is {found}, the peer is 0.2.0"
+            return f"{UPSTREAM}=={peer} is not installed"
+        return None if found == peer else f"{UPSTREAM} is {found}, the peer is {peer}"
     return None
 
 
@@ -96,5 +103,9 @@ def load(provider: str, reference: Module, config: Config) -> Module:
         model.load_state_dict(reference.state_dict())
     if not provider.endswith("-compiled"):
         return model
+    return compiled(model, "reduce-overhead" if "reduce-overhead" in provider else None)
+
+
+def compiled(model: Module, mode: str | None = None) -> Module:
     torch._dynamo.config.cache_size_limit = 256  # upstream breaks into many graphs
-    return torch.compile(model, mode="reduce-overhead" if "reduce-overhead" in provider else None)
+    return torch.compile(model, mode=mode)

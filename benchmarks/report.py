@@ -13,6 +13,7 @@ from benchmarks.shapes import CONFIGS, SHARDED
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "model": "Train step; floor: its matrix products through cuBLAS, and AdamW",
+    "next_latent": "Train step with the loss of next latents; upstream: 0.4.0",
     "scaling": "Train step against the batch, and against the length at as many tokens",
     "gpus": "Train step on several GPUs; weak: a batch each, strong: four batches for all;"
     f" of E {CONFIGS['E'].model['depth']} layers on one GPU, {SHARDED['E']} on several",
@@ -24,11 +25,13 @@ OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the 
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
 SHAPES = {
     "causal_compress": "shape B x N x V x D x D_out x C x stride",
+    "chunk_summary": "config",
     "feed_forward": "shape B x M x D",
     "hierarchical_ar_loss": "shape B x M x D",
     "hierarchical_merge": "config",
     "linear": "shape B x M x D",
     "linear_cross_entropy": "shape T x D x V x C",
+    "next_latent_loss": "shape B x M x D",
     "norm_token_shift": "shape B x M x D",
     "reconstruction_loss": "shape T x D x V x C",
     "rotary_attention": "shape B x M x H x E",
@@ -144,6 +147,21 @@ def model_line(row: dict, rows: list[dict], results: dict) -> dict:
     }
 
 
+def next_latent_line(row: dict, rows: list[dict], results: dict) -> dict:
+    without = find(rows, row, "fused-without").get("ms")
+    upstream = find(rows, row, "upstream").get("ms")
+    return {
+        "config": row["config"],
+        "provider": row["provider"],
+        "step (ms)": number(row.get("ms")),
+        "over TrainStep without the loss (x)": number(ratio(row.get("ms"), without)),
+        "over TrainStep (x)": number(ratio(row.get("ms"), find(rows, row, "fused").get("ms"))),
+        "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
+        "throughput (tokens/s)": number(row.get("tokens_per_s")),
+        "peak memory (GiB)": number(row.get("peak_gib")),
+    }
+
+
 def parts_line(row: dict) -> dict:
     parts = row["parts_ms"]
     return {"config": row["config"], "all kernels (ms)": number(sum(parts.values()))} | {
@@ -253,15 +271,17 @@ def compress_line(row: dict, rows: list[dict], results: dict) -> dict:
 
 PRODUCTS = {  # what cuBLAS is measured on
     "causal_compress": "of every token, windows side by side in memory",
+    "chunk_summary": "of every token",
     "feed_forward": "an inner layer of 4 D",
     "hierarchical_merge": "every level's at its own rate",
     "linear": "to a width of 3 D",
     "linear_cross_entropy": "with all logits in memory",
+    "next_latent_loss": "three layers, the first of them 2 D wide",
     "reconstruction_loss": "with all logits in memory",
     "token_embedding": "of every token",
 }
-LINES = {"model": model_line, "scaling": scaling_line, "gpus": gpus_line}
-LINES |= {"generate": generate_line}
+LINES = {"model": model_line, "next_latent": next_latent_line, "scaling": scaling_line}
+LINES |= {"gpus": gpus_line, "generate": generate_line}
 LINES |= dict.fromkeys(PRODUCTS, products_line) | {"causal_compress": compress_line}
 
 

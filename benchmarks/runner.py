@@ -25,8 +25,9 @@ class Job(NamedTuple):
 
     @property
     def compiles(self) -> bool:
-        own = self.provider in LOOPS  # Triton kernels, on a single core
-        return self.bench == "model" and (own or self.provider.endswith("-compiled"))
+        own = self.provider in (*LOOPS, "fused-without")  # Triton kernels, on a single core
+        is_step = self.bench in ("model", "next_latent")
+        return is_step and (own or self.provider.endswith("-compiled"))
 
     @property
     def marker(self) -> str:

@@ -13,11 +13,13 @@ __all__ = []
 if find_spec("triton"):  # without it the reference is all there is
     from . import decode as decode
     from .causal_compress import causal_compress
+    from .chunk_summary import chunk_summary
     from .feed_forward import feed_forward
     from .hierarchical_ar_loss import hierarchical_ar_loss
     from .hierarchical_merge import hierarchical_merge
     from .linear import linear
     from .linear_cross_entropy import linear_cross_entropy
+    from .next_latent_loss import next_latent_loss
     from .norm_token_shift import norm_token_shift
     from .reconstruction_loss import reconstruction_loss
     from .rotary_attention import rotary_attention
@@ -25,11 +27,13 @@ if find_spec("triton"):  # without it the reference is all there is
 
     __all__ += [
         "causal_compress",
+        "chunk_summary",
         "feed_forward",
         "hierarchical_ar_loss",
         "hierarchical_merge",
         "linear",
         "linear_cross_entropy",
+        "next_latent_loss",
         "norm_token_shift",
         "reconstruction_loss",
         "rotary_attention",

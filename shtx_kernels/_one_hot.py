@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Kernel, cdiv
+from ._products import add_product, sum_dtype
 
+ONE_HOT = 1024  # largest vocabulary summed by a product, of 2 KiB a token at most in 16 bits
 TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
 
 
@@ -44,3 +46,16 @@ def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dt
     grid = cdiv(R, TILE["BLOCK_R"]), cdiv(V, TILE["BLOCK_V"]), taps
     kernel(grid, (ids, out), N, M, R, V, width)
     return out[:, :R]
+
+
+def sum_by_id(x: Tensor, ids: Tensor, V: int) -> Tensor:
+    """(V, D) of x (B, N, D) and ids (B, N), in fp32 or wider."""
+    acc = sum_dtype(x.dtype)
+    if V > ONE_HOT:
+        return torch.ops.aten.embedding_dense_backward(x.to(acc), ids, V, -1, False)
+    total = x.new_empty(V, x.shape[-1], dtype=acc)
+    if not x.numel():
+        return total.zero_()
+    hot = one_hot(ids, V, ids.shape[1], 1, 1, x.dtype)
+    add_product(total, hot, x.flatten(0, 1), start=True)
+    return total

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import apply, first_order
-from ._one_hot import one_hot
+from ._one_hot import ONE_HOT, sum_by_id
 from ._products import add_product, cast, narrow, product_dtype, sum_dtype
 from ._register import register
-
-ONE_HOT = 1024  # largest vocabulary summed by a product, of 2 KiB a token at most in 16 bits
 
 
 def _rows_first(embedding: Tensor, weight: Tensor | None, ids: Tensor) -> bool:
@@ -43,19 +41,6 @@ def _token_embedding_fwd(ids, embedding, weight):
     return y
 
 
-def _sum_by_id(dy: Tensor, ids: Tensor, V: int) -> Tensor:
-    """(V, D) of dy (B, N, D), in fp32 or wider."""
-    acc = sum_dtype(dy.dtype)
-    if V > ONE_HOT:
-        return torch.ops.aten.embedding_dense_backward(dy.to(acc), ids, V, -1, False)
-    total = dy.new_empty(V, dy.shape[-1], dtype=acc)
-    if not dy.numel():
-        return total.zero_()
-    hot = one_hot(ids, V, ids.shape[1], 1, 1, dy.dtype)
-    add_product(total, hot, dy.flatten(0, 1), start=True)
-    return total
-
-
 def _new_gradients(embedding, weight, needs_weight) -> tuple[Tensor, Tensor]:
     """Uninitialised, in the dtype of sums; empty where not needed."""
     acc = sum_dtype(embedding.dtype)
@@ -67,15 +52,15 @@ def _token_embedding_bwd(dy, ids, embedding, weight, needs_weight):
     V = len(embedding)
     dembedding, dweight = _new_gradients(embedding, weight, needs_weight)
     if weight is None:
-        return _sum_by_id(dy, ids, V), dweight
+        return sum_by_id(dy, ids, V), dweight
     if _rows_first(embedding, weight, ids):
-        d, x = cast(_sum_by_id(dy, ids, V), dy.dtype), embedding
+        d, x = cast(sum_by_id(dy, ids, V), dy.dtype), embedding
         add_product(dembedding, d, weight, start=True)
     else:
         d, x = dy.flatten(0, 1), F.embedding(ids.flatten(), embedding)
         dx = dy.new_empty(*ids.shape, embedding.shape[1])
         torch.mm(d, weight, out=dx.flatten(0, 1))
-        dembedding = _sum_by_id(dx, ids, V)
+        dembedding = sum_by_id(dx, ids, V)
     if needs_weight:
         add_product(dweight, d.T, x, start=True) if len(d) else dweight.zero_()
     return dembedding, dweight

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from shtx import HierarchicalTransformer, ops
 from shtx.decode import Decoder
+from shtx.next_latent import HierarchicalTransformer as NextLatent
 from shtx_kernels._launch import compile_only
 from shtx_kernels.rotary_attention import library
 
@@ -117,6 +118,12 @@ def launch_all(dtype: str, name: str):
             logits = decoder.step()
             noise = torch.ones_like(logits)[:, None]
             decoder.ops.decode.sample(decoder.position, logits, noise, 1.0, 9, 0.9, decoder.ids)
+
+    levels = dict(dim=(512, 256), hierarchies=(1, 4), hierarchical_stride=(1, 2), window_sizes=0)
+    model = NextLatent(num_tokens=256, depth=1, num_rollouts=2, impl="fused", **levels)
+    with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+        loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
+    loss.backward()
 
     # the passes around PyTorch's attention, which a CPU is not sent to
     qkv = torch.empty(2, TOKENS, 3 * 8 * 64, dtype=getattr(torch, dtype))

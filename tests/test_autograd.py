@@ -39,6 +39,11 @@ def calls():
     yield "hierarchical_merge", merge, x
     yield "hierarchical_ar_loss", lambda ops: ops.hierarchical_ar_loss(x, w, bias), x
     yield "linear_cross_entropy", lambda ops: ops.linear_cross_entropy(x, embedding, IDS), x
+    summarize = lambda ops: ops.chunk_summary(IDS, embedding, w, bias, compress=4, stride=2)
+    yield "chunk_summary", summarize, embedding
+    layers = [(draw(8, 16), bias), (w_out, b_out)]
+    given = draw(2, 12, 8), IDS > 1, (draw(16), draw(16)), layers, torch.ones(2, device=DEVICE)
+    yield "next_latent_loss", lambda ops: ops.next_latent_loss(x, *given)[0], x
     reconstruct = dict(compress=1, stride=1)
     loss = lambda ops: ops.reconstruction_loss(x, embedding, IDS, **reconstruct)
     yield "reconstruction_loss", loss, x

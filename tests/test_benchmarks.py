@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as cli
 from benchmarks import (
     bench_causal_compress,
+    bench_chunk_summary,
     bench_feed_forward,
     bench_generate,
     bench_gpus,
@@ -25,6 +26,8 @@ from benchmarks import (
     bench_linear,
     bench_linear_cross_entropy,
     bench_model,
+    bench_next_latent,
+    bench_next_latent_loss,
     bench_norm_token_shift,
     bench_reconstruction_loss,
     bench_rotary_attention,
@@ -299,6 +302,39 @@ def test_hierarchical_ar_loss_is_timed_whole_and_its_kernel_in_bytes():
         assert row["forward_ms"] > 0 and row["backward_ms"] > 0
 
 
+@pytest.mark.parametrize("provider", ["fused", "reference", "cublas"])
+def test_next_latent_loss_is_counted_in_products(provider):
+    bench = bench_next_latent_loss.bench_next_latent_loss
+    row = row_of(bench, shape=shapes.LevelShape("C", 2, 8, 16, 2), provider=provider)
+    assert row["flops"] == 6 * 2 * 7 * (32 + 16 + 16) * 16 and row["ms"] > 0
+
+
+@pytest.mark.parametrize("provider", ["fused", "reference"])
+def test_chunk_summary_of_levels_of_other_widths(monkeypatch, provider):
+    tiny = shapes.SMALL["B"].model | dict(seq_len=32)
+    monkeypatch.setattr(shapes, "configs", lambda device: {"B": shapes.Config(1, tiny)})
+    row = row_of(bench_chunk_summary.bench_chunk_summary, config="B", provider=provider)
+    assert row["flops"] == 6 * 64 * 32 * (16 + 32 + 32) and row["ms"] > 0  # of three of four
+
+
+@pytest.mark.parametrize("provider", ["fused", "fused-without", "reference"])
+def test_a_step_with_next_latents(monkeypatch, provider):
+    """The fused models by their references, which are not interpreted."""
+    in_tiny_configuration(monkeypatch, seq_len=32)
+    monkeypatch.setattr(bench_next_latent, "load", lambda provider, reference, config: reference)
+    bench = bench_next_latent.bench_next_latent
+    row = row_of(bench, config="C", provider=provider, wait_for_turn=lambda: None)
+    assert row["ms"] > 0 and row["loss"] == pytest.approx(row["reference_loss"], rel=1e-3)
+
+
+def test_each_benchmark_has_its_upstream(monkeypatch):
+    assert providers.why_not("upstream", "model") is None
+    assert "is 0.2.0, the peer is 0.4.0" in providers.why_not("upstream", "next_latent")
+    monkeypatch.setattr(providers, "version", lambda name: "0.4.0")
+    assert providers.why_not("upstream", "next_latent") is None
+    assert "is 0.4.0, the peer is 0.2.0" in providers.why_not("upstream", "model")
+
+
 @pytest.mark.parametrize("provider", ["reference", "local-mha"])
 def test_rotary_attention_is_counted_in_bytes(provider):
     case = Case(2, 32, 2, 16, window=8, dilation=2)
@@ -405,6 +441,7 @@ def test_every_op_has_its_providers():
         bench_hierarchical_merge,
         bench_linear,
         bench_linear_cross_entropy,
+        bench_next_latent_loss,
         bench_reconstruction_loss,
     ):
         op = bench.__name__.rpartition("bench_")[2]
@@ -499,8 +536,8 @@ def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "KIND: 'trian' is unknown, choose from ops model scaling gpus generate"),
-        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress feed_forward"),
+        (["trian"], "KIND: 'trian' is unknown, choose from ops model next_latent"),
+        (["ops", "--op", "x"], "--op: 'x' is unknown, choose from causal_compress chunk_summary"),
         (["ops", "--op", "rotary_attention", "--provider", "copy"], "--provider: 'copy' is unk"),
         (["model", "--config", "F"], "--config: 'F' is unknown, choose from A B C D E"),
         (["generate", "--provider", "floor"], "--provider: 'floor' is unknown, choose from fused"),

@@ -101,6 +101,26 @@ def test_successors(tokens):
     assert_equal_counts(lambda ops: ops.hierarchical_ar_loss(h, weight, bias))
 
 
+@pytest.mark.parametrize("V", [5, 600])
+@pytest.mark.parametrize("needs_embedding", [False, True])
+def test_summaries(V, needs_embedding):
+    draw = lambda *shape: torch.randn(shape, device=DEVICE, requires_grad=True)
+    embedding = torch.randn(V, 8, device=DEVICE, requires_grad=needs_embedding)
+    ids, weights = torch.randint(0, V, (2, 101), device=DEVICE), (draw(6, 8), draw(6))
+    sizes = dict(compress=4, stride=2)
+    assert assert_equal_counts(lambda ops: ops.chunk_summary(ids, embedding, *weights, **sizes))
+
+
+@pytest.mark.parametrize("R", [1, 3])
+@pytest.mark.parametrize("tokens", [3, 9])
+def test_next_latents(tokens, R):
+    draw = lambda *shape: torch.randn(shape, device=DEVICE, requires_grad=True)
+    layers = [(draw(6, 16), draw(6)), (draw(5, 6), draw(5)), (draw(8, 5), draw(8))]
+    valid, steps = torch.ones(2, tokens, device=DEVICE).bool(), torch.ones(R, device=DEVICE)
+    args = draw(2, tokens, 8), draw(2, tokens, 8), valid, (draw(16), draw(16)), layers, steps
+    assert (assert_equal_counts(lambda ops: ops.next_latent_loss(*args)[0]) > 0) == (tokens > R)
+
+
 @pytest.mark.parametrize("wanted", range(2))
 def test_what_needs_no_gradient_is_not_counted(wanted):
     x, weight = torch.randn(2, 9, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE)

@@ -16,6 +16,7 @@ from shtx_kernels import reference
 
 EPS = torch.finfo(torch.bfloat16).eps
 IDS = torch.randint(0, 20, (2, 40), device=DEVICE)
+STEPS = torch.full((2,), 0.5, device=DEVICE)
 
 # an op's call, and the shapes of its inputs
 CALLS = {
@@ -32,6 +33,18 @@ CALLS = {
     "token_embedding": (
         lambda ops: lambda *weights: ops.token_embedding(IDS, *weights),
         [(20, 16), (24, 16)],
+    ),
+    "chunk_summary": (
+        lambda ops: lambda *weights: ops.chunk_summary(IDS, *weights, compress=4, stride=2),
+        [(20, 16), (24, 16), (24,)],
+    ),
+    "next_latent_loss": (
+        lambda ops: (
+            lambda h, summaries, gamma, beta, *weights: ops.next_latent_loss(
+                h, summaries, IDS > 2, (gamma, beta), [weights[:2], weights[2:]], STEPS
+            )[0]
+        ),
+        [(2, 40, 16), (2, 40, 16), (32,), (32,), (24, 32), (24,), (16, 24), (16,)],
     ),
     "hierarchical_merge": (
         lambda ops: lambda x, y, *weights: ops.hierarchical_merge([x, y], [1, 2], *weights),

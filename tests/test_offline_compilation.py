@@ -13,7 +13,9 @@ SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block m
 # tiles spill less and take longer.
 STACK_LIMIT = {
     "_attend_kernel": 8,  # of fp32, on sm_90
+    "_chunk_summary_kernel": 8,  # on sm_100
     "_hierarchical_ar_loss_kernel": 8,
+    "_next_latent_norm_bwd_kernel": 8,  # of summaries with a gradient, on sm_80
     "_norm_token_shift_fwd_kernel": 16,  # of layer norms that add a branch, on sm_80
     "_norm_token_shift_bwd_kernel": 128,
     "_rotary_attention_fwd_kernel": 72,  # of windows of 128
@@ -65,7 +67,7 @@ def test_compiles(target, dtype):
     if dtype == "float32":
         left_out |= {"_rotary_attention_fwd_tile_kernel", "_rotary_attention_bwd_tile_kernel"}
     elif target == "cuda 90":
-        left_out = {"_gelu_kernel"}
+        left_out = set()
     assert {row["kernel"] for row in rows} == kernels_written() - left_out
     for row in rows:
         assert row.get("STACK", 0) <= STACK_LIMIT.get(row["kernel"], 0), row  # spills

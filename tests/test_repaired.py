@@ -56,5 +56,5 @@ def test_the_model_is_one_graph():
 
 def test_it_is_measured_where_its_attention_has_a_gradient():
     assert "repaired-compiled" in providers.PROVIDERS["model"]
-    assert (providers.why_not("repaired-compiled") is None) == (DEVICE == "cuda")
+    assert (providers.why_not("repaired-compiled", "model") is None) == (DEVICE == "cuda")
     assert runner.Job("model", ("A",), "repaired-compiled").compiles

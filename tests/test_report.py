@@ -28,6 +28,10 @@ RESULTS = {
         {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
         {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
         | {"error": "OutOfMemoryError: much"},
+        *(
+            {"bench": "next_latent", "config": "B", "provider": provider, "commit": "abc", "ms": ms}
+            for provider, ms in (("fused", 21.0), ("fused-without", 20.0), ("upstream", 210.0))
+        ),
         {"bench": "scaling", "config": "C", "provider": "fused", "commit": "abc"}
         | {"shape": "16 x 2048", "ms": 65.536, "tokens_per_s": 5e5, "peak_gib": 4.0}
         | {"batch": 16, "seq_len": 2048},
@@ -57,6 +61,10 @@ RESULTS = {
         {"bench": "causal_compress", "provider": "cublas", "commit": "abc"}
         | {"shape": "1 x 2 x 3 x 4 x 5 x 6 x 7", "ms": 0.25, "flops": 200_000_000}
         | {"second_ms": 0.1},
+        {"bench": "chunk_summary", "config": "B", "provider": "fused", "commit": "abc"}
+        | {"ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
+        {"bench": "next_latent_loss", "provider": "fused", "commit": "abc"}
+        | {"shape": "1 x 2 x 3", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
         {"bench": "feed_forward", "provider": "fused", "commit": "abc"}
         | {"shape": "1 x 2 x 3", "ms": 0.5, "flops": 200_000_000, "extra_mib": 0.0},
         {
@@ -111,6 +119,13 @@ TABLES = [
     B | 24.5 | 4.00 | 20.5
     """,
     """
+    config | provider | step (ms) | over TrainStep without the loss (x) | over TrainStep (x) |
+        speed-up over upstream (x) | throughput (tokens/s) | peak memory (GiB)
+    B | fused-without | 20.0 | 1.00 | 0.952 | 10.5 | - | -
+    B | fused | 21.0 | 1.05 | 1.00 | 10.0 | - | -
+    B | upstream | 210 | 10.5 | 10.0 | 1.00 | - | -
+    """,
+    """
     config | batch x length | provider | step (ms) | time a token (us) | peak memory (GiB)
     C | 4 x 2048 | fused | 16.4 | 2.00 | 2.00
     C | 16 x 2048 | fused | 65.5 | 2.00 | 4.00
@@ -138,6 +153,11 @@ TABLES = [
     1 x 2 x 3 x 4 x 5 x 6 x 7 | fused | 500 | 0.400 | 50.0 | 0.000 | 1.00 | 400
     """,
     """
+    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    B | fused | 500 | 0.400 | - | 0.000 | 1.00
+    """,
+    """
     shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
         extra memory (MiB) | over fused (x)
     1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
@@ -163,6 +183,11 @@ TABLES = [
         extra memory (MiB) | over fused (x)
     64 x 16 x 50 x 1 | cublas | 200 | 0.500 | 100 | - | 0.500
     64 x 16 x 50 x 1 | fused | 400 | 0.250 | 50.0 | 12.0 | 1.00
+    """,
+    """
+    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
     """,
     """
     shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
@@ -253,7 +278,7 @@ def test_tables_go_between_the_markers_of_two_pages(results_file, tmp_path, caps
             assert text.startswith(f"# shtx\n{report.BEGIN}\n{TITLE}")
             assert text.endswith(f"\n{report.END}\nend\n") and "former" not in text
         heads = [re.findall(r"^\*\*(Train step|What|\w+)", text, re.M) for text in texts]
-        steps = ["Train step"] * 2
+        steps = ["Train step"] * 3
         assert heads == [["Train step", "What", "Generation"], [*steps, *providers.OPS]]
         lines = [line for table in cells(report.tables(RESULTS)) for line in table]
         written = [line for text in texts for table in cells(text) for line in table]

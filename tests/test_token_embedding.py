@@ -3,7 +3,7 @@ import torch
 from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
 
 from shtx_kernels import reference, token_embedding
-from shtx_kernels.token_embedding import ONE_HOT
+from shtx_kernels._one_hot import ONE_HOT
 
 CASES = [  # B, N, V, D, D_out (None: no linear layer)
     (1, 1, 1, 1, None),

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .._autograd import apply, first_order
-from .._products import add_product, cast, narrow, product_dtype, sum_dtype
-from .._register import register
-from .kernels import backward, forward
+from ._autograd import apply, first_order
+from ._gelu import product_gelu, product_gelu_bwd
+from ._products import add_product, cast, narrow, product_dtype, sum_dtype
+from ._register import register
 
 
 def _feed_forward_fwd(x, w_in, w_out):
     (B, M, _), width = x.shape, w_in.shape[0]
     u = x.new_empty(B * M, width)
-    a = forward(x.flatten(0, 1), w_in, u)
+    a = product_gelu(x.flatten(0, 1), w_in, u)
     return linear(a.view(B, M, width), w_out), u
 
 
@@ -31,7 +31,7 @@ def _feed_forward_bwd(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out
     gradients = _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out)
     dx, dw_in, dw_out = gradients
     x, dy = x.flatten(0, 1), dy.flatten(0, 1)
-    a, du = backward(dy, w_out, u)
+    a, du = product_gelu_bwd(dy, w_out, u)
     if needs_dw_out:
         add_product(dw_out, dy.T, a, start=True)
     if needs_dw_in:

@@ -1,4 +1,8 @@
-"""GELU in a pass over memory, or within the product before it."""
+"""GELU of a product: in a pass over memory, or within the product before it.
+
+On Hopper, GELU of 16-bit numbers belongs to the product that makes its argument, or the gradient of
+its result; elsewhere it is a pass over memory after a product of cuBLAS.
+"""
 
 from functools import lru_cache
 
@@ -8,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._dot import dot
-from .._launch import KINDS, Kernel, accumulator, cdiv
-from .._target import capability
+from ._dot import dot
+from ._launch import KINDS, Kernel, accumulator, cdiv
+from ._target import capability
 
 PASS = dict(TILE=2048, num_warps=4)  # elements of a program
 # Two programs share a multiprocessor: one multiplies while the other is busy with its GELU.
@@ -85,11 +89,11 @@ def quarters(t):
 
 @triton.jit(do_not_specialize=["M"])
 def _product_gelu_kernel(
-    x_desc, w_desc, u_ptr, a_ptr, da_ptr, M, N, K,
-    BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    x_desc, w_desc, u_ptr, a_ptr, da_ptr, bias_ptr, M, N, K,
+    BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """u = x w^T, a = gelu(u); backward a = gelu(u), da = x w gelu'(u).
+    """u = x w^T + bias, a = gelu(u); backward a = gelu(u), da = x w gelu'(u).
 
     The rest of a tile goes by quarters, which leaves registers for two programs.
     """
@@ -127,6 +131,9 @@ def _product_gelu_kernel(
                 tl.store(da_ptr + here, part * slope(u, w, q, tl.float32), mask=mask)
             else:
                 u = part
+                if HAS_BIAS:
+                    here_n = offs_n + i * (BLOCK_N // 4)
+                    u += tl.load(bias_ptr + here_n, mask=here_n < N, other=0.0).to(tl.float32)
                 w, q = tail(u, tl.float32, True)
                 tl.store(u_ptr + here, u, mask=mask)
             tl.store(a_ptr + here, gelu(u, w, q), mask=mask)
@@ -139,7 +146,8 @@ def _pass(dtype: torch.dtype, backward: bool) -> Kernel:
     return Kernel(_gelu_kernel, **constants)
 
 
-def _gelu(u: Tensor, da: Tensor | None = None) -> Tensor:
+def gelu_pass(u: Tensor, da: Tensor | None = None) -> Tensor:
+    """gelu(u); given its gradient, that becomes the gradient of u."""
     a, size = torch.empty_like(u), u.numel()
     if size:
         tensors = u, a, a if da is None else da
@@ -148,8 +156,9 @@ def _gelu(u: Tensor, da: Tensor | None = None) -> Tensor:
 
 
 @lru_cache
-def _product(backward: bool) -> Kernel:
-    return Kernel(_product_gelu_kernel, BACKWARD=backward, GROUP=GROUP, **PRODUCT)
+def _product(backward: bool, has_bias: bool) -> Kernel:
+    constants = dict(BACKWARD=backward, HAS_BIAS=has_bias, GROUP=GROUP, **PRODUCT)
+    return Kernel(_product_gelu_kernel, **constants)
 
 
 @lru_cache
@@ -157,7 +166,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _product_gelu(x: Tensor, w: Tensor, u: Tensor, da: Tensor | None = None) -> Tensor:
+def _product_gelu(x: Tensor, w: Tensor, u: Tensor, bias=None, da=None) -> Tensor:
     (M, K), N, a = x.shape, u.shape[1], torch.empty_like(u)
     block_m, block_n, block_k = PRODUCT["BLOCK_M"], PRODUCT["BLOCK_N"], PRODUCT["BLOCK_K"]
     programs = cdiv(M, block_m) * cdiv(N, block_n)
@@ -168,8 +177,9 @@ def _product_gelu(x: Tensor, w: Tensor, u: Tensor, da: Tensor | None = None) -> 
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(w, w_tile),
     )
-    tensors = u, a, a if da is None else da
-    _product(da is not None)((programs,), tensors, M, N, K, descriptors=descriptors)
+    tensors = u, a, a if da is None else da, u if bias is None else bias
+    kernel = _product(da is not None, bias is not None)
+    kernel((programs,), tensors, M, N, K, descriptors=descriptors)
     return a
 
 
@@ -183,18 +193,21 @@ def _within_product(x: Tensor, w: Tensor) -> bool:
     )
 
 
-def forward(x: Tensor, w_in: Tensor, u: Tensor) -> Tensor:
-    """u = x w_in^T; returns gelu(u)."""
-    if _within_product(x, w_in):
-        return _product_gelu(x, w_in, u)
-    torch.mm(x, w_in.T, out=u)
-    return _gelu(u)
+def product_gelu(x: Tensor, w: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    """u = x w^T + bias; returns gelu(u)."""
+    if _within_product(x, w):
+        return _product_gelu(x, w, u, bias)
+    if bias is None:
+        torch.mm(x, w.T, out=u)
+    else:
+        torch.addmm(bias, x, w.T, out=u)
+    return gelu_pass(u)
 
 
-def backward(dy: Tensor, w_out: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u), and the gradient of u, that of gelu(u) being dy w_out."""
+def product_gelu_bwd(dy: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(u), and the gradient of u, that of gelu(u) being dy w."""
     du = torch.empty_like(u)
-    if _within_product(dy, w_out):
-        return _product_gelu(dy, w_out, u, du), du
-    torch.mm(dy, w_out, out=du)
-    return _gelu(u, du), du
+    if _within_product(dy, w):
+        return _product_gelu(dy, w, u, da=du), du
+    torch.mm(dy, w, out=du)
+    return gelu_pass(u, du), du

@@ -1,0 +1,53 @@
+"""chunk_summary, forward and backward, of all levels of every configuration.
+
+As the model calls it under autocast: fp32 weights, and an embedding without a gradient. FLOPs are
+those of the linear layers, where widths differ, made of every token of their levels.
+"""
+
+import torch
+
+import shtx_kernels
+from benchmarks import shapes
+from benchmarks.products import agree, extra_mib, flops, time_runs
+from benchmarks.timing import DEVICE, autocast
+from shtx_kernels import reference
+
+OPS = {
+    "fused": getattr(shtx_kernels, "chunk_summary", None),
+    "reference": reference.chunk_summary,
+    "reference-compiled": torch.compile(reference.chunk_summary),
+}
+SETS = 4
+
+
+def bench_chunk_summary(benchmark, config, provider):
+    config = shapes.configs(DEVICE)[config]
+    model, V = shapes.on_meta(config), config.model["num_tokens"]
+    D, B, N = max(model.dims), config.batch, config.model["seq_len"]
+
+    def draw():
+        levels = []
+        for level in model.levels:
+            sizes, d = dict(compress=level.compress, stride=level.stride), level.dim
+            shapes = [(d, D), (d,)] if d != D else []
+            weights = [torch.randn(s, device=DEVICE).mul_(D**-0.5) for s in shapes]
+            dy = torch.randn(B, -(-N // level.stride), d, device=DEVICE)
+            levels.append((sizes, [t.requires_grad_() for t in weights], dy))
+        return torch.randint(0, V, (B, N), device=DEVICE), torch.randn(V, D, device=DEVICE), levels
+
+    def forward_backward(op, ids, embedding, levels):
+        results = []
+        for sizes, weights, dy in levels:
+            with autocast():
+                y = op(ids, embedding, *weights, **sizes)
+            results.append(y)
+            if weights:
+                results += torch.autograd.grad(y, weights, dy.to(y.dtype))
+        return results
+
+    op, sets = OPS[provider], [draw() for _ in range(SETS)]
+    agree(lambda fn: forward_backward(fn, *sets[0]), op, reference.chunk_summary)
+    runs = [lambda s=s: forward_backward(op, *s) for s in sets]
+    products = [(B * -(-N // x.stride), D, x.dim) for x in model.levels if x.dim != D]
+    row = {"flops": flops(products)} | extra_mib(runs[0])
+    benchmark.extra_info |= row | time_runs(benchmark, runs)
