@@ -25,7 +25,7 @@ STACK_LIMIT = {
 }
 WIDE_STACK_LIMIT = {
     "_rotary_attention_fwd_kernel": 256,  # of heads of 128; none with 8 warps, which are untimed
-    "_rotary_attention_bwd_dkdv_kernel": 48,
+    "_rotary_attention_bwd_dkdv_kernel": 72,  # with Triton 3.6; 48 with 3.9
 }
 
 
