@@ -9,6 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
+from shtx import __version__
 from shtx.train import OUT_OF_MEMORY, TrainError, visible
 from shtx.train.stop import SIGNALS, Stop, name
 
@@ -24,6 +25,7 @@ MODULES = {
 
 HELP = """\
 usage: shtx {train,warmup,generate,eval,convert,info} [options]
+       shtx --version
 
   train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
   warmup     compile ahead what a training with the same options would compile
@@ -75,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(verb: str, *rest: str) -> int:
     if verb in ("-h", "--help"):
         print(HELP, end="")
+        return 0
+    if verb == "--version":
+        print(f"shtx {__version__}")
         return 0
     if verb not in MODULES:
         *others, last = MODULES

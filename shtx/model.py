@@ -527,8 +527,8 @@ class HierarchicalTransformer(Trunk):
             dim). A loss without a single label that counts is 0.
 
         Raises:
-            TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where
-            it cannot run.
+            TypeError, ValueError: for ids that are not as above, or impl="fused" where it cannot
+                run.
         """
         return self.run(
             ids,
