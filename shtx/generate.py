@@ -61,6 +61,7 @@ def generate(
     sizes, until the model is gone. With hooks, compiled modules or FSDP the step alone has one.
 
     Args:
+        model: whose method this is.
         prompt: (B, T) integers in [0, num_tokens), T >= 1, or a list of B tensors (T,) whose
             lengths may differ. Of a prompt longer than model.seq_len the last tokens count.
         seq_len: how many tokens to sample.

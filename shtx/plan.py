@@ -241,6 +241,13 @@ def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
 
 
 def unfused(model: Layer) -> dict[str, str]:
-    """Name the modules that a forward calls by themselves, each with the reason."""
+    """Name the modules that a forward calls by themselves, and not within a fused op.
+
+    Args:
+        model: a HierarchicalTransformer, or a layer of one.
+
+    Returns:
+        the reason for each, by the module's name within `model`; empty if everything may be fused.
+    """
     called = look(model).called
     return {name: called[m] for name, m in model.named_modules() if m in called} if called else {}
