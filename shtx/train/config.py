@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -18,13 +19,18 @@ from shtx.model import Trunk
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
+from shtx.train.data import Source
 from shtx.train.home import RUN, origin, settings
+from shtx.train.sources import unescape
 
-IDENTITY = {"bytes": int, "sha256": str}  # of data
+IDENTITY = {"bytes": int, "sha256": str}  # of data, and of what is beside it in OTHERS
+OTHERS = {"val": "val_data", "test": "test_data"}  # of an identity, and their settings
+FILES = ("data", "val_data", "test_data")
 MAX_DEPTH = 10_000
 # what a resumed run may change: what it learns does not depend on it, or it is told
 FREE = (
-    *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "device"),
+    *("steps", "schedule", "curve", "data", "val_data", "test_data", "separator", "raw"),
+    *("out", "resume", "resume_fallback", "device"),
     *("impl", "model", "log_every", "eval_every", "eval_sequences", "save_every"),
     *("activation_checkpointing", "accumulate", "shard"),
 )
@@ -34,6 +40,8 @@ Train a byte-level hierarchical transformer, measured in bits per byte on held-o
 Examples:
   shtx train
   shtx train --data enwik8.zip --steps 20000 --out runs/enwik8
+  shtx train --data books/ 'more/*.txt' --separator '\\0' --val-data held-out.txt.gz
+  shtx train --data enwik8.zip --split 0.9 0.05 0.05
   shtx train --preset gpu --precision bf16-mixed --batch-size 4
   shtx train --hierarchies 1 2 8 --hierarchical-stride 1 2 8 --window-sizes 32 64 None
   shtx train --objective next-latent --num-rollouts 2
@@ -126,12 +134,25 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """What to train on: plain bytes, or a .gz, .bz2, .xz or a .zip with one member, unpacked into
-    --out; by default the sources of this Python's standard library. The last tenth is for
-    validation."""
+    data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
+    """What to train on: files, directories (all files in them that are not hidden) or patterns like
+    'text/*.txt', one after the other; by default the sources of this Python's standard library.
+    Plain bytes stay where they are; a .gz, .bz2, .xz, .zst, .zip, .tar or .tar.gz and the like is
+    unpacked into --out, and the other files with it."""
+    separator: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
+    r"""What comes between two files, and between two members of an archive: text in UTF-8, in which
+    \n, \t, \r, \0, \\ and \xNN stand for these bytes."""
+    split: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="SHARE...")] = None
+    """Shares of --data for training, for validation and, if there is a third one, for the test,
+    in its order; None: 0.9 0.1, or all of it for training where --val-data is given. `shtx eval
+    --split test` scores what this leaves untouched."""
+    val_data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
+    """Files for validation, as --data takes them, in place of a part of --data."""
+    test_data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
+    """Files for `shtx eval --split test`, in place of a part of --data: no training looks at
+    them."""
     raw: bool = False
-    """Take the bytes of --data as they are, packed or not."""
+    """Take the bytes of files as they are, packed or not."""
     preset: Literal["cpu", "gpu"]
     """Where settings that are not given come from; gpu if there is one."""
     steps: int
@@ -206,12 +227,42 @@ class Config:
             raise TrainError(f"--lr must be positive and finite, got {self.lr}")
         if not 0 <= self.seed < 2**63:
             raise TrainError(f"--seed must be in [0, 2^63), got {self.seed}")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        unescape(self.separator)
+        if self.split is None:
+            return
+        shares, given = self.split, " ".join(map(str, self.split))
+        whole = (
+            all(0 < share < 1 for share in shares) and sum(Fraction(str(s)) for s in shares) == 1
+        )
+        if len(shares) not in (2, 3) or not whole:
+            raise TrainError(
+                f"--split must be 2 or 3 positive shares that add up to 1, got {given}"
+            )
+        if self.val_data:
+            raise TrainError(f"--split {given}: --val-data takes the place of a part of --data")
+        if self.test_data and len(shares) == 3:
+            raise TrainError(f"--split {given}: its third share and --test-data are both the test")
+
+    @property
+    def source(self) -> Source:
+        """Where the data comes from."""
+        return Source(
+            data=self.data,
+            val=self.val_data,
+            test=self.test_data,
+            split=self.split,
+            separator=unescape(self.separator),
+            raw=self.raw,
+        )
 
     def to_json(self) -> dict:
         """What a resumed run needs; its place is not part of it."""
-        data = str(self.data.resolve()) if self.data else None
+        files = {name: [str(p.resolve()) for p in getattr(self, name)] for name in FILES}
         return asdict(replace(self, out=None, resume=None, resume_fallback=False)) | {
-            "data": data,
+            **files,
             "defaults": _at_default(self) + _at_default(self.model),
         }
 
@@ -248,13 +299,17 @@ class Config:
             )
         model, values = kept
         del values["model"]
+        if isinstance(data := values.get("data", ()), str | None):  # of older versions: one file
+            values["data"] = [] if data is None else [data]
         for part, given in ((Model, model), (cls, values)):
             hints = get_type_hints(part)
             for name, value in given.items():
                 if not _fits(value, hints[name]):
                     raise TrainError(f"{source}: damaged: {name} cannot be {value!r}")
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
-        paths = {k: v and Path(v) for k, v in values.items() if k in ("data", "out", "resume")}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        paths = {k: v and Path(v) for k, v in values.items() if k in ("out", "resume")}
+        paths |= {k: tuple(map(Path, v)) for k, v in values.items() if k in FILES}
         return cls(**values | paths | {"model": Model(**tuples)})
 
 
@@ -394,8 +449,13 @@ def of(checkpoint: Checkpoint) -> Config:
     version = versions.get("shtx") if isinstance(versions, dict) else None
     source = checkpoint.path / "config.json"
     data = checkpoint.config.get("data")
-    if not isinstance(data, dict) or {k: type(v) for k, v in data.items()} != IDENTITY:
-        raise TrainError(f"{source}: damaged: no identity of the data")
+    data = data if isinstance(data, dict) else {}
+    others = [data[name] for name in data if name in OTHERS]
+    whole = {name: value for name, value in data.items() if name not in OTHERS}
+    for identity in (whole, *others):
+        known = isinstance(identity, dict) and {k: type(v) for k, v in identity.items()}
+        if known != IDENTITY:
+            raise TrainError(f"{source}: damaged: no identity of the data")
     return Config.from_json(checkpoint.config.get("run") or {}, source, version or "(unknown)")
 
 
@@ -403,6 +463,12 @@ def _refuse_changes(run: Config, config: Config) -> None:
     """What a resumed run may not change. Its data may have moved; what it is gets checked later."""
     if config.steps < run.steps:
         raise TrainError(f"--steps {config.steps} is less than the run's {run.steps}")
+    for name in OTHERS.values():
+        if bool(getattr(run, name)) != bool(getattr(config, name)):
+            raise TrainError(
+                f"{flag(name)}: the run has {'some' if getattr(run, name) else 'none'}:"
+                " resuming keeps it"
+            )
     was, asked = ({**vars(c), **vars(c.model)} for c in (run, config))
     for name in was.keys() - FREE:
         if asked[name] != was[name]:

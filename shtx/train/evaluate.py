@@ -19,10 +19,13 @@ import tyro
 from shtx import __version__
 from shtx.model import Trunk
 from shtx.train import TrainError, files, visible
-from shtx.train.data import Corpus, Part, prepare
+from shtx.train.config import of
+from shtx.train.data import Corpus, Source, prepare, reopen
+from shtx.train.home import origin
 from shtx.train.metrics import save_figure
 from shtx.train.progress import Display
 from shtx.train.run import find_device
+from shtx.train.store import Part
 from shtx.train.trainer import load_model, refuse_untrainable
 
 DESCRIPTION = """\
@@ -34,6 +37,7 @@ of what the model knows. The first byte of all has nothing before it, and counts
 
 Examples:
   shtx eval --checkpoint runs/enwik8 --data test.txt
+  shtx eval --checkpoint runs/enwik8 --split test
   shtx eval --checkpoint runs/enwik8 --data enwik8.zip --part validation --stride 64
   shtx eval --checkpoint runs/enwik8 --data test.txt --context 2048 --stride 512 --out test.json
 """
@@ -43,8 +47,10 @@ Examples:
 class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
-    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """A raw file, or a .gz, .bz2, .xz or .zip, as `shtx train` takes it."""
+    data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
+    """Files, directories or patterns, plain or packed, as `shtx train` takes them."""
+    split: Literal["train", "val", "test"] | None = None
+    """In place of --data, what the run trained on, validated on, or has never looked at."""
     raw: bool = False
     """Score the bytes of --data as they are, whatever they are."""
     part: Literal["all", "training", "validation"] = "all"
@@ -154,15 +160,27 @@ def main(argv: list[str]) -> int:
         for path in (options.out, options.out.with_suffix(".png")):
             if path.exists():
                 raise TrainError(f"--out {path}: is there already")
+    if bool(options.data) == (options.split is not None):
+        given = "both" if options.data else "neither"
+        raise TrainError(f"either --data FILE or --split tells what to score, got {given}")
+    if options.split and (options.raw or options.part != "all"):
+        flag = "--raw" if options.raw else f"--part {options.part}"
+        raise TrainError(f"{flag} is of --data, and --split {options.split} takes its place")
     device = find_device(options.device, "--device cpu needs none")
-    model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    path = Path(os.path.abspath(options.checkpoint))
+    model, checkpoint = load_model(path, device)
     refuse_untrainable(model)
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride
     precision = options.precision or ("bf16-mixed" if device.type == "cuda" else "fp32")
     with tempfile.TemporaryDirectory() as folder:
-        corpus = prepare(options.data, Path(folder), 0, raw=options.raw)
-        data = part_of(corpus, options.part)
+        if options.split is None:
+            corpus = prepare(Source(options.data, raw=options.raw), Path(folder), 0)
+            data = part_of(corpus, options.part)
+        else:
+            home = origin(path, checkpoint)
+            corpus = reopen(of(checkpoint).source, home, checkpoint.config["data"], Path(folder))
+            data = split_of(corpus, options.split)
         display = Display(len(data), 0, quiet=False, unit="byte")
         began = last = time.monotonic()
 
@@ -192,8 +210,8 @@ def main(argv: list[str]) -> int:
         "bits_per_byte": bits / len(data),
         "bytes": len(data),
         "bits": bits,
-        "part": options.part,
-        "data": {"path": str(options.data), **corpus.identity},
+        "part": options.split or options.part,
+        "data": {"path": " ".join(map(str, corpus.store.paths)), **corpus.identity},
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "context": context,
@@ -217,8 +235,17 @@ def main(argv: list[str]) -> int:
 
 def part_of(corpus: Corpus, name: str) -> Part:
     if name == "all":
-        return Part(corpus, 0, corpus.val.stop)
+        return Part(corpus.store, 0, len(corpus.store))
     return corpus.train if name == "training" else corpus.val
+
+
+def split_of(corpus: Corpus, name: str) -> Part:
+    if (part := getattr(corpus, name)) is None:
+        raise TrainError(
+            "--split test: the run has set no test data aside: its --split has two shares, and it"
+            " has no --test-data"
+        )
+    return part
 
 
 def write(path: Path, figures: dict) -> None:

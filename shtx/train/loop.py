@@ -10,11 +10,11 @@ from torch import Tensor
 from shtx import __version__
 from shtx.train import TrainError
 from shtx.train.checkpoint import save, save_shards
-from shtx.train.data import DataChanged
 from shtx.train.home import Home
 from shtx.train.metrics import Metrics
 from shtx.train.progress import Display
 from shtx.train.stop import Stop
+from shtx.train.store import DataChanged
 from shtx.train.trainer import Trainer, learning_rate
 
 

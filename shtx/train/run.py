@@ -22,8 +22,6 @@ from shtx.train.progress import Display, printable
 from shtx.train.stop import Stop, Stopped
 from shtx.train.trainer import Trainer, build, learning_rate, refuse_untrainable
 
-LARGE = 1 << 28  # bytes, which take a moment to read
-
 
 def main(argv: list[str]) -> int:
     """Train as the arguments say.
@@ -83,10 +81,9 @@ def run(
     if home:
         corpus = open_run(config, checkpoint, home, model, display)
     if world > 1:
-        given = [corpus and (corpus.path, corpus.identity)]
+        given = [corpus]
         dist.broadcast_object_list(given)
-        path, identity = given[0]
-        corpus = corpus or Corpus(path, config.model.seq_len, identity)
+        corpus = corpus or given[0]
     trainer = Trainer(config, corpus, model, rank, world)
     if checkpoint:
         trainer.restore(checkpoint)
@@ -193,10 +190,8 @@ def open_run(
     former = None if here else former
     numbers = 3 * sum(p.numel() for p in model.parameters())  # weights and AdamW's moments
     home.need_room(4 * numbers)
-    if config.data and config.data.is_file() and (size := config.data.stat().st_size) >= LARGE:
-        display.say(f"reading {size / 1e9:.1f} GB of {config.data}")
-    data = config.data, home.path, config.model.seq_len
-    corpus = prepare(*data, expected, former, config.raw)
+    data = config.source, home.path, config.model.seq_len
+    corpus = prepare(*data, expected, former, display.say)
     most = max(corpus.different_windows, PRESETS[config.preset].eval_sequences)
     if checkpoint:  # whatever an earlier version let it begin with
         most = max(most, checkpoint.config["run"].get("eval_sequences", 0))

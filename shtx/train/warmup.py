@@ -11,6 +11,7 @@ from shtx import ops
 from shtx.train.config import Config, parse
 from shtx.train.data import Corpus
 from shtx.train.run import place
+from shtx.train.store import Store
 from shtx.train.trainer import Trainer, build, refuse_untrainable
 
 DESCRIPTION = """\
@@ -65,7 +66,7 @@ def noise(config: Config) -> Corpus:
     descriptor, name = tempfile.mkstemp()
     with os.fdopen(descriptor, "wb") as file:
         file.write(random.Random(0).randbytes(size))
-    corpus = Corpus(Path(name), config.model.seq_len)
+    corpus = Corpus(Store([Path(name)]), config.model.seq_len)
     os.unlink(name)
     return corpus
 
