@@ -21,7 +21,9 @@ from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
 from shtx.train.data import Source
 from shtx.train.home import RUN, origin, settings
+from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
+from shtx.train.tokens import Tokens, description_of, smallest_dtype
 
 IDENTITY = {"bytes": int, "sha256": str}  # of data, and of what is beside it in OTHERS
 OTHERS = {"val": "val_data", "test": "test_data"}  # of an identity, and their settings
@@ -59,9 +61,13 @@ class Model:
     depth: int
     """Layers."""
     seq_len: int
-    """Bytes the model sees at once."""
+    """Bytes, or tokens, the model sees at once."""
     hierarchies: tuple[int, ...]
     """Compression of each level: different powers of two."""
+    num_tokens: int | None = None
+    """Vocabulary of --data that is token ids, in .bin or .npy files, and of the model; None: bytes,
+    or what `shtx data prepare` has left beside the file. Every id counts for the next token; 0
+    never does in the reconstruction, as upstream pads with it."""
     hierarchical_stride: tuple[int, ...] = (1,)
     """Bytes per token of the level; 1 for the level that predicts."""
     window_sizes: tuple[int | None, ...] = (None,)
@@ -111,7 +117,7 @@ class Model:
         return NextLatentTransformer if self.objective == "next-latent" else HierarchicalTransformer
 
     def arguments(self) -> dict:
-        """As `kind` takes them, for bytes."""
+        """As `kind` takes them."""
         given = {
             k: v[0] if isinstance(v, tuple) and len(v) == 1 and k != "rollout_weights" else v
             for k, v in asdict(self).items()
@@ -119,7 +125,8 @@ class Model:
         }
         if self.objective == "none":
             given["hierarchical_ar_loss_weight"] = 0.0
-        return dict(num_tokens=256, ignore_index=-1, **given)  # -1: no byte is left out
+        given["num_tokens"] = self.num_tokens or 256
+        return dict(given, ignore_index=-1)  # -1: no byte is left out
 
     def without_effect(self) -> list[str]:
         """Settings that are not at their default, and that the objective has no use for."""
@@ -151,6 +158,10 @@ class Config:
     test_data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
     """Files for `shtx eval --split test`, in place of a part of --data: no training looks at
     them."""
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """Of the token ids; None: uint16 where --num-tokens allows it."""
+    bytes_per_token: tyro.conf.Suppress[float | None] = None
+    """In the mean over --data, where `shtx data prepare` has left it."""
     raw: bool = False
     """Take the bytes of files as they are, packed or not."""
     preset: Literal["cpu", "gpu"]
@@ -231,6 +242,18 @@ class Config:
 
     def _check_data(self) -> None:
         unescape(self.separator)
+        vocabulary = self.model.num_tokens
+        if vocabulary is None and self.token_dtype:
+            raise TrainError(f"--token-dtype {self.token_dtype} takes --num-tokens")
+        if vocabulary is not None:
+            most = 2**16 if self.token_dtype == "uint16" else 2**32
+            if not 1 <= vocabulary <= most:
+                raise TrainError(f"--num-tokens must be 1 to {most:,}, got {vocabulary:,}")
+            if not self.data:
+                raise TrainError(f"--num-tokens {vocabulary} takes --data with token ids")
+            for name in ("raw", "separator"):
+                if getattr(self, name):
+                    raise TrainError(f"{flag(name)} is for bytes, and --num-tokens for token ids")
         if self.split is None:
             return
         shares, given = self.split, " ".join(map(str, self.split))
@@ -256,7 +279,20 @@ class Config:
             split=self.split,
             separator=unescape(self.separator),
             raw=self.raw,
+            tokens=self.tokens,
         )
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What the data holds, if it is token ids."""
+        if (vocabulary := self.model.num_tokens) is None:
+            return None
+        return Tokens(vocabulary, self.token_dtype or smallest_dtype(vocabulary))
+
+    @property
+    def unit(self) -> Unit:
+        """What the model predicts one of at a time."""
+        return BYTE if self.model.num_tokens is None else Unit("token", self.bytes_per_token)
 
     def to_json(self) -> dict:
         """What a resumed run needs; its place is not part of it."""
@@ -414,7 +450,7 @@ def parse(
 
     if asked.resume is None:
         base = PRESETS.get(asked.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
-        return cli(default=base), None
+        return described(cli(default=base)), None
 
     begun = settings(asked.resume) if step_of(asked.resume) is None else None
     if begun and not find_steps(asked.resume / CHECKPOINTS):  # it ended before its first one
@@ -441,6 +477,24 @@ def parse(
     elif config.schedule != "minimum":
         config = replace(config, curve=None)
     return config, checkpoint
+
+
+def described(config: Config) -> Config:
+    """With what `shtx data prepare` has left beside --data, where that is of its token ids."""
+    found = None if config.raw else description_of(config.data, "--data")
+    if found is None:
+        return config
+    tokens = found.tokens
+    asked = (config.model.num_tokens, tokens.num_tokens), (config.token_dtype, tokens.dtype)
+    for name, (given, described) in zip(("num_tokens", "token_dtype"), asked, strict=True):
+        if given not in (None, described):
+            raise TrainError(f"{flag(name)} {given}: the file beside --data says {described}")
+    return replace(
+        config,
+        model=replace(config.model, num_tokens=tokens.num_tokens),
+        token_dtype=tokens.dtype,
+        bytes_per_token=found.bytes / found.count,
+    )
 
 
 def of(checkpoint: Checkpoint) -> Config:

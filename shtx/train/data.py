@@ -238,6 +238,8 @@ class _Opening:
             what = paths[0] if len(paths) == 1 else f"{len(paths):,} files"
             self.say(f"reading {size / 1e9:.1f} GB of {what}")
         if source.tokens:
+            if len(paths) > MAX_OPEN:
+                raise TrainError(f"{flag}: at most {MAX_OPEN} token files, got {len(paths):,}")
             return self._open(paths)
         kinds = [None if source.raw else kind_of(path) for path in paths]
         plain = source.raw or not any(kinds) and not any(foreign(head_of(p)) for p in paths)

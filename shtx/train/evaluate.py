@@ -19,13 +19,14 @@ import tyro
 from shtx import __version__
 from shtx.model import Trunk
 from shtx.train import TrainError, files, visible
-from shtx.train.config import of
+from shtx.train.config import Config, of
 from shtx.train.data import Corpus, Source, prepare, reopen
 from shtx.train.home import origin
-from shtx.train.metrics import save_figure
+from shtx.train.metrics import BYTE, Unit, save_figure
 from shtx.train.progress import Display
 from shtx.train.run import find_device
 from shtx.train.store import Part
+from shtx.train.tokens import description_of
 from shtx.train.trainer import load_model, refuse_untrainable
 
 DESCRIPTION = """\
@@ -33,7 +34,8 @@ Score a file by a model that `shtx train` has trained: bits per byte, over every
 
 The model sees --context bytes at a time, and goes on by --stride: each byte but those of the first
 window has at least context - stride bytes before it. A smaller stride takes longer, and tells more
-of what the model knows. The first byte of all has nothing before it, and counts 8 bits.
+of what the model knows. The first byte of all has nothing before it, and counts 8 bits. For a
+model of token ids the same holds of tokens.
 
 Examples:
   shtx eval --checkpoint runs/enwik8 --data test.txt
@@ -41,6 +43,7 @@ Examples:
   shtx eval --checkpoint runs/enwik8 --data enwik8.zip --part validation --stride 64
   shtx eval --checkpoint runs/enwik8 --data test.txt --context 2048 --stride 512 --out test.json
 """
+SPACE = b" \t\n\r\f\v"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +59,13 @@ class Options:
     part: Literal["all", "training", "validation"] = "all"
     """Of --data; the last tenth is what `shtx train` holds out for validation."""
     context: int | None = None
-    """Bytes that the model sees at once; None: the seq_len that it was trained with, the most."""
+    """Bytes, or tokens, that the model sees at once; None: the seq_len that it was trained with,
+    the most."""
     stride: int | None = None
     """By how many bytes it goes on; None: a fourth of the context."""
+    words: bool = False
+    """Tell the bits per word, too: of what white space divides. Two to this power is the
+    perplexity of words."""
     batch_size: int = 16
     """Windows at a time."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -72,9 +79,9 @@ class Options:
 class Score(NamedTuple):
     """
     Attributes:
-        bits: of all bytes together.
-        by_position: (context,), the mean of the bits that bytes took with 1, 2, ... bytes before
-            them within their windows, which overlap.
+        bits: of all bytes, or tokens, together.
+        by_position: (context,), the mean of the bits that they took with 1, 2, ... before them
+            within their windows, which overlap.
     """
 
     bits: float
@@ -98,11 +105,11 @@ def score(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, float], None] = lambda done, bits: None,
 ) -> Score:
-    """Bits that a model of bytes takes for each of `data`, every one once.
+    """Bits that a model takes for `data`, each byte, or token, once.
 
     Args:
         model: predicts every byte; it is in eval mode while this runs.
-        data: at least 2 bytes.
+        data: at least 2 bytes, or tokens.
         context: bytes that a prediction may see; 1 to the model's seq_len.
         stride: by how many bytes windows go on; 1 to context.
         batch_size: windows at a time.
@@ -125,7 +132,7 @@ def score(
     starts = window_starts(len(data), context, stride)
     context = min(context, len(data) - 1)
     new = [context, *(b - a for a, b in pairwise(starts))]  # bytes that no window before has scored
-    bits, by_position = 8.0, torch.zeros(context, dtype=torch.float64)
+    bits, by_position = math.log2(model.num_tokens), torch.zeros(context, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
@@ -173,23 +180,26 @@ def main(argv: list[str]) -> int:
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride
     precision = options.precision or ("bf16-mixed" if device.type == "cuda" else "fp32")
+    config = of(checkpoint)
+    unit = unit_of(options, config)
     with tempfile.TemporaryDirectory() as folder:
         if options.split is None:
-            corpus = prepare(Source(options.data, raw=options.raw), Path(folder), 0)
+            source = Source(options.data, raw=options.raw, tokens=config.tokens)
+            corpus = prepare(source, Path(folder), 0)
             data = part_of(corpus, options.part)
         else:
             home = origin(path, checkpoint)
-            corpus = reopen(of(checkpoint).source, home, checkpoint.config["data"], Path(folder))
+            corpus = reopen(config.source, home, checkpoint.config["data"], Path(folder))
             data = split_of(corpus, options.split)
-        display = Display(len(data), 0, quiet=False, unit="byte")
+        display = Display(len(data), 0, quiet=False, unit=unit.name)
         began = last = time.monotonic()
 
         def progress(done: int, bits: float) -> None:
             nonlocal last
             if (now := time.monotonic()) - last > 1 or not display.bar.disable:
                 last = now
-                rate = f"{done / (now - began):,.0f} bytes/s"
-                display.show(done, f"{bits / done:.4f} bits per byte, {rate}")
+                rate = f"{done / (now - began):,.0f} {unit.name}s/s"
+                display.show(done, f"{unit.text(bits / done, 4)}, {rate}")
 
         try:
             with display:
@@ -204,12 +214,14 @@ def main(argv: list[str]) -> int:
                 )
         except ValueError as error:
             raise TrainError(str(error)) from error
+        words = count_words(data) if options.words else None
         corpus.check()
     seconds = time.monotonic() - began
     figures = {
-        "bits_per_byte": bits / len(data),
-        "bytes": len(data),
+        **unit.figures(bits / len(data)),
+        f"{unit.name}s": len(data),
         "bits": bits,
+        **({"words": words, "bits_per_word": bits / words} if words else {}),
         "part": options.split or options.part,
         "data": {"path": " ".join(map(str, corpus.store.paths)), **corpus.identity},
         "checkpoint": str(checkpoint.path),
@@ -223,14 +235,43 @@ def main(argv: list[str]) -> int:
         "bits_by_position": by_position.tolist(),
     }
     if options.out is not None:
-        write(options.out, figures)
+        write(options.out, figures, unit)
+    told = unit.text(bits / len(data), 4)
+    told += f", {bits / words:.4f} bits per word" if words else ""
     print(
         visible(
-            f"{checkpoint.path}: {bits / len(data):.4f} bits per byte over {len(data):,} bytes"
-            f" (context {context}, stride {stride}, {precision}) in {seconds:.1f} s"
+            f"{checkpoint.path}: {told} over {len(data):,} {unit.name}s (context {context}, stride"
+            f" {stride}, {precision}) in {seconds:.1f} s"
         )
     )
     return 0
+
+
+def unit_of(options: Options, config: Config) -> Unit:
+    """What is scored, of which the run or what is beside the files tells the bytes."""
+    if config.tokens is None:
+        return BYTE
+    if options.words:
+        raise TrainError("--words is for bytes, and the run was trained on token ids")
+    if options.split:
+        return config.unit
+    found = description_of(options.data, "--data")
+    if found and found.tokens != config.tokens:
+        raise TrainError(
+            f"--data has {found.tokens.num_tokens:,} token ids of {found.tokens.dtype}, the run"
+            f" {config.tokens.num_tokens:,} of {config.tokens.dtype}"
+        )
+    return Unit("token", found and found.bytes / found.count)
+
+
+def count_words(data: Part) -> int:
+    """How many stretches without ASCII white space there are."""
+    count, in_word = 0, False
+    for start in range(0, len(data), files.BLOCK):
+        is_word = ~np.isin(data[start : start + files.BLOCK], np.frombuffer(SPACE, np.uint8))
+        before = np.concatenate(([in_word], is_word[:-1]))
+        count, in_word = count + int((is_word & ~before).sum()), bool(is_word[-1])
+    return count
 
 
 def part_of(corpus: Corpus, name: str) -> Part:
@@ -248,7 +289,7 @@ def split_of(corpus: Corpus, name: str) -> Part:
     return part
 
 
-def write(path: Path, figures: dict) -> None:
+def write(path: Path, figures: dict, unit: Unit) -> None:
     """The figures as JSON, and beside them a plot of the bits by how much context there was."""
     from matplotlib.figure import Figure
 
@@ -257,9 +298,11 @@ def write(path: Path, figures: dict) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(bits) + 1), bits, linewidth=0.8)
-    axes.axhline(figures["bits_per_byte"], linestyle="--", linewidth=0.8, color="black")
-    axes.set(xscale="log", xlabel="bytes before it in its window", ylabel="bits per byte")
-    axes.set(title=f"{figures['bits_per_byte']:.4f} bits per byte over {figures['bytes']:,} bytes")
+    mean = figures[f"bits_per_{unit.name}"]
+    axes.axhline(mean, linestyle="--", linewidth=0.8, color="black")
+    axes.set(xscale="log", xlabel=f"{unit.name}s before it in its window")
+    axes.set(ylabel=f"bits per {unit.name}")
+    axes.set(title=f"{unit.text(mean, 4)} over {figures[f'{unit.name}s']:,} {unit.name}s")
     axes.grid(alpha=0.3)
     save_figure(figure, path.with_suffix(".png"))
     temporary = path.with_name(f"{path.name}.tmp")

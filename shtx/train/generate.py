@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from shtx.train import TrainError, visible
+from shtx.train.config import of
 from shtx.train.run import find_device
 from shtx.train.trainer import load_model
 
@@ -29,9 +30,10 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
     prompt: str
-    """What the text begins with, in UTF-8."""
+    """What the text begins with, in UTF-8; for a model of token ids, some of them with spaces
+    between them, and what is printed are token ids, too."""
     length: int = 512
-    """Bytes to sample."""
+    """Bytes, or tokens, to sample."""
     temperature: float = 0.8
     """Of the softmax; 0 takes the most likely byte."""
     top_k: int | None = None
@@ -61,9 +63,10 @@ def main(argv: list[str]) -> int:
     if options.length < 0:
         raise TrainError(f"--length must be at least 0, got {options.length}")
     device = find_device(options.device, "--device cpu needs none")
-    model, _ = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    prompt = os.fsencode(options.prompt)
+    of_bytes = of(checkpoint).tokens is None
+    prompt = os.fsencode(options.prompt) if of_bytes else ids_of(options.prompt, model.num_tokens)
     try:
         tokens = model.generate(
             torch.tensor([list(prompt)], device=device),
@@ -78,6 +81,12 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
 
+    if not of_bytes:
+        print(*prompt, end="", flush=True)
+        for ids in tokens:
+            print(f" {ids.item()}", end="", flush=True)
+        print()
+        return 0
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     show = lambda chunk: print(visible(chunk), end="", flush=True)
     show(text.decode(prompt))
@@ -85,3 +94,17 @@ def main(argv: list[str]) -> int:
         show(text.decode(bytes(ids.tolist())))
     print(visible(text.decode(b"", final=True)))
     return 0
+
+
+def ids_of(prompt: str, num_tokens: int) -> list[int]:
+    """The token ids that a prompt names."""
+    try:
+        ids = [int(word) for word in prompt.split()]
+    except ValueError:
+        ids = [-1]
+    if not ids or not all(0 <= id < num_tokens for id in ids):
+        raise TrainError(
+            f"--prompt must be ids in [0, {num_tokens:,}) with spaces between them, as the run was"
+            f" trained on token ids, got {prompt!r}"
+        )
+    return ids

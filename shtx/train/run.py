@@ -87,10 +87,7 @@ def run(
     trainer = Trainer(config, corpus, model, rank, world)
     if checkpoint:
         trainer.restore(checkpoint)
-    display.say(
-        f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.val) / 1e6:.1f} MB for"
-        f" validation; results go to {home and home.path}"
-    )
+    display.say(f"{sizes(corpus)} for validation; results go to {home and home.path}")
     if checkpoint and (jump := jump_of(config, of(checkpoint), done)):
         display.say(jump)
     try:
@@ -114,11 +111,22 @@ def run(
         if stop.signum:
             raise Stopped(stop.signum)
         display.say(
-            f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
+            f"\nsample after a prompt of {len(prompt)} {config.unit.name}s:\n"
+            f"{shown(prompt + text, config)}\n"
         )
         display.say(f"metrics, checkpoints and loss.png: {home.path}")
     trainer.close()
     return 128 + signum if signum else 0
+
+
+def sizes(corpus: Corpus) -> str:
+    unit = "MB" if corpus.store.tokens is None else "million tokens"
+    return f"{len(corpus.train) / 1e6:.1f} {unit} to train on, {len(corpus.val) / 1e6:.1f} {unit}"
+
+
+def shown(ids: list[int], config: Config) -> str:
+    """Bytes as text; of token ids the numbers."""
+    return printable(bytes(ids)) if config.unit.name == "byte" else " ".join(map(str, ids))
 
 
 def jump_of(config: Config, before: Config, done: int) -> str | None:
@@ -223,5 +231,5 @@ def summary(config: Config, model: Trunk, world: int) -> str:
         f"shtx {__version__}, torch {torch.__version__}, {world} x {device.type} ({name}),"
         f" {config.precision}, {kind} ops\n"
         f"{parameters / 1e6:.2f}M parameters, {config.batch_size} sequences of"
-        f" {config.model.seq_len} bytes a step"
+        f" {config.model.seq_len} {config.unit.name}s a step"
     )
