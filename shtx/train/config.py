@@ -5,7 +5,6 @@ import inspect
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -19,7 +18,7 @@ from shtx.model import Trunk
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
-from shtx.train.data import Source
+from shtx.train.data import Source, check_split
 from shtx.train.home import RUN, origin, settings
 from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
@@ -256,17 +255,11 @@ class Config:
                     raise TrainError(f"{flag(name)} is for bytes, and --num-tokens for token ids")
         if self.split is None:
             return
-        shares, given = self.split, " ".join(map(str, self.split))
-        whole = (
-            all(0 < share < 1 for share in shares) and sum(Fraction(str(s)) for s in shares) == 1
-        )
-        if len(shares) not in (2, 3) or not whole:
-            raise TrainError(
-                f"--split must be 2 or 3 positive shares that add up to 1, got {given}"
-            )
+        check_split(self.split)
+        given = " ".join(map(str, self.split))
         if self.val_data:
             raise TrainError(f"--split {given}: --val-data takes the place of a part of --data")
-        if self.test_data and len(shares) == 3:
+        if self.test_data and len(self.split) == 3:
             raise TrainError(f"--split {given}: its third share and --test-data are both the test")
 
     @property

@@ -13,13 +13,10 @@ from shtx.train import TrainError
 from shtx.train.files import publish
 from shtx.train.sources import (
     NoSuchFile,
+    blocks_in,
     blocks_of,
     expand,
-    foreign,
-    head_of,
-    kind_of,
-    refuse_foreign,
-    unpack,
+    kinds_of,
 )
 from shtx.train.store import Part, Store
 from shtx.train.tokens import SUFFIXES, Tokens
@@ -54,6 +51,14 @@ class Source:
     separator: bytes = b""
     raw: bool = False
     tokens: Tokens | None = None
+
+
+def check_split(split: Sequence[float]) -> None:
+    """Raise a TrainError for a --split that is none."""
+    whole = all(0 < share < 1 for share in split) and sum(Fraction(str(s)) for s in split) == 1
+    if len(split) not in (2, 3) or not whole:
+        given = " ".join(map(str, split))
+        raise TrainError(f"--split must be 2 or 3 positive shares that add up to 1, got {given}")
 
 
 def split_sizes(size: int, split: Sequence[float]) -> list[int]:
@@ -241,29 +246,30 @@ class _Opening:
             if len(paths) > MAX_OPEN:
                 raise TrainError(f"{flag}: at most {MAX_OPEN} token files, got {len(paths):,}")
             return self._open(paths)
-        kinds = [None if source.raw else kind_of(path) for path in paths]
-        plain = source.raw or not any(kinds) and not any(foreign(head_of(p)) for p in paths)
-        if plain and len(paths) <= MAX_OPEN:
-            return self._open(paths)
-        if self.expected and len(paths) == 1 and size == self.expected["bytes"]:
-            store = Store(paths, flag=flag)
-            if store.identity == self.expected:  # older versions took it as it is
+        try:
+            kinds = kinds_of(paths, source.raw, flag)
+        except TrainError:
+            if store := self._as_it_is(paths, size):
                 return store
-        if not source.raw:
-            for path, kind in zip(paths, kinds, strict=True):
-                if kind is None:
-                    refuse_foreign(path, flag)
-        return self._write(self._joined(paths, kinds))
+            raise
+        if not any(kinds) and len(paths) <= MAX_OPEN:
+            return self._open(paths)
+        return self._as_it_is(paths, size) or self._write(self._joined(paths, kinds))
+
+    def _as_it_is(self, paths: list[Path], size: int) -> Store | None:
+        """Older versions trained on some packed files without unpacking them."""
+        if self.expected and len(paths) == 1 and size == self.expected["bytes"]:
+            store = Store(paths, flag=FLAGS[self.name])
+            if store.identity == self.expected:
+                return store
+        return None
 
     def _joined(self, paths: list[Path], kinds: list[str | None]) -> Iterator[bytes]:
         flag, separator = FLAGS[self.name], self.source.separator
         for i, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
             if i:
                 yield separator
-            if kind:
-                yield from unpack(path, kind, separator, flag)
-            else:
-                yield from blocks_of(open(path, "rb"))
+            yield from blocks_in(path, kind, separator, flag)
 
     def _kept(self, copies: list[Path]) -> Store:
         """What a run has unpacked, in the run's own directory."""

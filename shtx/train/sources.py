@@ -172,6 +172,24 @@ def blocks_of(file) -> Iterator[bytes]:
             yield block
 
 
+def blocks_in(path: Path, kind: str | None, separator: bytes, flag: str) -> Iterator[bytes]:
+    """What is in a file: see `unpack`; a kind of None takes its bytes as they are."""
+    return blocks_of(open(path, "rb")) if kind is None else unpack(path, kind, separator, flag)
+
+
+def kinds_of(paths: Sequence[Path], raw: bool, flag: str) -> list[str | None]:
+    """How each file is packed; None of plain bytes, which all are if they are taken `raw`.
+
+    Raises:
+        TrainError: one is neither plain bytes nor can be unpacked.
+    """
+    kinds = [None if raw else kind_of(path) for path in paths]
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind is None and not raw:
+            refuse_foreign(path, flag)
+    return kinds
+
+
 def unpack(path: Path, kind: str, separator: bytes, flag: str) -> Iterator[bytes]:
     """What is in a packed file, as blocks of bytes.
 
