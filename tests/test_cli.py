@@ -48,8 +48,8 @@ def test_module_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("shtx", run_name="__main__")
     assert capsys.readouterr().err == (
-        "shtx: error: unknown verb 'fly'; the verbs are train, warmup, generate, eval, data, convert"
-        " and info\n"
+        "shtx: error: unknown verb 'fly'; the verbs are train, warmup, generate, eval, data,"
+        " convert and info\n"
     )
 
 

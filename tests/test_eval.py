@@ -12,7 +12,7 @@ from running import train, write_text
 
 from shtx import HierarchicalTransformer
 from shtx.cli import main
-from shtx.train.evaluate import score, window_starts
+from shtx.train.score import score, window_starts
 
 DATA = np.random.default_rng(0).integers(0, 256, 70).astype(np.uint8)
 

@@ -1,23 +1,18 @@
 """`shtx eval`: how many bits a checkpoint's model takes for each byte of a file."""
 
 import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 
 from shtx import __version__
-from shtx.model import Trunk
 from shtx.train import TrainError, files, visible
 from shtx.train.config import Config, of
 from shtx.train.data import Corpus, Source, prepare, reopen
@@ -25,7 +20,9 @@ from shtx.train.home import origin
 from shtx.train.metrics import BYTE, Unit, save_figure
 from shtx.train.progress import Display
 from shtx.train.run import find_device
+from shtx.train.score import score
 from shtx.train.store import Part
+from shtx.train.stream import score_stream
 from shtx.train.tokens import description_of
 from shtx.train.trainer import load_model, refuse_untrainable
 
@@ -41,6 +38,7 @@ Examples:
   shtx eval --checkpoint runs/enwik8 --data test.txt
   shtx eval --checkpoint runs/enwik8 --split test
   shtx eval --checkpoint runs/enwik8 --data enwik8.zip --part validation --stride 64
+  shtx eval --checkpoint runs/windows --split val --stream --batch-size 64
   shtx eval --checkpoint runs/enwik8 --data test.txt --context 2048 --stride 512 --out test.json
 """
 SPACE = b" \t\n\r\f\v"
@@ -63,6 +61,9 @@ class Options:
     the most."""
     stride: int | None = None
     """By how many bytes it goes on; None: a fourth of the context."""
+    stream: bool = False
+    """In place of windows: every prediction sees all that the model's own windows reach, in
+    --batch-size pieces side by side. Takes a model with a window for every level."""
     words: bool = False
     """Tell the bits per word, too: of what white space divides. Two to this power is the
     perplexity of words."""
@@ -73,82 +74,8 @@ class Options:
     precision: Literal["fp32", "bf16-mixed"] | None = None
     """None: bf16-mixed on a GPU, fp32 on a CPU."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """A new file for the figures, with a plot beside it; None: they are printed, no more."""
-
-
-class Score(NamedTuple):
-    """
-    Attributes:
-        bits: of all bytes, or tokens, together.
-        by_position: (context,), the mean of the bits that they took with 1, 2, ... before them
-            within their windows, which overlap.
-    """
-
-    bits: float
-    by_position: np.ndarray
-
-
-def window_starts(count: int, context: int, stride: int) -> list[int]:
-    """Where windows of `context` + 1 of `count` bytes begin; the last one ends where they do."""
-    last = max(0, count - 1 - context)
-    return [*range(0, last, stride), last]
-
-
-@torch.no_grad()
-def score(
-    model: Trunk,
-    data: Part | np.ndarray,
-    context: int,
-    stride: int,
-    *,
-    batch_size: int = 16,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int, float], None] = lambda done, bits: None,
-) -> Score:
-    """Bits that a model takes for `data`, each byte, or token, once.
-
-    Args:
-        model: predicts every byte; it is in eval mode while this runs.
-        data: at least 2 bytes, or tokens.
-        context: bytes that a prediction may see; 1 to the model's seq_len.
-        stride: by how many bytes windows go on; 1 to context.
-        batch_size: windows at a time.
-        dtype: of autocast; None: without.
-        progress: is told how many bytes have been scored, and their bits.
-
-    Returns:
-        the score, whose sums are in fp64.
-
-    Raises:
-        ValueError: naming the argument that is not as above.
-    """
-    if len(data) < 2:
-        raise ValueError(f"data must have at least 2 bytes, got {len(data)}")
-    for name, value, most in (("context", context, model.seq_len), ("stride", stride, context)):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} must be 1 to {most}, got {value}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    starts = window_starts(len(data), context, stride)
-    context = min(context, len(data) - 1)
-    new = [context, *(b - a for a, b in pairwise(starts))]  # bytes that no window before has scored
-    bits, by_position = math.log2(model.num_tokens), torch.zeros(context, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        for i in range(0, len(starts), batch_size):
-            windows = np.stack([data[s : s + context + 1] for s in starts[i : i + batch_size]])
-            ids = torch.from_numpy(windows).to(model.device).long()
-            with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-                logits = model(ids[:, :-1])
-            nats = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none").double().cpu()
-            by_position += nats.sum(0) / math.log(2)
-            for row, count in zip(nats, new[i : i + batch_size], strict=True):
-                bits += float(row[context - count :].sum()) / math.log(2)
-            progress(1 + sum(new[: i + len(ids)]), bits)
-    finally:
-        model.train(was_training)
-    return Score(bits, (by_position / len(starts)).numpy())
+    """A new file for the figures, with a plot beside it of the bits by how many bytes a prediction
+    sees; None: they are printed, no more."""
 
 
 def main(argv: list[str]) -> int:
@@ -173,6 +100,8 @@ def main(argv: list[str]) -> int:
     if options.split and (options.raw or options.part != "all"):
         flag = "--raw" if options.raw else f"--part {options.part}"
         raise TrainError(f"{flag} is of --data, and --split {options.split} takes its place")
+    if options.stream and (options.context, options.stride) != (None, None):
+        raise TrainError("--context and --stride are of windows, and --stream takes their place")
     device = find_device(options.device, "--device cpu needs none")
     path = Path(os.path.abspath(options.checkpoint))
     model, checkpoint = load_model(path, device)
@@ -202,16 +131,15 @@ def main(argv: list[str]) -> int:
                 display.show(done, f"{unit.text(bits / done, 4)}, {rate}")
 
         try:
+            dtype = torch.bfloat16 if precision == "bf16-mixed" else None
             with display:
-                bits, by_position = score(
-                    model,
-                    data,
-                    context,
-                    stride,
-                    batch_size=options.batch_size,
-                    dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
-                    progress=progress,
-                )
+                if options.stream:
+                    lanes = options.batch_size
+                    bits = score_stream(model, data, lanes=lanes, dtype=dtype, progress=progress)
+                    by_position = None
+                else:
+                    sizes = dict(context=context, stride=stride, batch_size=options.batch_size)
+                    bits, by_position = score(model, data, **sizes, dtype=dtype, progress=progress)
         except ValueError as error:
             raise TrainError(str(error)) from error
         words = count_words(data) if options.words else None
@@ -226,22 +154,22 @@ def main(argv: list[str]) -> int:
         "data": {"path": " ".join(map(str, corpus.store.paths)), **corpus.identity},
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
-        "context": context,
-        "stride": stride,
+        **({"stream": True} if options.stream else {"context": context, "stride": stride}),
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "seconds": seconds,
         "versions": {"shtx": __version__, "torch": torch.__version__},
-        "bits_by_position": by_position.tolist(),
+        **({} if options.stream else {"bits_by_position": by_position.tolist()}),
     }
     if options.out is not None:
         write(options.out, figures, unit)
+    how = "as a stream" if options.stream else f"context {context}, stride {stride}"
     told = unit.text(bits / len(data), 4)
     told += f", {bits / words:.4f} bits per word" if words else ""
     print(
         visible(
-            f"{checkpoint.path}: {told} over {len(data):,} {unit.name}s (context {context}, stride"
-            f" {stride}, {precision}) in {seconds:.1f} s"
+            f"{checkpoint.path}: {told} over {len(data):,} {unit.name}s ({how}, {precision}) in"
+            f" {seconds:.1f} s"
         )
     )
     return 0
@@ -290,10 +218,19 @@ def split_of(corpus: Corpus, name: str) -> Part:
 
 
 def write(path: Path, figures: dict, unit: Unit) -> None:
-    """The figures as JSON, and beside them a plot of the bits by how much context there was."""
+    """The figures as JSON."""
+    files.make(path.absolute().parent)
+    if "bits_by_position" in figures:
+        plot(path.with_suffix(".png"), figures, unit)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    files.publish(temporary, path)
+
+
+def plot(png: Path, figures: dict, unit: Unit) -> None:
+    """Draw the bits by how much context there was."""
     from matplotlib.figure import Figure
 
-    files.make(path.absolute().parent)
     bits = figures["bits_by_position"]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -304,7 +241,4 @@ def write(path: Path, figures: dict, unit: Unit) -> None:
     axes.set(ylabel=f"bits per {unit.name}")
     axes.set(title=f"{unit.text(mean, 4)} over {figures[f'{unit.name}s']:,} {unit.name}s")
     axes.grid(alpha=0.3)
-    save_figure(figure, path.with_suffix(".png"))
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    files.publish(temporary, path)
+    save_figure(figure, png)
