@@ -23,10 +23,11 @@ from running import change_config, resume, rows, train, write_text
 from shtx.cli import main
 from shtx.train import TrainError
 from shtx.train.checkpoint import find_steps, load
-from shtx.train.config import parse
+from shtx.train.config import Config, parse
 from shtx.train.data import Corpus, Source, prepare, split_sizes
 from shtx.train.sources import expand, unescape
 from shtx.train.store import DataChanged, Part, Store
+from shtx.train.trainer import refuse_untrainable
 
 TEXT = np.random.default_rng(1).integers(0, 256, 6000, dtype=np.uint8).tobytes()
 A, B, C = TEXT[:2500], TEXT[2500:3100], TEXT[3100:]
@@ -316,6 +317,18 @@ def test_bad_flags(arguments, message):
 def test_separator_in_escapes():
     assert unescape(r"\n\n") == b"\n\n" and unescape(r"\0") == b"\0" and unescape("") == b""
     assert unescape(r"<\\n>\xff\t") == b"<\\n>\xff\t" and unescape("é") == "é".encode()
+
+
+def test_preset_of_enwik8():
+    config, _ = parse(["--preset", "enwik8"])
+    assert split_sizes(100_000_000, config.split) == [90_000_000, 5_000_000, 5_000_000]
+    with torch.device("meta"):
+        model = config.model.kind(**config.model.arguments())
+    assert 38e6 < sum(p.numel() for p in model.parameters()) < 42e6
+    refuse_untrainable(model)
+    passes = config.steps * config.batch_size * config.model.seq_len / 90e6
+    assert 20 < passes < 25
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))).split == config.split
 
 
 # a run

@@ -64,6 +64,8 @@ class Options:
     stream: bool = False
     """In place of windows: every prediction sees all that the model's own windows reach, in
     --batch-size pieces side by side. Takes a model with a window for every level."""
+    per_position: bool = False
+    """Tell the bits by how many bytes a prediction sees, too: 1, 2, 4, ... of them."""
     words: bool = False
     """Tell the bits per word, too: of what white space divides. Two to this power is the
     perplexity of words."""
@@ -102,6 +104,8 @@ def main(argv: list[str]) -> int:
         raise TrainError(f"{flag} is of --data, and --split {options.split} takes its place")
     if options.stream and (options.context, options.stride) != (None, None):
         raise TrainError("--context and --stride are of windows, and --stream takes their place")
+    if options.stream and options.per_position:
+        raise TrainError("--per-position is of windows, and --stream takes their place")
     device = find_device(options.device, "--device cpu needs none")
     path = Path(os.path.abspath(options.checkpoint))
     model, checkpoint = load_model(path, device)
@@ -172,6 +176,12 @@ def main(argv: list[str]) -> int:
             f" {seconds:.1f} s"
         )
     )
+    if options.per_position:
+        for seen in sorted(
+            {*(2**i for i in range(len(by_position).bit_length())), len(by_position)}
+        ):
+            units = unit.name if seen == 1 else f"{unit.name}s"
+            print(f"{seen:,} {units} before: {unit.text(by_position[seen - 1], 4)}")
     return 0
 
 
