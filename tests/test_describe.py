@@ -90,7 +90,7 @@ def test_of_several_files(text, tmp_path, capsys):
 @pytest.mark.parametrize("separator", [b"\0", b"ab", b"aab"])
 def test_documents(separator):
     """Those that have a byte, wherever the blocks end."""
-    content = bytes(np.random.default_rng(3).choice([*b"ab\0"], 400))
+    content = np.random.default_rng(3).choice([*b"ab\0"], 400).astype(np.uint8).tobytes()
     expected = sum(map(bool, content.split(separator)))
     for size in (1, 2, 3, 7, 400):
         documents = Documents(separator)
