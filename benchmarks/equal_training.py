@@ -35,7 +35,7 @@ from shtx import TrainStep
 from shtx.ops import why_not_fused
 from shtx.train import TrainError
 from shtx.train.config import PRESETS, Config, Model
-from shtx.train.data import prepare
+from shtx.train.data import Source, prepare
 from shtx.train.run import place
 from shtx.train.trainer import CLIP, Trainer, build
 
@@ -91,7 +91,9 @@ class Runs:
     def __init__(self, name: str, options: argparse.Namespace, folder: Path):
         self.name, self.options, self.curves = name, options, []
         self.model = model_of(name)
-        self.corpus = prepare(options.data, folder, self.model.seq_len)
+        self.corpus = prepare(
+            Source((options.data,) if options.data else ()), folder, self.model.seq_len
+        )
 
     def trainer(self, impl: str, precision: str, seed: int = 0) -> Trainer:
         gc.collect()

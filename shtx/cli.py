@@ -19,18 +19,20 @@ MODULES = {
     "warmup": "shtx.train.warmup",
     "generate": "shtx.train.generate",
     "eval": "shtx.train.evaluate",
+    "data": "shtx.train.describe",
     "convert": "shtx.train.convert",
     "info": "shtx.info",
 }
 
 HELP = """\
-usage: shtx {train,warmup,generate,eval,convert,info} [options]
+usage: shtx {train,warmup,generate,eval,data,convert,info} [options]
        shtx --version
 
   train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
   warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
   eval       bits per byte of a checkpoint's model over a file
+  data       what files to train on hold; `shtx data prepare` makes token ids of them
   convert    weights for the other version of simple-hierarchical-transformer
   info       versions, device, which ops run fused; --check compares them with their references,
               --checkpoint names what of a checkpoint's model does not
@@ -41,6 +43,7 @@ examples:
   shtx train --resume runs/enwik8
   shtx generate --checkpoint runs/enwik8 --prompt "The city of" --length 1000
   shtx eval --checkpoint runs/enwik8 --data test.txt
+  shtx data enwik8.zip --split 0.9 0.05 0.05
   shtx info --check
   shtx info --checkpoint runs/enwik8
 

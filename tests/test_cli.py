@@ -51,8 +51,8 @@ def test_module_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         runpy.run_module("shtx", run_name="__main__")
     assert capsys.readouterr().err == (
-        "shtx: error: unknown verb 'fly'; the verbs are train, warmup, generate, eval, convert and"
-        " info\n"
+        "shtx: error: unknown verb 'fly'; the verbs are train, warmup, generate, eval, data,"
+        " convert and info\n"
     )
 
 
@@ -366,11 +366,12 @@ def test_generate_ends_before_a_stop_text(run, capsys):
 
 
 def test_a_stop_text_is_never_shown_in_part():
-    sample = Sample(["abc", "bd", "ab" * 3])
-    assert [sample.add(byte) for byte in b"xababa"] == [b"x", b"", b"", b"", b"", b""]
-    assert sample.add(ord("d")) == b"ababad" and sample.rest() == b""
-    assert [sample.add(byte) for byte in b"yababc"][:1] == [b"y"] and sample.ended
-    assert sample.content == b"xababadyab" and sample.add(ord("z")) == b""
+    sample = Sample([list(stop) for stop in (b"abc", b"bd", b"ab" * 3)])
+    assert [bytes(sample.add(byte)) for byte in b"xababa"] == [b"x", *[b""] * 5]
+    assert bytes(sample.add(ord("d"))) == b"ababad" and sample.rest() == []
+    assert bytes(sample.add(ord("y"))) == b"y" and not sample.ended
+    assert [sample.add(byte) for byte in b"ababc"] == [[], [], [], [], list(b"ab")]
+    assert sample.ended and bytes(sample.ids) == b"xababadyab" and sample.add(ord("z")) == []
 
 
 def test_version(capsys):

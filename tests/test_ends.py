@@ -22,7 +22,7 @@ from shtx.train.trainer import Trainer
 PHASES = {
     "settings": ("shtx.train.run.parse", 1),
     "building": ("shtx.train.run.build", 1),
-    "data": ("shtx.train.data.Corpus._identify", 1),
+    "data": ("shtx.train.store.Store._identify", 1),
     "compiling": ("shtx.train.trainer.Trainer.compile", 1),
     "first validation": ("shtx.train.trainer.Corpus.windows", 1),
     "validation": ("shtx.train.trainer.Corpus.windows", 3),

@@ -12,7 +12,7 @@ from running import train, write_text
 
 from shtx import HierarchicalTransformer
 from shtx.cli import main
-from shtx.train.evaluate import score, window_starts
+from shtx.train.score import score, window_starts
 
 DATA = np.random.default_rng(0).integers(0, 256, 70).astype(np.uint8)
 
@@ -108,14 +108,19 @@ def test_the_command(run, tmp_path, capsys):
     packed.write_bytes(gzip.compress(content))
     before = sorted(run.rglob("*"))
     out = tmp_path / "new" / "figures.json"
-    assert evaluate(run, packed, "--context", "16", "--stride", "8", "--out", str(out)) == 0
+    options = "--context", "16", "--stride", "8", "--per-position", "--out", str(out)
+    assert evaluate(run, packed, *options) == 0
     figures = json.loads(out.read_text())
     assert figures["bytes"] == len(content) and (figures["context"], figures["stride"]) == (16, 8)
     assert 0 < figures["bits_per_byte"] < 8 and len(figures["bits_by_position"]) == 16
     assert figures["bits"] == pytest.approx(figures["bits_per_byte"] * len(content))
     assert figures["bits_by_position"][0] > figures["bits_by_position"][-1]
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    told = capsys.readouterr().out.splitlines()[-1]
+    told, *positions = capsys.readouterr().out.splitlines()[-6:]
+    assert positions == [
+        f"{n} byte{'s' * (n > 1)} before: {figures['bits_by_position'][n - 1]:.4f} bits per byte"
+        for n in (1, 2, 4, 8, 16)
+    ]
     assert f"{figures['bits_per_byte']:.4f} bits per byte over {len(content):,} bytes" in told
 
     parts = {}
@@ -133,6 +138,10 @@ def test_the_command(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (
+            ["--stream", "--per-position"],
+            "--per-position is of windows, and --stream takes their place",
+        ),
         (["--context", "40"], "context must be 1 to 32, got 40"),
         (["--stride", "0"], "stride must be 1 to 32, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),

@@ -24,6 +24,7 @@ from shtx.train.metrics import Metrics, read
 from shtx.train.progress import printable
 from shtx.train.run import place
 from shtx.train.stop import Stop
+from shtx.train.store import Store
 from shtx.train.trainer import Trainer, build, learning_rate
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -130,7 +131,7 @@ def test_schedule_that_ends_at_its_minimum():
 def test_bits_per_byte(text):
     """Mean cross entropy of every byte after the first of every window, over ln 2."""
     config, _ = parse([*TINY, "--batch-size", "3"])  # 8 windows: the last share is a smaller one
-    corpus = Corpus(text, config.model.seq_len)
+    corpus = Corpus(Store([text]), config.model.seq_len)
     model = build(config, torch.device("cpu"))
     windows = torch.from_numpy(corpus.windows(8)).long()
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_bits_per_byte(text):
 def test_sample_repeats(text):
     config, _ = parse(TINY)
     model = build(config, torch.device("cpu"))
-    trainer = Trainer(config, Corpus(text, config.model.seq_len), model)
+    trainer = Trainer(config, Corpus(Store([text]), config.model.seq_len), model)
     assert trainer.sample() == trainer.sample()
 
 
@@ -394,7 +395,7 @@ def test_weights_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, 
 
 def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
     config, _ = parse([*TINY, "--precision", "fp16-mixed"])
-    trainer = Trainer(config, Corpus(text, 32), build(config, torch.device("cpu")))
+    trainer = Trainer(config, Corpus(Store([text]), 32), build(config, torch.device("cpu")))
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
     before = trainer.model.to_logits.weight.clone()
     loss, _, norm = trainer.step(0)
@@ -514,14 +515,14 @@ def test_metrics_drop_later_rows(tmp_path):
 
 
 def test_first_word_is_before_the_data_is_read(text, tmp_path, monkeypatch, capsys):
-    identify, seen = Corpus._identify, []
-    monkeypatch.setattr("shtx.train.run.LARGE", 1)
+    identify, seen = Store._identify, []
+    monkeypatch.setattr("shtx.train.data.LARGE", 1)
 
     def spy(corpus):
         seen.append(capsys.readouterr().out)
         return identify(corpus)
 
-    monkeypatch.setattr(Corpus, "_identify", spy)
+    monkeypatch.setattr(Store, "_identify", spy)
     assert train(text, tmp_path / "run", "--steps", "1") == 0
     lines = seen[0].splitlines()
     assert len(seen) == 1 and lines[0].startswith("shtx ")

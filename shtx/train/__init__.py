@@ -6,6 +6,7 @@ OUT_OF_MEMORY = {
     "warmup": _LESS,
     "generate": "out of memory: shorten --prompt and --length, or take another --dtype or --device",
     "eval": "out of memory: lower --batch-size or --context, or take another --device",
+    "data": "out of memory",
     "convert": "out of memory",
     "info": "out of memory",
 }

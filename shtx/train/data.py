@@ -1,120 +1,135 @@
-"""Bytes to train on, read where they lie; a batch is a pure function of (seed, step, rank)."""
+"""Data to train on; a batch is a pure function of (seed, step, rank)."""
 
-import bz2
 import errno
-import gzip
-import hashlib
-import lzma
-import os
-import re
-import struct
 import sysconfig
-import zipfile
-import zlib
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from shtx.train import TrainError
-from shtx.train.files import BLOCK, publish
+from shtx.train.files import publish
+from shtx.train.sources import (
+    NoSuchFile,
+    blocks_in,
+    blocks_of,
+    expand,
+    kinds_of,
+)
+from shtx.train.store import Part, Store
+from shtx.train.tokens import SUFFIXES, Tokens
 
-# what is unpacked, by how it begins
-PACKED = {
-    "gz": b"\x1f\x8b\x08",
-    "zip": b"PK\x03\x04",
-    "bz2": b"BZh91AY&SY",
-    "xz": b"\xfd7zXZ\x00",
-}
-# what is not: trained on as it is, it would be noise or headers
-FOREIGN = {
-    "a Zstandard file": b"\x28\xb5\x2f\xfd",
-    "an LZ4 file": b"\x04\x22\x4d\x18",
-    "a 7z archive": b"7z\xbc\xaf\x27\x1c",
-    "a RAR archive": b"Rar!\x1a\x07",
-    "a compress file": b"\x1f\x9d",
-    "a NumPy array": b"\x93NUMPY",
-    "an HDF5 file": b"\x89HDF\r\n\x1a\n",
-    "a Parquet file": b"PAR1",
-    "an Arrow file": b"ARROW1",
-    "an SQLite database": b"SQLite format 3\x00",
-}
-HEAD = 512  # bytes that tell what a file is; a tar archive has its mark at 257
+SPLIT = (0.9, 0.1)
+FLAGS = {"data": "--data", "val": "--val-data", "test": "--test-data"}
+MAX_OPEN = 128  # files that are read where they lie; more of them are copied into one
+LARGE = 1 << 28  # bytes, which take a moment to read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class DataChanged(TrainError):
-    """The bytes are no longer those that the run began with."""
+@dataclass(frozen=True)
+class Source:
+    """What a run's data comes from.
+
+    Attributes:
+        data: files, directories and patterns, see `expand`; none: the sources of this Python's
+            standard library.
+        val: others, for validation, in place of a part of `data`.
+        test: others, to test the trained model by, in place of a part of `data`.
+        split: the shares of `data` for training, validation and test, in its order; None: all of it
+            for training if `val` has files, else SPLIT.
+        separator: bytes between two files, and between two members of an archive.
+        raw: take the bytes of files as they are, whatever they are.
+        tokens: what the files hold, if it is token ids in place of bytes.
+    """
+
+    data: tuple[Path, ...] = ()
+    val: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
+    split: tuple[float, ...] | None = None
+    separator: bytes = b""
+    raw: bool = False
+    tokens: Tokens | None = None
 
 
-class Part:
-    """Bytes from `start` to `stop` of a corpus: a slice of it reads them."""
+def check_split(split: Sequence[float]) -> None:
+    """Raise a TrainError for a --split that is none."""
+    whole = all(0 < share < 1 for share in split) and sum(Fraction(str(s)) for s in split) == 1
+    if len(split) not in (2, 3) or not whole:
+        given = " ".join(map(str, split))
+        raise TrainError(f"--split must be 2 or 3 positive shares that add up to 1, got {given}")
 
-    def __init__(self, corpus: "Corpus", start: int, stop: int):
-        self.corpus, self.start, self.stop = corpus, start, stop
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        start, stop, step = where.indices(len(self))
-        return self.corpus.read(self.start + start, max(0, stop - start))[::step]
+def split_sizes(size: int, split: Sequence[float]) -> list[int]:
+    """Parts of `size` in these shares, all but the first rounded down."""
+    others = [int(size * Fraction(str(share))) for share in split[1:]]
+    return [size - sum(others), *others]
 
 
 class Corpus:
-    """A file of bytes; its last tenth is for validation.
+    """Training, validation and, perhaps, test data.
 
     Args:
-        path: the file, which stays where it is and is read piece by piece.
-        seq_len: bytes a model sees at once; a sequence has one more, the last target.
-        identity: its size and sha256, for a process that need not find them out.
+        store: what is divided; it stays where it is and is read piece by piece.
+        seq_len: bytes, or tokens, that a model sees at once; a sequence has one more, the last
+            target.
+        split: shares of the store for training, validation and test, in its order; None: all of it
+            for training if there is a `val`, else SPLIT.
+        val, test: other stores, which take the place of these parts.
+
+    Attributes:
+        train, val, test: the parts; `test` may be None, and nothing here reads it.
+        identity: sizes and sha256 of the stores.
 
     Raises:
-        TrainError: either part is shorter than seq_len + 1 bytes, or the size is not that of the
-            identity.
+        TrainError: a part is shorter than seq_len + 1.
     """
 
-    def __init__(self, path: Path, seq_len: int, identity: dict | None = None):
-        self.path, self.seq_len = path, seq_len
-        self.file = open(path, "rb", buffering=0)
-        self.stamp = self._stamp()
-        size = self.stamp[0]
-        if identity and size != identity["bytes"]:
-            raise self._changed()
-        held_out = size // 10
-        if held_out < seq_len + 1:  # the other part is longer
-            raise TrainError(
-                f"--data: {size:,} bytes are too few: the last tenth, for validation, must have"
-                f" at least seq_len + 1 = {seq_len + 1:,}"
-            )
-        self.identity = identity or self._identify()
-        self.train = Part(self, 0, size - held_out)
-        self.val = Part(self, size - held_out, size)
+    def __init__(
+        self,
+        store: Store,
+        seq_len: int,
+        split: Sequence[float] | None = None,
+        val: Store | None = None,
+        test: Store | None = None,
+    ):
+        self.store, self.seq_len = store, seq_len
+        others = {"val": val, "test": test}
+        self.others = {name: other for name, other in others.items() if other}
+        parts, start = {}, 0
+        sizes = split_sizes(len(store), split or ((1.0,) if val else SPLIT))
+        for name, size in zip(("train", "val", "test"), sizes, strict=False):
+            parts[name] = Part(store, start, start + size)
+            start += size
+        parts |= {name: Part(other, 0, len(other)) for name, other in self.others.items()}
+        self.train, self.val, self.test = parts["train"], parts["val"], parts.get("test")
+        unit = "tokens" if store.tokens else "bytes"
+        whats = {"train": "training", "val": "validation", "test": "the test"}
+        for name, part in parts.items():
+            if len(part) < seq_len + 1:
+                whole = len(part.store)
+                share = "" if len(part) == whole else f" the {len(part):,} of them"
+                raise TrainError(
+                    f"{part.store.flag}: {whole:,} {unit} are too few:{share} for {whats[name]}"
+                    f" must be at least seq_len + 1 = {seq_len + 1:,}"
+                )
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` bytes; a DataChanged if they are not those of the beginning any more."""
-        self.check()
-        content = os.pread(self.file.fileno(), count, start)
-        while len(content) < count:  # of more than 2 GiB
-            more = os.pread(self.file.fileno(), count - len(content), start + len(content))
-            if not more:
-                raise self._changed()
-            content += more
-        return np.frombuffer(content, np.uint8)
+    @property
+    def identity(self) -> dict:
+        return self.store.identity | {name: s.identity for name, s in self.others.items()}
 
     def check(self) -> None:
-        """A file that was touched, or copied over with the same bytes, is as good."""
-        if self.stamp != (stamp := self._stamp()):
-            if stamp[0] != self.identity["bytes"] or self._identify() != self.identity:
-                raise self._changed()
-            self.stamp = stamp
+        """Raise a DataChanged if any of the data is not that of the beginning any more."""
+        for store in (self.store, *self.others.values()):
+            store.check()
 
     def batch(self, seed: int, step: int, size: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """The share of `rank` in the `size` training sequences of a step.
 
         Returns:
-            (size // world, seq_len + 1) uint8; the ranks' in order are what one process gets.
+            (size // world, seq_len + 1) uint8, or int64 token ids; the ranks' in order are what one
+            process gets.
         """
         draws = np.random.Philox(key=seed, counter=[0, 0, 0, step]).random_raw(size)
         starts = draws % np.uint64(len(self.train) - self.seq_len)
@@ -122,7 +137,7 @@ class Corpus:
         return self._sequences(self.train, starts[rank * share : (rank + 1) * share])
 
     def windows(self, count: int, which: slice = slice(None)) -> np.ndarray:
-        """Of `count` evenly spaced validation sequences some: (_, seq_len + 1) uint8."""
+        """Of `count` evenly spaced validation sequences some: (_, seq_len + 1), as `batch` has."""
         starts = np.linspace(0, len(self.val) - self.seq_len - 1, count).astype(np.int64)
         return self._sequences(self.val, starts[which])
 
@@ -133,101 +148,139 @@ class Corpus:
     def _sequences(self, data: Part, starts: np.ndarray) -> np.ndarray:
         return np.stack([data[int(start) : int(start) + self.seq_len + 1] for start in starts])
 
-    def _stamp(self) -> tuple[int, int]:
-        status = os.fstat(self.file.fileno())
-        return status.st_size, status.st_mtime_ns
-
-    def _identify(self) -> dict:
-        digest, size = hashlib.sha256(), 0
-        while block := os.pread(self.file.fileno(), BLOCK, size):
-            digest.update(block)
-            size += len(block)
-        return {"bytes": size, "sha256": digest.hexdigest()}
-
-    def _changed(self) -> DataChanged:
-        return DataChanged(f"--data {self.path}: the bytes changed while the run went on")
-
 
 def prepare(
-    source: Path | None,
+    source: Source,
     out: Path,
     seq_len: int,
     expected: dict | None = None,
     former: Path | None = None,
-    raw: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
-    """The corpus of a run. What has no file of its own is written to `out`/data.bin, or not at all.
+    """The corpus of a run.
+
+    Up to MAX_OPEN plain files are read where they lie. If one is packed, or there are more, all are
+    written into one, `out`/data.bin (val.bin, test.bin).
 
     Args:
-        source: a raw file, or a .gz, .bz2 or .xz, or a .zip with one member, which their first
-            bytes tell, too; None: the sources of this Python's standard library.
+        source: where it comes from.
         out: the directory of the run, which exists.
         seq_len: see Corpus.
         expected: the identity that the corpus had when the run began, for one that is resumed.
         former: the directory of the run that this one goes on with, if it is another.
-        raw: take the bytes of `source` as they are, whatever they are.
+        say: is told what takes a moment.
 
     Raises:
-        TrainError: no such file, not a file, empty, too short, corrupt, of a kind that is not
-            unpacked, or not what is expected.
+        TrainError: no such file, not a file, not readable, empty, too short, corrupt, of a kind
+            that is not unpacked, or not what is expected.
     """
-    kept = out / "data.bin"
-    copies = [kept, former / "data.bin"] if former else [kept]
-    copies = [path for path in copies if expected is not None and path.is_file()]
-    if source is None:
-        if copies:  # this Python may be another one
-            return _kept(copies, out, seq_len, expected)
-        return _write(_standard_library(), out, seq_len, expected)
-    if not source.is_file():
-        if copies and not source.exists():  # unpacked from what is gone
-            return _kept(copies, out, seq_len, expected)
-        raise TrainError(f"--data {source}: {'not a file' if source.exists() else 'no such file'}")
-    with open(source, "rb") as file:
-        head = file.read(HEAD)
-    suffix = source.suffix.lower().removeprefix(".")
-    kind = suffix if suffix in PACKED else packing(head)
-    if raw or not (kind or foreign(head)):
-        return _open(source, seq_len, expected)
-    if expected is not None and source.stat().st_size == expected["bytes"]:
-        corpus = Corpus(source, seq_len)
-        if corpus.identity == expected:  # older versions took it as it is
-            return corpus
-    if kind is None:
-        raise TrainError(
-            f"--data {source}: {foreign(head)}: write what is in it to a file of plain bytes, or"
-            " train on it as it is with --raw"
-        )
-    blocks = _unpack(source, kind)
-    first = next(blocks, b"")
-    if what := foreign(first) or packing(first):
-        raise TrainError(f"--data {source}: unpacked, it is {what}: give a file of plain bytes")
-    return _write(chain([first], blocks), out, seq_len, expected)
-
-
-def packing(head: bytes) -> str | None:
-    """How a file is packed that begins so, of what can be unpacked."""
-    head = re.sub(b"^BZh[1-8]", b"BZh9", head)  # the size of its blocks
-    return next((kind for kind, magic in PACKED.items() if head.startswith(magic)), None)
-
-
-def foreign(head: bytes) -> str | None:
-    """What a file is that begins so, of what is neither plain bytes nor unpacked."""
-    if head[257:262] == b"ustar":
-        return "a tar archive"
-    return next((what for what, magic in FOREIGN.items() if head.startswith(magic)), None)
-
-
-def _kept(copies: list[Path], out: Path, seq_len: int, expected: dict) -> Corpus:
-    """What a run has unpacked, in the run's own directory."""
-    corpus = _open(copies[0], seq_len, expected)
-    if copies[0].parent == out:
-        return corpus
-    return _write(_blocks(open(copies[0], "rb")), out, seq_len, expected)
-
-
-def _write(blocks: Iterator[bytes], out: Path, seq_len: int, expected: dict | None) -> Corpus:
-    temporary, kept = out / "data.bin.tmp", out / "data.bin"
+    folders, stores = [folder for folder in (out, former) if folder], {}
     try:
+        for name in FLAGS:
+            if name == "data" or getattr(source, name):
+                of_it = expected if name == "data" else expected and expected.get(name)
+                known = of_it and {key: of_it[key] for key in ("bytes", "sha256")}
+                stores[name] = _Opening(source, name, folders, known, say).store()
+        others = {name: store for name, store in stores.items() if name != "data"}
+        corpus = Corpus(stores["data"], seq_len, source.split, **others)
+        for name, store in stores.items():
+            kept = out / f"{name}.bin"
+            if store.paths == [temporary := _temporary(kept)]:
+                publish(temporary, kept)
+                store.paths = [kept]
+    finally:
+        for name in FLAGS:
+            _temporary(out / f"{name}.bin").unlink(missing_ok=True)
+    return corpus
+
+
+def _temporary(kept: Path) -> Path:
+    return kept.with_name(f"{kept.name}.tmp")
+
+
+def reopen(source: Source, home: Path | None, expected: dict, folder: Path) -> Corpus:
+    """The corpus of a run, as its directory still has it, or its files.
+
+    Args:
+        source: where the run's data came from.
+        home: the directory of the run, if it is known.
+        expected: the identity of its data.
+        folder: a directory for what has to be unpacked again.
+
+    Raises:
+        TrainError: see `prepare`.
+    """
+    copies = {name: home / f"{name}.bin" for name in FLAGS} if home else {}
+    copies = {name: (path,) for name, path in copies.items() if path.is_file()}
+    return prepare(replace(source, **copies), folder, 0, expected)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How a run's store `name` is opened; `folders` are the run's, and where that goes on from."""
+
+    source: Source
+    name: str
+    folders: list[Path]
+    expected: dict | None
+    say: Callable[[str], None]
+
+    def store(self) -> Store:
+        source, files, flag = self.source, getattr(self.source, self.name), FLAGS[self.name]
+        copies = [folder / f"{self.name}.bin" for folder in self.folders]
+        copies = [path for path in copies if self.expected is not None and path.is_file()]
+        if not files:
+            # this Python may be another one
+            return self._kept(copies) if copies else self._write(_standard_library())
+        try:
+            paths = expand(files, flag, SUFFIXES if source.tokens else ())
+        except NoSuchFile:
+            if copies:  # unpacked from what is gone
+                return self._kept(copies)
+            raise
+        size = sum(path.stat().st_size for path in paths)
+        if size >= LARGE:
+            what = paths[0] if len(paths) == 1 else f"{len(paths):,} files"
+            self.say(f"reading {size / 1e9:.1f} GB of {what}")
+        if source.tokens:
+            if len(paths) > MAX_OPEN:
+                raise TrainError(f"{flag}: at most {MAX_OPEN} token files, got {len(paths):,}")
+            return self._open(paths)
+        try:
+            kinds = kinds_of(paths, source.raw, flag)
+        except TrainError:
+            if store := self._as_it_is(paths, size):
+                return store
+            raise
+        if not any(kinds) and len(paths) <= MAX_OPEN:
+            return self._open(paths)
+        return self._as_it_is(paths, size) or self._write(self._joined(paths, kinds))
+
+    def _as_it_is(self, paths: list[Path], size: int) -> Store | None:
+        """Older versions trained on some packed files without unpacking them."""
+        if self.expected and len(paths) == 1 and size == self.expected["bytes"]:
+            store = Store(paths, flag=FLAGS[self.name])
+            if store.identity == self.expected:
+                return store
+        return None
+
+    def _joined(self, paths: list[Path], kinds: list[str | None]) -> Iterator[bytes]:
+        flag, separator = FLAGS[self.name], self.source.separator
+        for i, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
+            if i:
+                yield separator
+            yield from blocks_in(path, kind, separator, flag)
+
+    def _kept(self, copies: list[Path]) -> Store:
+        """What a run has unpacked, in the run's own directory."""
+        store = self._open(copies[:1])
+        if copies[0].parent == self.folders[0]:
+            return store
+        return self._write(blocks_of(open(copies[0], "rb")))
+
+    def _write(self, blocks: Iterator[bytes]) -> Store:
+        out = self.folders[0]
+        temporary = _temporary(out / f"{self.name}.bin")
         try:
             with open(temporary, "wb") as file:
                 for block in blocks:
@@ -235,24 +288,22 @@ def _write(blocks: Iterator[bytes], out: Path, seq_len: int, expected: dict | No
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise TrainError(f"--data: no room for it in {out}: {error.strerror}") from error
-        corpus = _open(temporary, seq_len, expected)
-        publish(temporary, kept)
-        corpus.path = kept
-    finally:
-        temporary.unlink(missing_ok=True)
-    return corpus
+            flag = FLAGS[self.name]
+            raise TrainError(f"{flag}: no room for it in {out}: {error.strerror}") from error
+        return self._open([temporary])
 
-
-def _open(path: Path, seq_len: int, expected: dict | None) -> Corpus:
-    corpus = Corpus(path, seq_len)
-    if expected not in (None, corpus.identity):
-        raise TrainError(
-            f"--data: the bytes changed since the run began: then {expected['bytes']:,} with sha256"
-            f" {expected['sha256'][:12]}..., now {corpus.identity['bytes']:,} with"
-            f" {corpus.identity['sha256'][:12]}..."
-        )
-    return corpus
+    def _open(self, paths: list[Path]) -> Store:
+        source, flag = self.source, FLAGS[self.name]
+        store = Store(paths, source.separator, source.tokens, flag)
+        if self.expected not in (None, store.identity):
+            then, now = (
+                f"{identity['bytes']:,} with sha256 {identity['sha256'][:12]}..."
+                for identity in (self.expected, store.identity)
+            )
+            raise TrainError(
+                f"{flag}: the bytes changed since the run began: then {then}, now {now}"
+            )
+        return store
 
 
 def _standard_library() -> Iterator[bytes]:
@@ -262,30 +313,3 @@ def _standard_library() -> Iterator[bytes]:
     if not names:
         raise TrainError(f"this Python has no library sources under {root}: give --data FILE")
     return ((root / name).read_bytes() for name in names)
-
-
-def _blocks(file) -> Iterator[bytes]:
-    with file:
-        while block := file.read(BLOCK):
-            yield block
-
-
-def _unpack(source: Path, kind: str) -> Iterator[bytes]:
-    openers = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
-    try:
-        if kind != "zip":
-            yield from _blocks(openers[kind](source))
-            return
-        with zipfile.ZipFile(source) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            if len(members) != 1:
-                raise TrainError(f"--data {source}: must have one member, got {len(members)}")
-            yield from _blocks(archive.open(members[0]))
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk, not of what is on it
-        raise TrainError(f"--data {source}: corrupt .{kind} file: {error}") from error
-    except (NotImplementedError, RuntimeError) as error:  # zipfile: its method, or encrypted
-        raise TrainError(f"--data {source}: cannot be unpacked: {error}") from error
-    except (ValueError, LookupError, OverflowError, struct.error) as error:  # zipfile: its headers
-        raise TrainError(f"--data {source}: corrupt .{kind} file: {error}") from error

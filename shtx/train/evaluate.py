@@ -1,28 +1,29 @@
 """`shtx eval`: how many bits a checkpoint's model takes for each byte of a file."""
 
 import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 
 from shtx import __version__
-from shtx.model import Trunk
 from shtx.train import TrainError, files, visible
-from shtx.train.data import Corpus, Part, prepare
-from shtx.train.metrics import save_figure
+from shtx.train.config import Config, settings_of
+from shtx.train.data import Corpus, Source, prepare, reopen
+from shtx.train.home import origin
+from shtx.train.metrics import BYTE, Unit, save_figure
 from shtx.train.progress import Display
 from shtx.train.run import find_device
+from shtx.train.score import score
+from shtx.train.store import Part
+from shtx.train.stream import score_stream
+from shtx.train.tokens import description_of
 from shtx.train.trainer import load_model, refuse_untrainable
 
 DESCRIPTION = """\
@@ -30,29 +31,44 @@ Score a file by a model that `shtx train` has trained: bits per byte, over every
 
 The model sees --context bytes at a time, and goes on by --stride: each byte but those of the first
 window has at least context - stride bytes before it. A smaller stride takes longer, and tells more
-of what the model knows. The first byte of all has nothing before it, and counts 8 bits.
+of what the model knows. The first byte of all has nothing before it, and counts 8 bits. For a
+model of token ids the same holds of tokens.
 
 Examples:
   shtx eval --checkpoint runs/enwik8 --data test.txt
+  shtx eval --checkpoint runs/enwik8 --split test
   shtx eval --checkpoint runs/enwik8 --data enwik8.zip --part validation --stride 64
+  shtx eval --checkpoint runs/windows --split val --stream --batch-size 64
   shtx eval --checkpoint runs/enwik8 --data test.txt --context 2048 --stride 512 --out test.json
 """
+SPACE = b" \t\n\r\f\v"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
-    data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """A raw file, or a .gz, .bz2, .xz or .zip, as `shtx train` takes it."""
+    data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
+    """Files, directories or patterns, plain or packed, as `shtx train` takes them."""
+    split: Literal["train", "val", "test"] | None = None
+    """In place of --data, what the run trained on, validated on, or has never looked at."""
     raw: bool = False
     """Score the bytes of --data as they are, whatever they are."""
     part: Literal["all", "training", "validation"] = "all"
     """Of --data; the last tenth is what `shtx train` holds out for validation."""
     context: int | None = None
-    """Bytes that the model sees at once; None: the seq_len that it was trained with, the most."""
+    """Bytes, or tokens, that the model sees at once; None: the seq_len that it was trained with,
+    the most."""
     stride: int | None = None
     """By how many bytes it goes on; None: a fourth of the context."""
+    stream: bool = False
+    """In place of windows: every prediction sees all that the model's own windows reach, in
+    --batch-size pieces side by side. Takes a model with a window for every level."""
+    per_position: bool = False
+    """Tell the bits by how many bytes a prediction sees, too: 1, 2, 4, ... of them."""
+    words: bool = False
+    """Tell the bits per word, too: of what white space divides. Two to this power is the
+    perplexity of words."""
     batch_size: int = 16
     """Windows at a time."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -60,82 +76,8 @@ class Options:
     precision: Literal["fp32", "bf16-mixed"] | None = None
     """None: bf16-mixed on a GPU, fp32 on a CPU."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
-    """A new file for the figures, with a plot beside it; None: they are printed, no more."""
-
-
-class Score(NamedTuple):
-    """
-    Attributes:
-        bits: of all bytes together.
-        by_position: (context,), the mean of the bits that bytes took with 1, 2, ... bytes before
-            them within their windows, which overlap.
-    """
-
-    bits: float
-    by_position: np.ndarray
-
-
-def window_starts(count: int, context: int, stride: int) -> list[int]:
-    """Where windows of `context` + 1 of `count` bytes begin; the last one ends where they do."""
-    last = max(0, count - 1 - context)
-    return [*range(0, last, stride), last]
-
-
-@torch.no_grad()
-def score(
-    model: Trunk,
-    data: Part | np.ndarray,
-    context: int,
-    stride: int,
-    *,
-    batch_size: int = 16,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int, float], None] = lambda done, bits: None,
-) -> Score:
-    """Bits that a model of bytes takes for each of `data`, every one once.
-
-    Args:
-        model: predicts every byte; it is in eval mode while this runs.
-        data: at least 2 bytes.
-        context: bytes that a prediction may see; 1 to the model's seq_len.
-        stride: by how many bytes windows go on; 1 to context.
-        batch_size: windows at a time.
-        dtype: of autocast; None: without.
-        progress: is told how many bytes have been scored, and their bits.
-
-    Returns:
-        the score, whose sums are in fp64.
-
-    Raises:
-        ValueError: naming the argument that is not as above.
-    """
-    if len(data) < 2:
-        raise ValueError(f"data must have at least 2 bytes, got {len(data)}")
-    for name, value, most in (("context", context, model.seq_len), ("stride", stride, context)):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} must be 1 to {most}, got {value}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    starts = window_starts(len(data), context, stride)
-    context = min(context, len(data) - 1)
-    new = [context, *(b - a for a, b in pairwise(starts))]  # bytes that no window before has scored
-    bits, by_position = 8.0, torch.zeros(context, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        for i in range(0, len(starts), batch_size):
-            windows = np.stack([data[s : s + context + 1] for s in starts[i : i + batch_size]])
-            ids = torch.from_numpy(windows).to(model.device).long()
-            with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-                logits = model(ids[:, :-1])
-            nats = F.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none").double().cpu()
-            by_position += nats.sum(0) / math.log(2)
-            for row, count in zip(nats, new[i : i + batch_size], strict=True):
-                bits += float(row[context - count :].sum()) / math.log(2)
-            progress(1 + sum(new[: i + len(ids)]), bits)
-    finally:
-        model.train(was_training)
-    return Score(bits, (by_position / len(starts)).numpy())
+    """A new file for the figures, with a plot beside it of the bits by how many bytes a prediction
+    sees; None: they are printed, no more."""
 
 
 def main(argv: list[str]) -> int:
@@ -154,87 +96,159 @@ def main(argv: list[str]) -> int:
         for path in (options.out, options.out.with_suffix(".png")):
             if path.exists():
                 raise TrainError(f"--out {path}: is there already")
+    if bool(options.data) == (options.split is not None):
+        given = "both" if options.data else "neither"
+        raise TrainError(f"either --data FILE or --split tells what to score, got {given}")
+    if options.split and (options.raw or options.part != "all"):
+        flag = "--raw" if options.raw else f"--part {options.part}"
+        raise TrainError(f"{flag} is of --data, and --split {options.split} takes its place")
+    if options.stream and (options.context, options.stride) != (None, None):
+        raise TrainError("--context and --stride are of windows, and --stream takes their place")
+    if options.stream and options.per_position:
+        raise TrainError("--per-position is of windows, and --stream takes their place")
     device = find_device(options.device, "--device cpu needs none")
-    model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    path = Path(os.path.abspath(options.checkpoint))
+    model, checkpoint = load_model(path, device)
     refuse_untrainable(model)
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride
     precision = options.precision or ("bf16-mixed" if device.type == "cuda" else "fp32")
+    config = settings_of(checkpoint)
+    unit = unit_of(options, config)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = prepare(options.data, Path(folder), 0, raw=options.raw)
-        data = part_of(corpus, options.part)
-        display = Display(len(data), 0, quiet=False, unit="byte")
+        if options.split is None:
+            source = Source(options.data, raw=options.raw, tokens=config.tokens)
+            corpus = prepare(source, Path(folder), 0)
+            data = part_of(corpus, options.part)
+        else:
+            home = origin(path, checkpoint)
+            corpus = reopen(config.source, home, checkpoint.config["data"], Path(folder))
+            data = split_of(corpus, options.split)
+        display = Display(len(data), 0, quiet=False, unit=unit.name)
         began = last = time.monotonic()
 
         def progress(done: int, bits: float) -> None:
             nonlocal last
             if (now := time.monotonic()) - last > 1 or not display.bar.disable:
                 last = now
-                rate = f"{done / (now - began):,.0f} bytes/s"
-                display.show(done, f"{bits / done:.4f} bits per byte, {rate}")
+                rate = f"{done / (now - began):,.0f} {unit.name}s/s"
+                display.show(done, f"{unit.text(bits / done, 4)}, {rate}")
 
         try:
+            dtype = torch.bfloat16 if precision == "bf16-mixed" else None
             with display:
-                bits, by_position = score(
-                    model,
-                    data,
-                    context,
-                    stride,
-                    batch_size=options.batch_size,
-                    dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
-                    progress=progress,
-                )
+                if options.stream:
+                    lanes = options.batch_size
+                    bits = score_stream(model, data, lanes=lanes, dtype=dtype, progress=progress)
+                    by_position = None
+                else:
+                    sizes = dict(context=context, stride=stride, batch_size=options.batch_size)
+                    bits, by_position = score(model, data, **sizes, dtype=dtype, progress=progress)
         except ValueError as error:
             raise TrainError(str(error)) from error
+        words = count_words(data) if options.words else None
         corpus.check()
     seconds = time.monotonic() - began
     figures = {
-        "bits_per_byte": bits / len(data),
-        "bytes": len(data),
+        **unit.figures(bits / len(data)),
+        f"{unit.name}s": len(data),
         "bits": bits,
-        "part": options.part,
-        "data": {"path": str(options.data), **corpus.identity},
+        **({"words": words, "bits_per_word": bits / words} if words else {}),
+        "part": options.split or options.part,
+        "data": {"path": " ".join(map(str, corpus.store.paths)), **corpus.identity},
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
-        "context": context,
-        "stride": stride,
+        **({"stream": True} if options.stream else {"context": context, "stride": stride}),
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "seconds": seconds,
         "versions": {"shtx": __version__, "torch": torch.__version__},
-        "bits_by_position": by_position.tolist(),
+        **({} if options.stream else {"bits_by_position": by_position.tolist()}),
     }
     if options.out is not None:
-        write(options.out, figures)
+        write(options.out, figures, unit)
+    how = "as a stream" if options.stream else f"context {context}, stride {stride}"
+    told = unit.text(bits / len(data), 4)
+    told += f", {bits / words:.4f} bits per word" if words else ""
     print(
         visible(
-            f"{checkpoint.path}: {bits / len(data):.4f} bits per byte over {len(data):,} bytes"
-            f" (context {context}, stride {stride}, {precision}) in {seconds:.1f} s"
+            f"{checkpoint.path}: {told} over {len(data):,} {unit.name}s ({how}, {precision}) in"
+            f" {seconds:.1f} s"
         )
     )
+    if options.per_position:
+        for seen in sorted(
+            {*(2**i for i in range(len(by_position).bit_length())), len(by_position)}
+        ):
+            units = unit.name if seen == 1 else f"{unit.name}s"
+            print(f"{seen:,} {units} before: {unit.text(by_position[seen - 1], 4)}")
     return 0
+
+
+def unit_of(options: Options, config: Config) -> Unit:
+    """What is scored, of which the run or what is beside the files tells the bytes."""
+    if config.tokens is None:
+        return BYTE
+    if options.words:
+        raise TrainError("--words is for bytes, and the run was trained on token ids")
+    if options.split:
+        return config.unit
+    found = description_of(options.data, "--data")
+    if found and found.tokens != config.tokens:
+        raise TrainError(
+            f"--data has {found.tokens.num_tokens:,} token ids of {found.tokens.dtype}, the run"
+            f" {config.tokens.num_tokens:,} of {config.tokens.dtype}"
+        )
+    return Unit("token", found and found.bytes / found.count)
+
+
+def count_words(data: Part) -> int:
+    """How many stretches without ASCII white space there are."""
+    count, in_word = 0, False
+    for start in range(0, len(data), files.BLOCK):
+        is_word = ~np.isin(data[start : start + files.BLOCK], np.frombuffer(SPACE, np.uint8))
+        before = np.concatenate(([in_word], is_word[:-1]))
+        count, in_word = count + int((is_word & ~before).sum()), bool(is_word[-1])
+    return count
 
 
 def part_of(corpus: Corpus, name: str) -> Part:
     if name == "all":
-        return Part(corpus, 0, corpus.val.stop)
+        return Part(corpus.store, 0, len(corpus.store))
     return corpus.train if name == "training" else corpus.val
 
 
-def write(path: Path, figures: dict) -> None:
-    """The figures as JSON, and beside them a plot of the bits by how much context there was."""
+def split_of(corpus: Corpus, name: str) -> Part:
+    if (part := getattr(corpus, name)) is None:
+        raise TrainError(
+            "--split test: the run has set no test data aside: its --split has two shares, and it"
+            " has no --test-data"
+        )
+    return part
+
+
+def write(path: Path, figures: dict, unit: Unit) -> None:
+    """The figures as JSON."""
+    files.make(path.absolute().parent)
+    if "bits_by_position" in figures:
+        plot(path.with_suffix(".png"), figures, unit)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    files.publish(temporary, path)
+
+
+def plot(png: Path, figures: dict, unit: Unit) -> None:
+    """Draw the bits by how much context there was."""
     from matplotlib.figure import Figure
 
-    files.make(path.absolute().parent)
     bits = figures["bits_by_position"]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(bits) + 1), bits, linewidth=0.8)
-    axes.axhline(figures["bits_per_byte"], linestyle="--", linewidth=0.8, color="black")
-    axes.set(xscale="log", xlabel="bytes before it in its window", ylabel="bits per byte")
-    axes.set(title=f"{figures['bits_per_byte']:.4f} bits per byte over {figures['bytes']:,} bytes")
+    mean = figures[f"bits_per_{unit.name}"]
+    axes.axhline(mean, linestyle="--", linewidth=0.8, color="black")
+    axes.set(xscale="log", xlabel=f"{unit.name}s before it in its window")
+    axes.set(ylabel=f"bits per {unit.name}")
+    axes.set(title=f"{unit.text(mean, 4)} over {figures[f'{unit.name}s']:,} {unit.name}s")
     axes.grid(alpha=0.3)
-    save_figure(figure, path.with_suffix(".png"))
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    files.publish(temporary, path)
+    save_figure(figure, png)

@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from torch import Tensor
+from torch.nn import Module
 
 from shtx.train import TrainError, visible
+from shtx.train.config import settings_of
 from shtx.train.files import publish
 from shtx.train.run import find_device
 from shtx.train.trainer import load_model
@@ -35,11 +37,12 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
     prompt: str | None = None
-    """What the text begins with, in UTF-8."""
+    """What the text begins with, in UTF-8; for a model of token ids, some of them with spaces
+    between them, and what is shown are token ids, too."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A file whose bytes the text begins with, in place of --prompt; - is standard input."""
+    """A file that has the prompt, in place of --prompt; - is standard input."""
     length: int = 512
-    """Bytes to sample."""
+    """Bytes, or tokens, to sample."""
     num_samples: int = 1
     """How many continuations of the prompt to sample, side by side."""
     stop: tuple[str, ...] = ()
@@ -77,23 +80,27 @@ def main(argv: list[str]) -> int:
             raise TrainError(f"--{flag} must be at least {least}, got {getattr(options, name)}")
     if "" in options.stop:
         raise TrainError("--stop must have at least one byte")
-    prompt, files = read_prompt(options), new_files(options)
-    tokens = begin(options, prompt)
-    samples = [Sample(options.stop) for _ in range(options.num_samples)]
-    chunks = fill(samples, tokens)
+    text, files = read_prompt(options), new_files(options)
+    device = find_device(options.device, "--device cpu needs none")
+    model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    unit = Bytes() if settings_of(checkpoint).tokens is None else Tokens(model.num_tokens)
+    prompt = unit.read("--prompt", text)
+    stops = [unit.read("--stop", os.fsencode(stop)) for stop in options.stop]
+    samples = [Sample(stops) for _ in range(options.num_samples)]
+    chunks = fill(samples, begin(options, model, prompt))
     if len(samples) == 1 and not files:
-        show(chain([prompt], chunks))
+        unit.show(chain([prompt], chunks))
         return 0
     for _ in chunks:
         pass
     for path, sample in zip(files, samples, strict=False):
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_bytes(prompt + sample.content)
+        temporary.write_bytes(content := unit.write(prompt + sample.ids))
         publish(temporary, path)
-        print(f"{path}: {len(prompt) + len(sample.content):,} bytes")
+        print(f"{path}: {len(content):,} bytes")
     for number, sample in enumerate(samples if not files else (), 1):
         print(f"[{number}]")
-        show([prompt, sample.content])
+        unit.show([prompt, sample.ids])
     return 0
 
 
@@ -125,48 +132,92 @@ def new_files(options: Options) -> list[Path]:
     return paths
 
 
+class Bytes:
+    """What a model of bytes reads and writes: text, as far as it can be shown."""
+
+    def read(self, flag: str, text: bytes) -> list[int]:
+        return list(text)
+
+    def write(self, ids: list[int]) -> bytes:
+        return bytes(ids)
+
+    def show(self, chunks: Iterable[list[int]]) -> None:
+        """Print each character as soon as it is whole."""
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for ids in chunks:
+            print(visible(text.decode(bytes(ids))), end="", flush=True)
+        print(visible(text.decode(b"", final=True)))
+
+
+class Tokens:
+    """What a model of token ids reads and writes: the ids, with spaces between them."""
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+
+    def read(self, flag: str, text: bytes) -> list[int]:
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError:
+            ids = []
+        if not ids or not all(0 <= id < self.num_tokens for id in ids):
+            raise TrainError(
+                f"{flag} must be ids in [0, {self.num_tokens:,}) with spaces between them, as the"
+                f" run was trained on token ids, got {os.fsdecode(text)!r}"
+            )
+        return ids
+
+    def write(self, ids: list[int]) -> bytes:
+        return " ".join(map(str, ids)).encode() + b"\n"
+
+    def show(self, chunks: Iterable[list[int]]) -> None:
+        for number, id in enumerate(chain.from_iterable(chunks)):
+            print(" " * (number > 0) + str(id), end="", flush=True)
+        print()
+
+
 class Sample:
-    """The bytes that follow the prompt, up to a text that ends them, which is left out.
+    """The ids that follow the prompt, up to a text that ends them, which is left out.
 
     Attributes:
-        content: what was sampled.
+        ids: what was sampled.
         ended: whether such a text came.
     """
 
-    def __init__(self, stops: Iterable[str]):
-        self.stops = [os.fsencode(stop) for stop in stops]
-        self.content, self.certain, self.ended = bytearray(), 0, False
+    def __init__(self, stops: list[list[int]]):
+        self.stops = stops
+        self.ids, self.certain, self.ended = [], 0, False
 
-    def add(self, byte: int) -> bytes:
-        """Take a byte, and return the bytes that no stop text can take back any more."""
+    def add(self, id: int) -> list[int]:
+        """Take an id, and return the ids that no stop text can take back any more."""
         if self.ended:
-            return b""
-        self.content.append(byte)
+            return []
+        self.ids.append(id)
         for stop in self.stops:
-            if self.content.endswith(stop):
-                del self.content[-len(stop) :]
+            if self.ends_with(stop):
+                del self.ids[-len(stop) :]
                 self.ended = True
                 return self.rest()
         starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        begun = max((len(s) for s in starts if self.content.endswith(s)), default=0)
-        return self.rest(len(self.content) - begun)
+        begun = max((len(start) for start in starts if self.ends_with(start)), default=0)
+        return self.rest(len(self.ids) - begun)
 
-    def rest(self, end: int | None = None) -> bytes:
+    def ends_with(self, text: list[int]) -> bool:
+        return self.ids[-len(text) :] == text
+
+    def rest(self, end: int | None = None) -> list[int]:
         """Return what was not returned before, up to `end`."""
-        end = len(self.content) if end is None else end
-        chunk = bytes(self.content[self.certain : end])
-        self.certain = max(self.certain, end)
+        chunk = self.ids[self.certain : end]
+        self.certain += len(chunk)
         return chunk
 
 
-def begin(options: Options, prompt: bytes) -> Iterator[Tensor]:
-    """Load the model; return the bytes of all samples, a step at a time, yet to be sampled."""
-    device = find_device(options.device, "--device cpu needs none")
-    model, _ = load_model(Path(os.path.abspath(options.checkpoint)), device)
-    dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+def begin(options: Options, model: Module, prompt: list[int]) -> Iterator[Tensor]:
+    """Return the next id of all samples, step by step, each yet to be sampled."""
+    dtype = options.dtype or ("bf16" if model.device.type == "cuda" else "fp32")
     try:
         return model.generate(
-            torch.tensor([list(prompt)] * options.num_samples, device=device),
+            torch.tensor([prompt] * options.num_samples, device=model.device),
             options.length,
             options.temperature,
             top_k=options.top_k,
@@ -179,19 +230,11 @@ def begin(options: Options, prompt: bytes) -> Iterator[Tensor]:
         raise TrainError(str(error)) from error
 
 
-def fill(samples: list[Sample], tokens: Iterator[Tensor]) -> Iterator[bytes]:
+def fill(samples: list[Sample], tokens: Iterator[Tensor]) -> Iterator[list[int]]:
     """Sample until all have ended; yield what becomes certain of the first."""
     for ids in tokens:
-        chunks = [s.add(byte) for s, byte in zip(samples, ids.tolist(), strict=True)]
+        chunks = [s.add(id) for s, id in zip(samples, ids.tolist(), strict=True)]
         yield chunks[0]
         if all(sample.ended for sample in samples):
             return
     yield samples[0].rest()
-
-
-def show(chunks: Iterable[bytes]) -> None:
-    """Print bytes as text, each character as soon as it is whole."""
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for chunk in chunks:
-        print(visible(text.decode(chunk)), end="", flush=True)
-    print(visible(text.decode(b"", final=True)))

@@ -4,7 +4,7 @@ RUN/shtx.lock       locked while a process trains into RUN: its pid, its host, s
     run.json        the run's id, which its checkpoints bear, and its settings
     metrics.jsonl   rows of steps and of validations
     checkpoints/    step-000123/ ..., see `checkpoint`
-    data.bin        what was unpacked, for data that has no file of its own
+    data.bin        what was unpacked, for data that has no file of its own (val.bin, test.bin)
     loss.png        the plot
 """
 
@@ -24,7 +24,8 @@ from shtx.train import TrainError
 from shtx.train.checkpoint import CHECKPOINTS, KEEP, Checkpoint, find_steps, step_of
 from shtx.train.files import make, publish, read_json, sync
 
-LOCK, RUN, METRICS, DATA, PLOT = "shtx.lock", "run.json", "metrics.jsonl", "data.bin", "loss.png"
+LOCK, RUN, METRICS, PLOT = "shtx.lock", "run.json", "metrics.jsonl", "loss.png"
+DATA = ("data.bin", "val.bin", "test.bin")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -128,7 +129,7 @@ class Home:
         if held or (self.path / METRICS).exists() and not self.begun:
             remedy = f"continue it with --resume {self.path}, or name another" if held else ""
             raise TrainError(f"{self.name}: holds a run; {remedy or 'name another directory'}")
-        for name in (RUN, DATA, PLOT):
+        for name in (RUN, *DATA, PLOT):
             if (self.path / name).exists() and not self.begun:
                 raise TrainError(
                     f"{self.name}: holds {name}, which the run would replace;"

@@ -10,11 +10,11 @@ from torch import Tensor
 from shtx import __version__
 from shtx.train import TrainError
 from shtx.train.checkpoint import save, save_shards
-from shtx.train.data import DataChanged
 from shtx.train.home import Home
 from shtx.train.metrics import Metrics
 from shtx.train.progress import Display
 from shtx.train.stop import Stop
+from shtx.train.store import DataChanged
 from shtx.train.trainer import Trainer, learning_rate
 
 
@@ -53,18 +53,19 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
                     f"step {step + 1}: loss {loss}, gradient norm {norm}: stopped, nothing of it is"
                     " saved; a smaller --lr may help"
                 )
-            row = dict(loss=loss, bits_per_byte=ce / math.log(2), tokens_per_second=speed)
+            bits = ce / math.log(2)
+            row = dict(loss=loss, **config.unit.figures(bits), tokens_per_second=speed)
             if first:
                 metrics.append(step=step + 1, lr=learning_rate(config, step), **row)
-        display.step(done, **row)
+        display.step(done, loss, config.unit.text(bits), speed)
 
     def validate(stopped: Callable[[], int] = lambda: 0) -> None:
         bits = trainer.evaluate(stopped)
         if bits is None:  # the resumed run begins with it
             return
-        display.say(f"step {done}/{config.steps}: validation {bits:.3f} bits per byte")
+        display.say(f"step {done}/{config.steps}: validation {config.unit.text(bits)}")
         if first:
-            metrics.append(step=done, val_bits_per_byte=bits)
+            metrics.append(step=done, **config.unit.figures(bits, "val_"))
 
     def keep() -> None:
         if not trainer.is_finite():

@@ -4,10 +4,34 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from shtx.train import files
 
-VALIDATION = "val_bits_per_byte"
+VALIDATIONS = ("val_bits_per_byte", "val_bits_per_token")
+
+
+class Unit(NamedTuple):
+    """What a model predicts one of at a time: a "byte", or a "token", which stands for so many
+    `bytes` in the mean if that is known."""
+
+    name: str
+    bytes: float | None
+
+    def figures(self, bits: float, prefix: str = "") -> dict[str, float]:
+        """The figures of `bits` per unit, per byte where that is known, by their names in a row."""
+        figures = {f"{prefix}bits_per_{self.name}": bits}
+        if self.name != "byte" and self.bytes:
+            figures[f"{prefix}bits_per_byte"] = bits / self.bytes
+        return figures
+
+    def text(self, bits: float, digits: int = 3) -> str:
+        """The same as text."""
+        figures = self.figures(bits).items()
+        return ", ".join(f"{value:.{digits}f} {name.replace('_', ' ')}" for name, value in figures)
+
+
+BYTE = Unit("byte", 1.0)
 
 
 class Metrics:
@@ -22,7 +46,9 @@ class Metrics:
     def __init__(self, path: Path, step: int):
         lines = _lines(path) if step and path.exists() else []
         lines = [(line, row) for line, row in lines if _step(row) is None or _step(row) <= step]
-        self.validated = {_step(row) for _, row in lines if _is_row(row) and VALIDATION in row}
+        self.validated = {
+            _step(row) for _, row in lines if _is_row(row) and {*VALIDATIONS} & {*row}
+        }
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line, _ in lines))
         files.publish(temporary, path)
@@ -63,17 +89,22 @@ def _step(row) -> int | None:
 
 
 def plot(path: Path, png: Path) -> None:
-    """Draw the rows of `path`: bits per byte over steps, in training and in validation."""
+    """Draw the rows of `path`: bits per token, or else per byte, over steps, in training and in
+    validation."""
     from matplotlib.figure import Figure
 
     rows = read(path)
-    train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
-    val = [(row["step"], row[VALIDATION]) for row in rows if VALIDATION in row]
+    name = "bits_per_token" if any("bits_per_token" in row for row in rows) else "bits_per_byte"
+    train, val = (
+        [(row["step"], row[key]) for row in rows if key in row] for key in (name, f"val_{name}")
+    )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), linewidth=0.7, alpha=0.7, label="training batch")
     axes.plot(*zip(*val, strict=True), marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="bits per byte", title="Next-byte loss", ylim=(0, None))
+    axes.set(
+        xlabel="step", ylabel=name.replace("_", " "), title=f"Next-{name[9:]} loss", ylim=(0, None)
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, png)

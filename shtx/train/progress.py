@@ -82,9 +82,8 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(visible(text))
 
-    def step(self, done: int, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
-        text = f"loss {loss:.3f} nats, {bits_per_byte:.3f} bits per byte"
-        self.show(done, f"{text}, {tokens_per_second:,.0f} tokens/s")
+    def step(self, done: int, loss: float, bits: str, tokens_per_second: float) -> None:
+        self.show(done, f"loss {loss:.3f} nats, {bits}, {tokens_per_second:,.0f} tokens/s")
 
     def show(self, done: int, text: str) -> None:
         self.bar.update(self.task, completed=done, description=text)

@@ -13,7 +13,7 @@ from shtx import __version__, ops
 from shtx.model import Trunk
 from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint, set_aside
-from shtx.train.config import PRESETS, Config, look, of, parse
+from shtx.train.config import PRESETS, Config, look, parse, settings_of
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
 from shtx.train.loop import fit
@@ -21,8 +21,6 @@ from shtx.train.metrics import plot
 from shtx.train.progress import Display, printable
 from shtx.train.stop import Stop, Stopped
 from shtx.train.trainer import Trainer, build, learning_rate, refuse_untrainable
-
-LARGE = 1 << 28  # bytes, which take a moment to read
 
 
 def main(argv: list[str]) -> int:
@@ -83,18 +81,14 @@ def run(
     if home:
         corpus = open_run(config, checkpoint, home, model, display)
     if world > 1:
-        given = [corpus and (corpus.path, corpus.identity)]
+        given = [corpus]
         dist.broadcast_object_list(given)
-        path, identity = given[0]
-        corpus = corpus or Corpus(path, config.model.seq_len, identity)
+        corpus = corpus or given[0]
     trainer = Trainer(config, corpus, model, rank, world)
     if checkpoint:
         trainer.restore(checkpoint)
-    display.say(
-        f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.val) / 1e6:.1f} MB for"
-        f" validation; results go to {home and home.path}"
-    )
-    if checkpoint and (jump := jump_of(config, of(checkpoint), done)):
+    display.say(f"{sizes(corpus)} for validation; results go to {home and home.path}")
+    if checkpoint and (jump := jump_of(config, settings_of(checkpoint), done)):
         display.say(jump)
     try:
         with display:
@@ -117,11 +111,22 @@ def run(
         if stop.signum:
             raise Stopped(stop.signum)
         display.say(
-            f"\nsample after a prompt of {len(prompt)} bytes:\n{printable(prompt + text)}\n"
+            f"\nsample after a prompt of {len(prompt)} {config.unit.name}s:\n"
+            f"{shown(prompt + text, config)}\n"
         )
         display.say(f"metrics, checkpoints and loss.png: {home.path}")
     trainer.close()
     return 128 + signum if signum else 0
+
+
+def sizes(corpus: Corpus) -> str:
+    unit = "MB" if corpus.store.tokens is None else "million tokens"
+    return f"{len(corpus.train) / 1e6:.1f} {unit} to train on, {len(corpus.val) / 1e6:.1f} {unit}"
+
+
+def shown(ids: list[int], config: Config) -> str:
+    """Bytes as text; of token ids the numbers."""
+    return printable(bytes(ids)) if config.unit.name == "byte" else " ".join(map(str, ids))
 
 
 def jump_of(config: Config, before: Config, done: int) -> str | None:
@@ -193,10 +198,8 @@ def open_run(
     former = None if here else former
     numbers = 3 * sum(p.numel() for p in model.parameters())  # weights and AdamW's moments
     home.need_room(4 * numbers)
-    if config.data and config.data.is_file() and (size := config.data.stat().st_size) >= LARGE:
-        display.say(f"reading {size / 1e9:.1f} GB of {config.data}")
-    data = config.data, home.path, config.model.seq_len
-    corpus = prepare(*data, expected, former, config.raw)
+    data = config.source, home.path, config.model.seq_len
+    corpus = prepare(*data, expected, former, display.say)
     most = max(corpus.different_windows, PRESETS[config.preset].eval_sequences)
     if checkpoint:  # whatever an earlier version let it begin with
         most = max(most, checkpoint.config["run"].get("eval_sequences", 0))
@@ -228,5 +231,5 @@ def summary(config: Config, model: Trunk, world: int) -> str:
         f"shtx {__version__}, torch {torch.__version__}, {world} x {device.type} ({name}),"
         f" {config.precision}, {kind} ops\n"
         f"{parameters / 1e6:.2f}M parameters, {config.batch_size} sequences of"
-        f" {config.model.seq_len} bytes a step"
+        f" {config.model.seq_len} {config.unit.name}s a step"
     )

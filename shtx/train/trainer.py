@@ -20,14 +20,14 @@ from shtx.model import Trunk
 from shtx.plan import is_sharded
 from shtx.train import TrainError, shards
 from shtx.train.checkpoint import Checkpoint, load, whole
-from shtx.train.config import Config, of
+from shtx.train.config import Config, settings_of
 from shtx.train.data import Corpus
 from shtx.train_step import AUTOCAST
 
 CLIP = 1.0  # gradient norm
 WARMUP, DECAY = 0.05, 0.2  # of the steps
 MINIMUM = 0.02  # of the peak learning rate
-PROMPT, SAMPLE = 64, 256  # bytes
+PROMPT, SAMPLE = 64, 256  # bytes or tokens
 
 
 def build(config: Config, device: torch.device, copies: int = 1, world: int = 1) -> Trunk:
@@ -75,7 +75,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
         TrainError: in one line why there is none.
     """
     checkpoint = whole(load(path))
-    model = build(replace(of(checkpoint), impl="auto"), device)
+    model = build(replace(settings_of(checkpoint), impl="auto"), device)
     try:
         model.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
@@ -185,7 +185,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, stopped: Callable[[], int] = lambda: 0) -> float | None:
-        """Bits per byte of the validation sequences; None where one process was `stopped`."""
+        """Bits per byte, or per token, of the validation sequences; None where one process was
+        `stopped`."""
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         count = self.config.eval_sequences
@@ -212,13 +213,13 @@ class Trainer:
         self.model.train()
         return nats.item() / (count * self.config.model.seq_len) / math.log(2)
 
-    def sample(self) -> tuple[bytes, bytes]:
-        """The start of the validation data, and how the model goes on."""
+    def sample(self) -> tuple[list[int], list[int]]:
+        """The start of the validation data, and how the model goes on: bytes or token ids."""
         prompt = self.corpus.val[: min(PROMPT, self.config.model.seq_len)]
         torch.manual_seed(self.config.seed)
         with self.autocast():
             ids = self.model.generate(self.ids(prompt.copy())[None], SAMPLE)
-        return prompt.tobytes(), bytes(ids[0].tolist())
+        return prompt.tolist(), ids[0].tolist()
 
     def agree(self, signum: int) -> int:
         """The number of the signal that any process got, 0 if none did."""

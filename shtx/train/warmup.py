@@ -1,16 +1,19 @@
 """`shtx warmup`: compile ahead what `shtx train` would compile in its first steps."""
 
 import os
-import random
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from shtx import ops
 from shtx.train.config import Config, parse
 from shtx.train.data import Corpus
 from shtx.train.run import place
+from shtx.train.store import Store
+from shtx.train.tokens import Tokens
 from shtx.train.trainer import Trainer, build, refuse_untrainable
 
 DESCRIPTION = """\
@@ -60,12 +63,14 @@ def nothing_to_compile(model) -> str | None:
 
 
 def noise(config: Config) -> Corpus:
-    """Random bytes, several sequences in each part, of a file that has no name any more."""
+    """Random data, several sequences in each part, of a file that has no name any more."""
+    tokens = config.tokens or Tokens(256, "uint8")
     size = 20 * (config.model.seq_len + 1)
-    descriptor, name = tempfile.mkstemp()
+    descriptor, name = tempfile.mkstemp(suffix=".bin")
     with os.fdopen(descriptor, "wb") as file:
-        file.write(random.Random(0).randbytes(size))
-    corpus = Corpus(Path(name), config.model.seq_len)
+        ids = np.random.default_rng(0).integers(0, tokens.num_tokens, size)
+        file.write(ids.astype(tokens.dtype).tobytes())
+    corpus = Corpus(Store([Path(name)], tokens=config.tokens), config.model.seq_len)
     os.unlink(name)
     return corpus
 
