@@ -29,7 +29,7 @@ usage: shtx {train,warmup,generate,eval,convert,info} [options]
   warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
   eval       bits per byte of a checkpoint's model over a file
-  convert    weights for the other version of simple-hierarchical-transformer
+  convert    weights for the other version of simple-hierarchical-transformer, or transformers
   info       versions, device, which ops run fused; --check compares them with their references,
               --checkpoint names what of a checkpoint's model does not
 
