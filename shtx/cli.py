@@ -33,7 +33,7 @@ usage: shtx {train,warmup,generate,eval,data,convert,info} [options]
   generate   text from a checkpoint, as it is sampled
   eval       bits per byte of a checkpoint's model over a file
   data       what files to train on hold; `shtx data prepare` makes token ids of them
-  convert    weights for the other version of simple-hierarchical-transformer
+  convert    weights for the other version of simple-hierarchical-transformer, or transformers
   info       versions, device, which ops run fused; --check compares them with their references,
               --checkpoint names what of a checkpoint's model does not
 

@@ -27,7 +27,9 @@ SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have 
 CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
 OVERFLOWS = ("rebuild", "error", "stream")
 # of generate and of model.forward, what is no keyword of a call of generate
-NO_KEYWORDS = {"self", "ids", "plan", "return_loss", "loss_reduction", "model", "kwargs"}
+NO_KEYWORDS = {
+    *("self", "ids", "plan", "return_loss", "labels", "loss_reduction", "model", "kwargs"),
+}
 
 _decoders = WeakKeyDictionary()  # model: {key: sampler}, oldest first; not on the model: copies
 _decoders_lock = threading.Lock()

@@ -4,7 +4,9 @@ They are drawn on the CPU, a module at a time and in the order in which the mode
 a seed gives the same numbers everywhere, and no host needs room for more than one module.
 """
 
+from collections.abc import Callable
 from copy import copy
+from typing import Any
 
 import torch
 from local_attention.rotary import SinusoidalEmbeddings
@@ -15,19 +17,23 @@ from shtx.plan import is_sharded
 
 
 @torch.no_grad()
-def draw(module: Module) -> None:
+def draw(module: Module, write: Callable[[Tensor, Tensor], Any] | None = None) -> None:
     """Write initial values into the tensors that a module has itself.
+
+    Args:
+        write: is called with each tensor and its values; None: `fill`.
 
     Raises:
         TypeError: it has some, and nothing tells their initial values.
     """
+    write = write or fill
     places = {**module._parameters, **module._buffers}
     places = {name: tensor for name, tensor in places.items() if tensor is not None}
     if not places:
         return
     made = _anew(module)
     for name, place in places.items():
-        fill(place, getattr(made, name).detach())
+        write(place, getattr(made, name).detach())
 
 
 @torch.no_grad()
