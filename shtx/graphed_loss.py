@@ -19,13 +19,23 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from shtx.graphs import MAX_GRAPHS, Graphs
+from shtx.internals import (
+    TreeSpec,
+    copy_all,
+    count_dispatch_modes,
+    count_holders,
+    is_managed_by_fsdp,
+    packs_saved_tensors,
+    parameters_of,
+    storage_of,
+    transforms_active,
+    tree_flatten,
+    tree_unflatten,
+)
 from shtx.ops import FUSED, compile_ahead
 from shtx.plan import is_sharded
-
-holders = torch._C._storage_Use_Count
 
 
 @dataclass
@@ -56,8 +66,8 @@ class Captured:
     def __post_init__(self):
         pairs = zip(self.parameters, self.gradients, strict=True)
         self.places = [(p, g.data_ptr()) for p, g in pairs if g is not None]
-        storages = [g.untyped_storage()._cdata for g in self.gradients if g is not None]
-        self.memory = [(storage, holders(storage)) for storage in storages]
+        storages = [storage_of(g) for g in self.gradients if g is not None]
+        self.memory = [(storage, count_holders(storage)) for storage in storages]
 
     def take_back(self) -> bool:
         """Give gradients that are still in `.grad` memory of their own; return whether nobody else
@@ -66,10 +76,10 @@ class Captured:
         kept = [p for p, at in self.places if p.grad is not None and p.grad.data_ptr() == at]
         if kept:
             moved = [torch.empty_like(p.grad) for p in kept]
-            torch._foreach_copy_(moved, [p.grad for p in kept])
+            copy_all(moved, [p.grad for p in kept])
             for p, gradient in zip(kept, moved, strict=True):
                 p.grad = gradient
-        return all(holders(storage) == before for storage, before in self.memory)
+        return all(count_holders(storage) == before for storage, before in self.memory)
 
 
 class Turn:
@@ -206,7 +216,7 @@ class GraphedLoss:
                 )
             pairs = zip(grad_outputs, captured.differentiable, strict=True)
             needed = [gradient for gradient, has in pairs if has]
-            torch._foreach_copy_(captured.grad_outputs, needed)
+            copy_all(captured.grad_outputs, needed)
             self.graphs.replay(captured.backward)
             turn.done, self.given = True, captured
             # of detached tensors, which nobody else has, autograd takes the memory for .grad
@@ -280,10 +290,11 @@ class _Work:
         replaced = []
         try:
             for module in self.model.modules():
-                for name, p in module._parameters.items():
+                parameters = parameters_of(module)
+                for name, p in parameters.items():
                     if (own := self.own.get(p)) is not None:
-                        replaced.append((module._parameters, name, p))
-                        module._parameters[name] = own
+                        replaced.append((parameters, name, p))
+                        parameters[name] = own
             yield
         finally:
             for parameters, name, p in replaced:
@@ -304,9 +315,9 @@ def replay(model: Module, ids: Tensor, labels: Tensor | None, loss_reduction: st
     if (
         torch.compiler.is_compiling()
         or not (model.training and torch.is_grad_enabled() and runs_graphs(model.device))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or count_dispatch_modes()
+        or transforms_active()
+        or packs_saved_tensors(ignore_tracing=False)
     ):
         return None
     checked = not model.checked
@@ -325,5 +336,5 @@ def runs_graphs(device: torch.device) -> bool:
 
 def is_managed(model: Module) -> bool:
     """Return whether FSDP, of either kind, has a model's parameters in its hands."""
-    managed = any("_is_fsdp_managed_module" in vars(module) for module in model.modules())
+    managed = any(map(is_managed_by_fsdp, model.modules()))
     return managed or any(map(is_sharded, model.parameters()))

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx import HierarchicalTransformer, __version__, ops
 from shtx.decode import Decoder
+from shtx.internals import tree_leaves, tree_map_only
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.plan import unfused
 

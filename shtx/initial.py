@@ -13,6 +13,7 @@ from local_attention.rotary import SinusoidalEmbeddings
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from shtx.internals import buffers_of, parameters_of, put
 from shtx.plan import is_sharded
 
 
@@ -27,7 +28,7 @@ def draw(module: Module, write: Callable[[Tensor, Tensor], Any] | None = None) -
         TypeError: it has some, and nothing tells their initial values.
     """
     write = write or fill
-    places = {**module._parameters, **module._buffers}
+    places = {**parameters_of(module), **buffers_of(module)}
     places = {name: tensor for name, tensor in places.items() if tensor is not None}
     if not places:
         return
@@ -60,9 +61,10 @@ def _anew(module: Module) -> Module:
         )
     made = copy(module)
     empty = lambda t: None if t is None else torch.empty(t.shape, device="cpu")
-    made._buffers = {name: empty(t) for name, t in module._buffers.items()}
-    made._parameters = {
-        name: None if p is None else Parameter(empty(p)) for name, p in module._parameters.items()
+    parameters = {
+        name: None if p is None else Parameter(empty(p))
+        for name, p in parameters_of(module).items()
     }
+    put(made, parameters, {name: empty(t) for name, t in buffers_of(module).items()})
     made.reset_parameters()
     return made
