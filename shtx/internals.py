@@ -4,6 +4,8 @@ They were tested in PyTorch 2.11 and 2.13; those that the ops use as well are on
 `shtx_kernels.internals`. In a version that lacks one, the import or the call that needs it raises.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -33,6 +35,16 @@ KEPT = MODULES, PARAMETERS, BUFFERS = "_modules", "_parameters", "_buffers"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 COMPILED = "_compiled_call_impl"
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def constant_result(function: Callable) -> Callable:
+    """Have torch.compile call a function while it traces, and take the result for a constant.
+
+    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes
+    longer than that of torch. A version that does not know the mark traces the function.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def parameters_of(module: Module) -> dict:

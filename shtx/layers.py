@@ -17,6 +17,7 @@ from local_attention.rotary import SinusoidalEmbeddings
 from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
 
+from shtx.internals import constant_result
 from shtx.levels import Level
 from shtx.ops import (
     cross_entropy,
@@ -204,7 +205,7 @@ def rotates_as_made(rotary: Module, *names: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def has_made_values(buffer: Tensor, name: str) -> bool:
     """Return whether a buffer is that of `rotary_buffers`, or that rounded to a narrower dtype.
 

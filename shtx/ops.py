@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 import shtx_kernels
-from shtx.internals import transforms_active
+from shtx.internals import constant_result, transforms_active
 from shtx_kernels import reference
 from shtx_kernels.ahead import compile_ahead as compile_ahead
 from shtx_kernels.decode_arguments import Attention as Attention
@@ -65,7 +65,7 @@ def why_not_fused(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _fused(impl: str, device: torch.device) -> bool:
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False

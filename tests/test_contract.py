@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import DEVICE, ROOT, child_environment
+from torch.compiler import assume_constant_result
 
 import shtx_kernels
 from shtx import HierarchicalTransformer, __version__, ops
+from shtx.internals import constant_result
 from shtx.plan import is_sharded
 from shtx_kernels import decode, reference
 from shtx_kernels.reference import decode as reference_decode
@@ -120,7 +122,9 @@ def kernel_modules(path: Path) -> set[str]:
 
 def test_doors_between_packages():
     """Pages that begin with "_" are the package's own; only tests may look into them."""
-    pages = {path.stem for path in KERNELS.glob("[a-z]*")} - {"decode"}
+    pages = {path.stem for path in KERNELS.glob("[a-z]*") if path.suffix in ("", ".py")} - {
+        "decode"
+    }
     assert pages == {*shtx_kernels.__all__, *DOORS}
     for folder in ("shtx", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -352,6 +356,21 @@ def test_import_takes_no_extra():
     extras = ("tyro", "rich", "safetensors", "matplotlib", "simple_hierarchical_transformer")
     code = f"import shtx, sys; print([m for m in {extras} if m in sys.modules])"
     assert run(code).stdout.strip() == "[]"
+
+
+def test_import_takes_no_compiler():
+    """torch._dynamo takes longer to import than torch does."""
+    code = """
+import sys
+from shtx import HierarchicalTransformer, TrainStep
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+    assert run(code).stdout.strip() == "[]"
+
+
+def test_the_mark_of_a_constant_result_is_pytorchs():
+    ours, theirs = (mark(lambda: 0) for mark in (constant_result, assume_constant_result))
+    assert vars(ours) == vars(theirs) != {}
 
 
 def test_one_version():
