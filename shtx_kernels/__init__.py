@@ -4,6 +4,11 @@ Sizes: B batch, N tokens, M tokens of a level, D width, H heads, E head width, C
 vocabulary. Every op takes fp32, fp16, bf16 (and fp64, for checking gradients), accumulates in fp32
 (fp64), and is deterministic. The last dimension of an input must be contiguous, the others may be
 strided; weights have any layout.
+
+The other pages without an underscore are for whoever calls ops: `launch` and `ahead` have launches
+and compilation ahead of them, `products` the dtype and precision of products, `decode_arguments`
+the arguments of ops that generate a token, and `internals` private interfaces of PyTorch and
+Triton.
 """
 
 from importlib.util import find_spec

@@ -6,9 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def sqrt(x):
+    """The square root of x, in full precision."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def divide(a, b):
+    """a / b, in full precision."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)

@@ -59,6 +59,7 @@ def _norm_token_shift_fwd_kernel(
     D: tl.constexpr, KEPT: tl.constexpr, LAYER: tl.constexpr, HAS_BRANCH: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """r and y of a tile of rows of s."""
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
     offs_m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
@@ -91,6 +92,9 @@ def _norm_token_shift_bwd_kernel(
     HAS_DBRANCH: tl.constexpr, STAGES: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of x and of the branch, and one row of partial sums of dgamma (and dbeta)
+    per program.
+    """
     pid = tl.program_id(0).to(tl.int64)
     offs_d = columns(ROUNDS, LANES)
     mask_d = offs_d < D

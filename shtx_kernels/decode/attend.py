@@ -59,6 +59,7 @@ def attend_head(
     RINGS_QKV: tl.constexpr, RINGS_KV: tl.constexpr, RINGS_O: tl.constexpr, I: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """One head of one sequence: its key and value go into the ring, its output to `out`."""
     HALF: tl.constexpr = E // 2
     offs, n = tl.arange(0, BLOCK_E), 1 + tl.arange(0, BLOCK_L)  # of either half; of keys
     mask = offs < HALF
@@ -106,6 +107,7 @@ def _attend_kernel(
     DILATION: tl.constexpr, RINGS_QKV: tl.constexpr, RINGS_KV: tl.constexpr, RINGS_O: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """Every program has one head of one sequence at one level."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)

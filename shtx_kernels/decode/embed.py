@@ -24,6 +24,7 @@ def _embed_kernel(
     STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RINGS: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Every program has some channels of one sequence at one level."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)

@@ -29,6 +29,7 @@ def _merge_row_kernel(
     STRIDE: tl.constexpr, RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """Every program has BLOCK_J rows of the weight for one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
@@ -94,6 +95,7 @@ def _merge_rows_kernel(
     STRIDE: tl.constexpr, RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Every program has BLOCK_J rows of the weight for BLOCK_B sequences."""
     pid = tl.program_id(0).to(tl.int64)
     b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)

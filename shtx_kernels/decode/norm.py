@@ -15,6 +15,7 @@ def _norm_kernel(
     D: tl.constexpr, STRIDE: tl.constexpr, RINGS_X: tl.constexpr, RINGS_O: tl.constexpr,
     NORM: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """Every program has one level of one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)

@@ -104,6 +104,7 @@ def _project_row_kernel(
     RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, TILES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """Every program has some rows of one level's weight for one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
@@ -150,6 +151,7 @@ def project_rows(
     RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """A tile [BLOCK_B, BLOCK_O] of a product, for the sequences that make a token now."""
     b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     position = tl.load(position_ptr + b, mask=b < B, other=1)
     due, token = (b < B) & (position % STRIDE == 0), position // STRIDE
@@ -180,6 +182,7 @@ def _project_rows_kernel(
     ACTIVATION: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Every program has a tile of one level's product for BLOCK_B sequences."""
     pid = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(x_ptrs)):
         if (pid >= START[i]) & (pid < START[i + 1]):

@@ -63,6 +63,7 @@ def _sample_kernel(
     RING: tl.constexpr, V: tl.constexpr, BEST: tl.constexpr, NUCLEUS: tl.constexpr,
     GREEDY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The id of one sequence."""
     b = tl.program_id(0).to(tl.int64)
     logits_ptr += b * stride_l
     noise_ptr = row_of(noise_ptr, b, tl.load(position_ptr + b), RING, 0)

@@ -136,6 +136,7 @@ def _rotary_attention_bwd_tile_kernel(
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """dq, dk and dv of a tile of tokens."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
     t0 = (tile * BLOCK).to(tl.int32)
     local, near = tl.arange(0, BLOCK), tl.arange(0, HALO)
@@ -194,6 +195,7 @@ def _rotary_attention_bwd_dkdv_kernel(
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of a tile of keys."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
     j0 = (tile * BLOCK_N).to(tl.int32)
     local, offs_c, offs_e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
@@ -259,6 +261,7 @@ def _rotary_attention_bwd_dq_kernel(
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """dq of a tile of queries."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
     # of full attention, the tiles with the most keys go first
     i0 = ((tiles - 1 - tile) * BLOCK_M).to(tl.int32)

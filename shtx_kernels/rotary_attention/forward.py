@@ -60,6 +60,7 @@ def _rotary_attention_fwd_kernel(
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr, SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """The output and the log-sum-exp of a tile of queries."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
     # of full attention, the tiles with the most keys go first
     i0 = ((tiles - 1 - tile) * BLOCK_M).to(tl.int32)
@@ -121,6 +122,7 @@ def _rotary_attention_fwd_tile_kernel(
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr, IP: tl.constexpr,
     BLOCK: tl.constexpr, HALO: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """The output and the log-sum-exp of a tile of tokens, with a narrow window."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
     t0 = (tile * BLOCK).to(tl.int32)
     local, near = tl.arange(0, BLOCK), tl.arange(0, HALO)
