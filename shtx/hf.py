@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shtx import model as version_2
 from shtx import next_latent as version_4
@@ -371,3 +372,7 @@ def check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
 
 AutoConfig.register(HierarchicalConfig.model_type, HierarchicalConfig)
 AutoModelForCausalLM.register(HierarchicalConfig, HierarchicalTransformerForCausalLM)
+# Trainer's label smoothing shifts the labels of these alone
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HierarchicalConfig.model_type] = (
+    HierarchicalTransformerForCausalLM.__name__
+)

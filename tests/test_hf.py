@@ -240,6 +240,17 @@ def test_trainer_learns_with_all_losses(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(after), rel=1e-4)
 
 
+def test_trainer_smooths_labels(tmp_path):
+    """Of the next tokens; there are no other losses then."""
+    model = build()
+    trainer = trained(tmp_path, model, per_device_train_batch_size=4, label_smoothing_factor=0.1)
+    rows = Rows()
+    with torch.no_grad():
+        logits, targets = model.eval()(rows.ids).logits[:, :-1], rows.labels[:, 1:]
+        expected = F.cross_entropy(logits.mT, targets, label_smoothing=0.1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_adaptors_of_peft(tmp_path):
     peft = pytest.importorskip("peft", reason="needs the extra clients")
     config = peft.LoraConfig(
