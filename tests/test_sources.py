@@ -102,7 +102,7 @@ def test_hidden_files_are_left_out_and_told(parts):
     (parts / ".git").mkdir()
     (parts / ".git" / "config").write_bytes(A)
     (parts / ".hidden").write_bytes(A)
-    with pytest.warns(UserWarning, match="--data .*texts: 2 hidden files of it are left out"):
+    with pytest.warns(UserWarning, match="--data .*texts: hidden files are left out: 2"):
         assert len(expand([parts], "--data")) == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -167,7 +167,7 @@ PACKED = {
 def test_members_are_documents(tmp_path, out, name):
     """In the order of the archive, without the hidden ones."""
     (tmp_path / name).write_bytes(PACKED[name]({"z": A, ".x/y": b"hidden", "b": B, "c/d": b""}))
-    with pytest.warns(UserWarning, match=f"{name}: 1 hidden files of it are left out"):
+    with pytest.warns(UserWarning, match=f"{name}: hidden files are left out: 1"):
         corpus = prepared([tmp_path / name], out, separator=b"|")
     assert content_of(corpus) == A + b"|" + B + b"|"
     assert [path.name for path in out.iterdir()] == ["data.bin"]

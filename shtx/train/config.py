@@ -22,7 +22,7 @@ from shtx.train.data import Source, check_split
 from shtx.train.home import RUN, origin, settings
 from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
-from shtx.train.tokens import Tokens, description_of, smallest_dtype
+from shtx.train.tokens import Tokens, description_of, tokens_of
 
 IDENTITY = {"bytes": int, "sha256": str}  # of data, and of what is beside it in OTHERS
 OTHERS = {"val": "val_data", "test": "test_data"}  # of an identity, and their settings
@@ -242,13 +242,8 @@ class Config:
 
     def _check_data(self) -> None:
         unescape(self.separator)
-        vocabulary = self.model.num_tokens
-        if vocabulary is None and self.token_dtype:
-            raise TrainError(f"--token-dtype {self.token_dtype} takes --num-tokens")
-        if vocabulary is not None:
-            most = 2**16 if self.token_dtype == "uint16" else 2**32
-            if not 1 <= vocabulary <= most:
-                raise TrainError(f"--num-tokens must be 1 to {most:,}, got {vocabulary:,}")
+        if self.tokens is not None:
+            vocabulary = self.model.num_tokens
             if not self.data:
                 raise TrainError(f"--num-tokens {vocabulary} takes --data with token ids")
             for name in ("raw", "separator"):
@@ -279,9 +274,7 @@ class Config:
     @property
     def tokens(self) -> Tokens | None:
         """What the data holds, if it is token ids."""
-        if (vocabulary := self.model.num_tokens) is None:
-            return None
-        return Tokens(vocabulary, self.token_dtype or smallest_dtype(vocabulary))
+        return tokens_of(self.model.num_tokens, self.token_dtype)
 
     @property
     def unit(self) -> Unit:
