@@ -182,6 +182,10 @@ def test_packed_and_plain_files_become_one(parts, tmp_path, out, name, pack):
     corpus = prepared([parts / "a.txt", tmp_path / name, parts / "b"], out, separator=b"\n")
     assert content_of(corpus) == b"\n".join([A, TEXT, B])
     assert corpus.store.paths == [out / "data.bin"]
+    (out / "data.bin").write_bytes(b"")
+    with pytest.raises(DataChanged, match="--data .*run/data.bin: the bytes changed"):
+        corpus.check()
+    corpus = prepared([parts / "a.txt", tmp_path / name, parts / "b"], out, separator=b"\n")
     (tmp_path / name).unlink()  # what was unpacked is enough
     again = prepared([tmp_path / name], out, expected=corpus.identity)
     assert again.identity == corpus.identity
@@ -256,7 +260,8 @@ def test_order_of_batches_is_that_of_one_process(parts, out):
         expected = one.batch(seed, step, 12)
         for world in (1, 2, 3, 4):
             for _ in range(2):  # and whatever was drawn before
-                shares = [corpus.batch(seed, step, 12, rank, world) for rank in range(world)]
+                ranks = [pickle.loads(pickle.dumps(corpus)) for _ in range(world)]
+                shares = [c.batch(seed, step, 12, rank, world) for rank, c in enumerate(ranks)]
                 assert (np.concatenate(shares) == expected).all()
     assert (corpus.windows(9) == one.windows(9)).all()
 

@@ -76,6 +76,12 @@ def with_id(id, at):
     return ids.astype(np.uint16)
 
 
+def test_most_files_of_ids(file, out, monkeypatch):
+    monkeypatch.setattr("shtx.train.data.MAX_OPEN", 0)
+    with pytest.raises(TrainError, match="--data: at most 0 token files, got 1"):
+        prepared(file, out)
+
+
 BAD = {
     "beyond.bin": (with_id(V, 4321), "token 4,321 has id 300: ids must be in \\[0, 300\\)"),
     "beyond.npy": (with_id(999, 4999), "token 4,999 has id 999: ids must be in"),

@@ -254,7 +254,10 @@ class Config:
         check_split(self.split)
         given = " ".join(map(str, self.split))
         if self.val_data:
-            raise TrainError(f"--split {given}: --val-data takes the place of a part of --data")
+            raise TrainError(
+                f"--split {given}: --val-data takes the place of a part of --data; with --split None"
+                " all of that is trained on"
+            )
         if self.test_data and len(self.split) == 3:
             raise TrainError(f"--split {given}: its third share and --test-data are both the test")
 
