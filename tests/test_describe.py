@@ -12,6 +12,7 @@ import pytest
 from running import TINY, write_text
 
 from shtx.cli import main
+from shtx.train import visible
 from shtx.train.config import parse
 from shtx.train.describe import Documents
 from shtx.train.encode import pieces_of
@@ -181,12 +182,23 @@ def test_prepared_tokens(text, tokenizer, tmp_path, capsys, monkeypatch):
     assert main(["data", str(out)]) == 0
     assert "bytes per token" in capsys.readouterr().out
 
-    assert (
-        main(["train", *TINY, "--steps", "1", "--data", str(out), "--out", str(tmp_path / "run")])
-        == 0
-    )
+    train = ["train", *TINY, "--steps", "1", "--data", str(out), "--out", str(tmp_path / "run")]
+    assert main(train) == 0
     row = next(row for row in read(tmp_path / "run" / "metrics.jsonl") if "lr" in row)
     assert row["bits_per_byte"] == row["bits_per_token"] / beside["bytes_per_token"]
+    capsys.readouterr()
+    generate = ["generate", "--checkpoint", str(tmp_path / "run"), "--length", "8", "--seed", "0"]
+    assert main([*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line 5é"]) == 0
+    told = capsys.readouterr().out
+    ids = tokenizer.encode("line 5é").ids
+    assert main([*generate, "--prompt", " ".join(map(str, ids))]) == 0
+    ids = [int(word) for word in capsys.readouterr().out.split()]
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    assert told.startswith("line 5é") and visible(whole).startswith(told.rstrip("\n"))
+    other = json.loads(tokenizer.to_str()) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "t.json").write_text(json.dumps(other))
+    assert main([*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line"]) == 1
+    assert "t.json: is not the one that made the tokens of the run" in capsys.readouterr().err
     assert parse(["--data", str(out)])[0].model.num_tokens == beside["num_tokens"]
 
 
@@ -199,6 +211,12 @@ def test_pieces_end_before_the_end_of_a_line(monkeypatch):
     assert "".join(pieces) == text and len(pieces) > 30
     for piece in pieces[1:]:
         assert piece[0] == "\n" and text[text.index(piece) - 1].isalnum()
+
+
+def test_tokenizer_of_a_run_on_bytes(run, capsys):
+    command = ["generate", "--checkpoint", str(run), "--prompt", "x", "--tokenizer", "t.json"]
+    assert main(command) == 1
+    assert "--tokenizer t.json: the run was trained on bytes" in capsys.readouterr().err
 
 
 def test_prepare_names_its_extra(text, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import tarfile
 import warnings
 import zipfile
 from hashlib import sha256
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,6 +237,18 @@ def test_zst_names_its_extra(tmp_path, out, monkeypatch):
     (tmp_path / "x").write_bytes(b"\x28\xb5\x2f\xfd" + A)
     with pytest.raises(TrainError, match=r'takes Python 3.14 or pip install "shtx\[zstd\]"'):
         prepared([tmp_path / "x"], out)
+
+
+def test_zst_of_pythons_own(tmp_path, out, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    own = SimpleNamespace(
+        ZstdDecompressor=lambda: zstandard.ZstdDecompressor().decompressobj(),
+        ZstdError=zstandard.ZstdError,
+    )
+    monkeypatch.setitem(sys.modules, "compression", SimpleNamespace(zstd=own))
+    (tmp_path / "x.zst").write_bytes(zst_of(TEXT))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert content_of(prepared([tmp_path / "x.zst"], out)) == TEXT
 
 
 def test_any_file_that_changes_is_found(parts, out):

@@ -161,6 +161,8 @@ class Config:
     """Of the token ids; None: uint16 where --num-tokens allows it."""
     bytes_per_token: tyro.conf.Suppress[float | None] = None
     """In the mean over --data, where `shtx data prepare` has left it."""
+    tokenizer: tyro.conf.Suppress[str | None] = None
+    """The sha256 of the tokenizer that made the token ids, where `shtx data prepare` has."""
     raw: bool = False
     """Take the bytes of files as they are, packed or not."""
     preset: Literal["cpu", "gpu", "enwik8"]
@@ -255,8 +257,8 @@ class Config:
         given = " ".join(map(str, self.split))
         if self.val_data:
             raise TrainError(
-                f"--split {given}: --val-data takes the place of a part of --data; with --split None"
-                " all of that is trained on"
+                f"--split {given}: --val-data takes the place of a part of --data; --split None"
+                " leaves that whole"
             )
         if self.test_data and len(self.split) == 3:
             raise TrainError(f"--split {given}: its third share and --test-data are both the test")
@@ -526,6 +528,7 @@ def described(config: Config) -> Config:
         model=replace(config.model, num_tokens=tokens.num_tokens),
         token_dtype=tokens.dtype,
         bytes_per_token=found.bytes / found.count,
+        tokenizer=found.tokenizer,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 import tyro
 
 from shtx.train import TrainError, visible
-from shtx.train.config import of
+from shtx.train.config import Config, of
+from shtx.train.encode import load_tokenizer, sha256_of
 from shtx.train.run import find_device
 from shtx.train.trainer import load_model
 
@@ -30,8 +31,11 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
     prompt: str
-    """What the text begins with, in UTF-8; for a model of token ids, some of them with spaces
-    between them, and what is printed are token ids, too."""
+    """What the text begins with, in UTF-8; for a model of token ids without --tokenizer, some of
+    them with spaces between them."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH|NAME")] = None
+    """The tokenizer of a model of token ids, as `shtx data prepare` takes it; None: what is printed
+    are token ids, too."""
     length: int = 512
     """Bytes, or tokens, to sample."""
     temperature: float = 0.8
@@ -65,8 +69,14 @@ def main(argv: list[str]) -> int:
     device = find_device(options.device, "--device cpu needs none")
     model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    of_bytes = of(checkpoint).tokens is None
-    prompt = os.fsencode(options.prompt) if of_bytes else ids_of(options.prompt, model.num_tokens)
+    config, tokenizer = of(checkpoint), None
+    if options.tokenizer:
+        tokenizer = tokenizer_of(config, options.tokenizer)
+        prompt = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    elif config.tokens is None:
+        prompt = os.fsencode(options.prompt)
+    else:
+        prompt = ids_of(options.prompt, model.num_tokens)
     try:
         tokens = model.generate(
             torch.tensor([list(prompt)], device=device),
@@ -81,19 +91,32 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError) as error:
         raise TrainError(str(error)) from error
 
-    if not of_bytes:
-        print(*prompt, end="", flush=True)
-        for ids in tokens:
-            print(f" {ids.item()}", end="", flush=True)
-        print()
-        return 0
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     show = lambda chunk: print(visible(chunk), end="", flush=True)
-    show(text.decode(prompt))
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    if tokenizer:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        shown = lambda ids: "".join(stream.step(tokenizer, id) or "" for id in ids)
+    elif config.tokens is None:
+        shown = lambda ids: text.decode(bytes(ids))
+    else:
+        shown = lambda ids: "".join(f"{id} " for id in ids)
+    show(shown(list(prompt)))
     for ids in tokens:
-        show(text.decode(bytes(ids.tolist())))
+        show(shown(ids.tolist()))
     print(visible(text.decode(b"", final=True)))
     return 0
+
+
+def tokenizer_of(config: Config, name: str):
+    """The tokenizer that --tokenizer names, if it is that of the run."""
+    if config.tokens is None:
+        raise TrainError(f"--tokenizer {name}: the run was trained on bytes")
+    tokenizer = load_tokenizer(name)
+    if config.tokenizer not in (None, sha256_of(tokenizer)):
+        raise TrainError(f"--tokenizer {name}: is not the one that made the tokens of the run")
+    return tokenizer
 
 
 def ids_of(prompt: str, num_tokens: int) -> list[int]:
