@@ -75,19 +75,19 @@ def print_table(argv: list[str]):
     )
     add = parser.add_argument
     add("files", nargs="*", type=Path, help="to be joined; default: benchmarks/results/*.json")
-    where = "train steps and generation of the first file's machine go between README's markers,"
-    where += " all else between REST's"
-    add("--write", type=Path, nargs=2, metavar=("README", "REST"), help=where)
+    where = "the first file's train steps at a glance go between README's markers, all tables"
+    where += " between ALL's"
+    add("--write", type=Path, nargs=2, metavar=("README", "ALL"), help=where)
     add("--out", type=Path, metavar="DIR", help="for the joined results.json and its charts")
     options = parser.parse_args(argv)
     files = options.files or sorted((HERE / "results").glob("*.json"))
     if not files:
         sys.exit("benchmarks/results has no JSON file")
     machines = report.by_machine(map(report.read, files))
-    print("\n\n".join(map(report.tables, machines)))
-    shown, rest = report.split(machines[0])
-    for page, results in zip(options.write or (), ([shown], [rest, *machines[1:]]), strict=False):
-        text = "\n\n".join(report.tables(each) for each in results if each["rows"])
+    tables = "\n\n".join(map(report.tables, machines))
+    print(tables)
+    texts = report.glance(machines[0]), tables
+    for page, text in zip(options.write or (), texts, strict=False):
         try:
             report.write(page, report.splice(page.read_text(), text))
         except OSError as error:

@@ -29,13 +29,13 @@ ALL, KERNEL = "products and all", "kernel alone"
 
 
 def time_kernel(benchmark, B: int, M: int, D: int) -> list[float]:
-    from shtx_kernels.hierarchical_ar_loss import launch
+    from shtx_kernels.hierarchical_ar_loss import launch_pairs
 
     total = torch.ones((), device=DEVICE)
     draw = lambda: torch.randn(B * M, D, dtype=DTYPE, device=DEVICE)
     sets = [(draw(), draw()) for _ in range(copies(2 * B * M * D * DTYPE.itemsize))]
-    forward = graphed([lambda s=s: launch(*s, M) for s in sets])
-    backward = graphed([lambda s=s: launch(*s, M, total) for s in sets])
+    forward = graphed([lambda s=s: launch_pairs(*s, M) for s in sets])
+    backward = graphed([lambda s=s: launch_pairs(*s, M, total) for s in sets])
     return [ms / len(sets) for ms in median_ms(benchmark, forward, backward)]
 
 

@@ -19,7 +19,6 @@ TITLES = {
     f" of E {CONFIGS['E'].model['depth']} layers on one GPU, {SHARDED['E']} on several",
     "generate": "Generation, as calls repeat; floor: weights of a token at the speed of a copy",
 }
-HEADLINES = ("model", "generate")  # which README shows
 PARTS_TITLE = "What the kernels of the fused train step take"
 OP_TITLE = "{}; copy: the row of that name, which moves as many bytes, else the copy above"
 PRODUCTS_TITLE = "{}, forward and backward; cublas: its products alone, {}"
@@ -95,14 +94,6 @@ def by_machine(files: Iterable[dict]) -> list[dict]:
         machine = tuple(results["machine"].items())
         joined[machine] = join(joined[machine], results) if machine in joined else results
     return list(joined.values())
-
-
-def split(results: dict) -> tuple[dict, dict]:
-    """What README shows, and the rest."""
-    shown, rest = [], []
-    for row in results["rows"]:
-        (shown if row["bench"] in HEADLINES else rest).append(row)
-    return results | {"rows": shown}, results | {"rows": rest}
 
 
 # tables
@@ -294,8 +285,8 @@ def fastest_first(rows: list[dict]) -> list[dict]:
 
 
 def aligned(lines: list[dict]) -> str:
-    """A Markdown table that reads as plain text, too."""
-    heads = list(lines[0])
+    """A Markdown table that reads as plain text, too, without columns that have nothing."""
+    heads = [head for head in lines[0] if any(line[head] != "-" for line in lines)]
     cells = [heads, *([line[head] for head in heads] for line in lines)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     is_number = [head.endswith(")") for head in heads]
@@ -343,6 +334,28 @@ def tables(results: dict) -> str:
             text += [f"**{PARTS_TITLE} ({commits(profiled)})**"]
             text += [aligned([parts_line(row) for row in profiled])]
     return "\n\n".join(filter(None, text))
+
+
+def glance(results: dict) -> str:
+    """What README shows: train steps beside those of upstream and of the best of plain PyTorch."""
+    models = [row for row in results["rows"] if row["bench"] == "model" and "error" not in row]
+    lines = []
+    for row in fastest_first([row for row in models if row["provider"] == "fused"]):
+        upstream, compiled = (
+            find(models, row, provider).get("ms") for provider in ("upstream", "repaired-compiled")
+        )
+        lines.append(
+            {
+                "config": row["config"],
+                "upstream (ms)": number(upstream),
+                "best compiled PyTorch (ms)": number(compiled),
+                "shtx (ms)": number(row["ms"]),
+                "over upstream (x)": number(ratio(upstream, row["ms"])),
+                "over compiled (x)": number(ratio(compiled, row["ms"])),
+                "throughput (tokens/s)": number(row["tokens_per_s"]),
+            }
+        )
+    return "\n\n".join([f"{title(results)} ({results['date']})", *([aligned(lines)] * bool(lines))])
 
 
 def splice(page: str, text: str) -> str:

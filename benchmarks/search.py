@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,12 +28,11 @@ from triton.runtime import driver
 
 from benchmarks.bench_ceilings import machine
 from benchmarks.timing import graphed
-from shtx_kernels import _launch, reference
-from shtx_kernels.rotary_attention import library, tiles
+from shtx_kernels import launch, reference
+from shtx_kernels.rotary_attention import library, rotations, tiles
 
-NORM = sys.modules["shtx_kernels.norm_token_shift"]
+NORM = import_module("shtx_kernels.norm_token_shift")  # the attribute of that name is the op
 STAY = ExitStack()  # of a process that compiles
-ATTENTION = sys.modules["shtx_kernels.rotary_attention"]
 FORWARDS = FORWARD, FORWARD_BY_TILES = "forward", "forward_by_tiles"
 BY_TILES = "backward_by_tiles"
 BY_KEYS, BY_QUERIES = "backward_by_keys", "backward_by_queries"
@@ -109,7 +109,7 @@ def compile_only(job: tuple[str, Case, dict]) -> str | None:
     setattr(tiles, kernel, lambda *_: sizes)
     qkv = torch.empty(case.B, case.M, 3 * case.H * case.E, dtype=torch.bfloat16)
     try:
-        table = ATTENTION.make_table(qkv, case.E, case.M)
+        table = rotations.make_table(qkv, case.E, case.M)
         out, lse, _ = torch.ops.shtx.rotary_attention(qkv, table, *case.options)
         if kernel not in FORWARDS:
             torch.ops.shtx.rotary_attention_bwd(qkv, table, out, lse, out, *case.options)
@@ -126,7 +126,7 @@ def without_a_gpu(capability: int):
         get_current_stream = staticmethod(lambda device: 0)
 
     driver.set_active(NoDevice())
-    STAY.enter_context(_launch.compile_only())
+    STAY.enter_context(launch.compile_only())
 
 
 def time_ms(calls: list[Callable]) -> float:
@@ -158,7 +158,7 @@ def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> di
     """Time of forward, or of the whole backward, and its relative error."""
     setattr(tiles, kernel, lambda *_: sizes)
     row = dict(kernel=kernel, **case._asdict(), **sizes)
-    table = ATTENTION.make_table(sets[0][0], case.E, case.M)
+    table = rotations.make_table(sets[0][0], case.E, case.M)
     forward = lambda qkv: torch.ops.shtx.rotary_attention(qkv, table, *case.options)
     backward = lambda qkv, *saved: torch.ops.shtx.rotary_attention_bwd(
         qkv, table, *saved, *case.options
@@ -204,8 +204,7 @@ def search_norm() -> list[dict]:
                 sizes[f"{kernel.upper()}_TILE"] = tile
                 for name, value in sizes.items():
                     setattr(NORM, name, value)
-                NORM._kernel_of_fwd.cache_clear()
-                NORM._kernel_of_bwd.cache_clear()
+                NORM._kernel_of.cache_clear()
                 row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D) | sizes
                 tried.append(row | dict(ms=time_ms(calls)))
             rows += sorted(tried, key=lambda row: row["ms"])
@@ -214,8 +213,7 @@ def search_norm() -> list[dict]:
                 print(f"  {row['ms']:7.4f} ms  { ({name: row.get(name) for name in names}) }")
     for name, value in shipped.items():
         setattr(NORM, name, value)
-    NORM._kernel_of_fwd.cache_clear()
-    NORM._kernel_of_bwd.cache_clear()
+    NORM._kernel_of.cache_clear()
     return rows
 
 

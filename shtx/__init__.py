@@ -7,18 +7,22 @@ if TYPE_CHECKING:
     from shtx.levels import Level
     from shtx.model import HierarchicalTransformer
     from shtx.train_step import TrainStep
+    from shtx.upstream import from_upstream
 
-__all__ = ["HierarchicalTransformer", "Level", "TrainStep"]
+__all__ = ["HierarchicalTransformer", "Level", "TrainStep", "from_upstream"]
 __version__ = "0.1.0"
+
+MODULES = {
+    "HierarchicalTransformer": "model",
+    "Level": "levels",
+    "TrainStep": "train_step",
+    "from_upstream": "upstream",
+}
 
 
 def __getattr__(name: str):
     """On first use: the command answers, and takes signals, before PyTorch is loaded."""
-    if name.startswith("_"):
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in ("levels", "model", "train_step"):
-        module = import_module(f"{__name__}.{module}")
-        globals().update({k: v for k, v in vars(module).items() if k in __all__})
-    if name not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+    globals()[name] = value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return value

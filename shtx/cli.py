@@ -9,6 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
+from shtx import __version__
 from shtx.train import OUT_OF_MEMORY, TrainError, visible
 from shtx.train.stop import SIGNALS, Stop, name
 
@@ -25,13 +26,14 @@ MODULES = {
 
 HELP = """\
 usage: shtx {train,warmup,generate,eval,data,convert,info} [options]
+       shtx --version
 
   train      train a byte-level hierarchical transformer, from nothing or from a checkpoint
   warmup     compile ahead what a training with the same options would compile
   generate   text from a checkpoint, as it is sampled
   eval       bits per byte of a checkpoint's model over a file
   data       what files to train on hold; `shtx data prepare` makes token ids of them
-  convert    weights for the other version of simple-hierarchical-transformer
+  convert    weights for the other version of simple-hierarchical-transformer, or transformers
   info       versions, device, which ops run fused; --check compares them with their references,
               --checkpoint names what of a checkpoint's model does not
 
@@ -78,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
 def dispatch(verb: str, *rest: str) -> int:
     if verb in ("-h", "--help"):
         print(HELP, end="")
+        return 0
+    if verb == "--version":
+        print(f"shtx {__version__}")
         return 0
     if verb not in MODULES:
         *others, last = MODULES

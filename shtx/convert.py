@@ -38,7 +38,8 @@ def convert(
     Args:
         state: a state_dict, which stays as it is.
         to: "0.2.0" or "0.4.0".
-        dynamics_hidden_dim, dynamics_num_layers: arguments of the 0.4.0 model that is to load it.
+        dynamics_hidden_dim: that argument of the 0.4.0 model that is to load it.
+        dynamics_num_layers: the same.
         seed: of the weights that are new.
 
     Returns:

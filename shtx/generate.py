@@ -27,7 +27,9 @@ SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have 
 CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
 OVERFLOWS = ("rebuild", "error", "stream")
 # of generate and of model.forward, what is no keyword of a call of generate
-NO_KEYWORDS = {"self", "ids", "plan", "return_loss", "loss_reduction", "model", "kwargs"}
+NO_KEYWORDS = {
+    *("self", "ids", "plan", "return_loss", "labels", "loss_reduction", "model", "kwargs"),
+}
 
 _decoders = WeakKeyDictionary()  # model: {key: sampler}, oldest first; not on the model: copies
 _decoders_lock = threading.Lock()
@@ -61,6 +63,7 @@ def generate(
     sizes, until the model is gone. With hooks, compiled modules or FSDP the step alone has one.
 
     Args:
+        model: whose method this is.
         prompt: (B, T) integers in [0, num_tokens), T >= 1, or a list of B tensors (T,) whose
             lengths may differ. Of a prompt longer than model.seq_len the last tokens count.
         seq_len: how many tokens to sample.

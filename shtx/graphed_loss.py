@@ -19,13 +19,23 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from shtx.graphs import MAX_GRAPHS, Graphs
+from shtx.internals import (
+    TreeSpec,
+    copy_all,
+    count_dispatch_modes,
+    count_holders,
+    is_managed_by_fsdp,
+    packs_saved_tensors,
+    parameters_of,
+    storage_of,
+    transforms_active,
+    tree_flatten,
+    tree_unflatten,
+)
 from shtx.ops import FUSED, compile_ahead
 from shtx.plan import is_sharded
-
-holders = torch._C._storage_Use_Count
 
 
 @dataclass
@@ -34,7 +44,8 @@ class Captured:
 
     Attributes:
         parameters: that are trained.
-        ids, grad_outputs: to be written before a replay of the forward, of the backward.
+        ids, labels, grad_outputs: to be written before a replay of the forward, of the backward;
+            labels are None where they are the ids.
         outputs, spec: what a replay of the forward writes, flat, and how a forward returns it.
         differentiable: which outputs have a gradient.
         gradients: of parameters, which a replay of the backward writes; None where there is none.
@@ -43,6 +54,7 @@ class Captured:
 
     parameters: list[Parameter]
     ids: Tensor
+    labels: Tensor | None
     grad_outputs: list[Tensor]
     forward: torch.cuda.CUDAGraph
     outputs: list[Tensor]
@@ -54,8 +66,8 @@ class Captured:
     def __post_init__(self):
         pairs = zip(self.parameters, self.gradients, strict=True)
         self.places = [(p, g.data_ptr()) for p, g in pairs if g is not None]
-        storages = [g.untyped_storage()._cdata for g in self.gradients if g is not None]
-        self.memory = [(storage, holders(storage)) for storage in storages]
+        storages = [storage_of(g) for g in self.gradients if g is not None]
+        self.memory = [(storage, count_holders(storage)) for storage in storages]
 
     def take_back(self) -> bool:
         """Give gradients that are still in `.grad` memory of their own; return whether nobody else
@@ -64,10 +76,10 @@ class Captured:
         kept = [p for p, at in self.places if p.grad is not None and p.grad.data_ptr() == at]
         if kept:
             moved = [torch.empty_like(p.grad) for p in kept]
-            torch._foreach_copy_(moved, [p.grad for p in kept])
+            copy_all(moved, [p.grad for p in kept])
             for p, gradient in zip(kept, moved, strict=True):
                 p.grad = gradient
-        return all(holders(storage) == before for storage, before in self.memory)
+        return all(count_holders(storage) == before for storage, before in self.memory)
 
 
 class Turn:
@@ -103,19 +115,23 @@ class GraphedLoss:
         self.given = None  # the Captured whose gradients were given away last
         self.compiled, self._warned = False, set()
 
-    def __call__(self, model: Module, ids: Tensor, loss_reduction: str):
+    def __call__(self, model: Module, ids: Tensor, labels: Tensor | None, loss_reduction: str):
         """Return what a forward returns; None where it has to run eagerly."""
         with self.lock, torch.cuda.device_of(ids):
-            captured = self._captured(model, ids, loss_reduction)
+            captured = self._captured(model, ids, labels, loss_reduction)
             if captured is None:
                 return None
             captured.ids.copy_(ids)
+            if labels is not None:
+                captured.labels.copy_(labels)
             turn = Turn(self, captured)
             self.last = ref(turn)
             outputs = _Replay.apply(turn, *captured.parameters)
         return tree_unflatten(list(outputs), captured.spec)
 
-    def _captured(self, model: Module, ids: Tensor, loss_reduction: str) -> Captured | None:
+    def _captured(
+        self, model: Module, ids: Tensor, labels: Tensor | None, loss_reduction: str
+    ) -> Captured | None:
         graphs, kind = self.graphs, ids.device.type
         if not graphs.hold(model):
             self.given = None
@@ -145,12 +161,12 @@ class GraphedLoss:
             )
             return None
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        key = ids.shape, loss_reduction, autocast
+        key = ids.shape, labels is None, loss_reduction, autocast
         name = f"a forward of ids of shape {tuple(ids.shape)}"
-        captured = graphs.get(key, lambda: self._capture(model, ids, loss_reduction), name)
+        captured = graphs.get(key, lambda: self._capture(model, ids, labels, loss_reduction), name)
         if captured is None and not self.compiled and model.ops_for(ids.device) is FUSED:
             # on what the second turn has, too; the first one, which computes, follows
-            work = _Work(model, ids, loss_reduction, graphs.structure.trained)
+            work = _Work(model, ids, labels, loss_reduction, graphs.structure.trained)
             compile_ahead(lambda: (work.forward(), work.backward()))
             self.compiled = True
         return captured
@@ -160,9 +176,13 @@ class GraphedLoss:
             self._warned.add(message)
             warnings.warn(message, stacklevel=6)
 
-    def _capture(self, model: Module, ids: Tensor, loss_reduction: str) -> Captured:
+    def _capture(
+        self, model: Module, ids: Tensor, labels: Tensor | None, loss_reduction: str
+    ) -> Captured:
         ids = ids.clone(memory_format=torch.contiguous_format)
-        work = _Work(model, ids, loss_reduction, self.graphs.structure.trained)
+        if labels is not None:
+            labels = labels.clone(memory_format=torch.contiguous_format)
+        work = _Work(model, ids, labels, loss_reduction, self.graphs.structure.trained)
         forward, outputs = self.graphs.capture(work.forward)
         own = set(work.own.values())
         if any(leaf not in own for leaf in leaves(work.outputs)):
@@ -171,6 +191,7 @@ class GraphedLoss:
         return Captured(
             work.parameters,
             ids,
+            labels,
             work.grad_outputs,
             forward,
             outputs,
@@ -195,7 +216,7 @@ class GraphedLoss:
                 )
             pairs = zip(grad_outputs, captured.differentiable, strict=True)
             needed = [gradient for gradient, has in pairs if has]
-            torch._foreach_copy_(captured.grad_outputs, needed)
+            copy_all(captured.grad_outputs, needed)
             self.graphs.replay(captured.backward)
             turn.done, self.given = True, captured
             # of detached tensors, which nobody else has, autograd takes the memory for .grad
@@ -220,8 +241,15 @@ class _Work:
     tensors of the same memory, which have no hooks, and no part in the user's autograd graph.
     """
 
-    def __init__(self, model: Module, ids: Tensor, loss_reduction: str, trained: list[Parameter]):
-        self.model, self.ids, self.loss_reduction = model, ids, loss_reduction
+    def __init__(
+        self,
+        model: Module,
+        ids: Tensor,
+        labels: Tensor | None,
+        loss_reduction: str,
+        trained: list[Parameter],
+    ):
+        self.model, self.ids, self.labels, self.loss_reduction = model, ids, labels, loss_reduction
         self.parameters = trained
         self.own = {p: Parameter(p.detach()) for p in trained}
         self.outputs = self.grad_outputs = None
@@ -229,7 +257,7 @@ class _Work:
     def forward(self) -> list[Tensor]:
         torch.clear_autocast_cache()  # a region that is open has copies of weights in it
         with self._own_parameters():
-            options = dict(return_loss=True, loss_reduction=self.loss_reduction)
+            options = dict(return_loss=True, loss_reduction=self.loss_reduction, labels=self.labels)
             plan = self.model.plan(checked=True)
             outputs = type(self.model).forward(self.model, self.ids, **options, plan=plan)
         torch.clear_autocast_cache()
@@ -262,10 +290,11 @@ class _Work:
         replaced = []
         try:
             for module in self.model.modules():
-                for name, p in module._parameters.items():
+                parameters = parameters_of(module)
+                for name, p in parameters.items():
                     if (own := self.own.get(p)) is not None:
-                        replaced.append((module._parameters, name, p))
-                        module._parameters[name] = own
+                        replaced.append((parameters, name, p))
+                        parameters[name] = own
             yield
         finally:
             for parameters, name, p in replaced:
@@ -276,9 +305,9 @@ _graphed = WeakKeyDictionary()  # model: GraphedLoss; not on the model: copies a
 _lock = threading.Lock()
 
 
-def replay(model: Module, ids: Tensor, loss_reduction: str):
-    """Return what `model(ids, return_loss=True, loss_reduction=...)` does, by graphs; None where it
-    has to run eagerly: where nothing is trained, on a CPU, or where someone looks at its ops.
+def replay(model: Module, ids: Tensor, labels: Tensor | None, loss_reduction: str):
+    """Return what `model(ids, return_loss=True, ...)` does, by graphs; None where it has to run
+    eagerly: where nothing is trained, on a CPU, or where someone looks at its ops.
 
     Raises:
         TypeError, ValueError: as a forward; ValueError, too, for a model under FSDP.
@@ -286,17 +315,19 @@ def replay(model: Module, ids: Tensor, loss_reduction: str):
     if (
         torch.compiler.is_compiling()
         or not (model.training and torch.is_grad_enabled() and runs_graphs(model.device))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or count_dispatch_modes()
+        or transforms_active()
+        or packs_saved_tensors(ignore_tracing=False)
     ):
         return None
-    ids = model.check_ids(ids, return_loss=True, checked=not model.checked)
+    checked = not model.checked
+    ids = model.check_ids(ids, return_loss=True, checked=checked)
+    labels = None if labels is None else model.check_labels(labels, ids, checked)
     with _lock:
         graphed = _graphed.get(model)
         if graphed is None or graphed.device != ids.device:
             graphed = _graphed[model] = GraphedLoss(ids.device)
-    return graphed(model, ids, loss_reduction)
+    return graphed(model, ids, labels, loss_reduction)
 
 
 def runs_graphs(device: torch.device) -> bool:
@@ -305,5 +336,5 @@ def runs_graphs(device: torch.device) -> bool:
 
 def is_managed(model: Module) -> bool:
     """Return whether FSDP, of either kind, has a model's parameters in its hands."""
-    managed = any("_is_fsdp_managed_module" in vars(module) for module in model.modules())
+    managed = any(map(is_managed_by_fsdp, model.modules()))
     return managed or any(map(is_sharded, model.parameters()))

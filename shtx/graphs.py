@@ -18,17 +18,22 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from shtx.internals import (
+    HOOKS,
+    KEPT,
+    PARAMETER_HOOKS,
+    any_global_hooks,
+    end_allocations,
+    modules_of,
+)
 from shtx.ops import matmul_precision
-from shtx.plan import FORWARDS, HOOKS, OPTIONS, any_global_hooks, look
+from shtx.plan import FORWARDS, OPTIONS, look
 
 # in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
 # failed, so it stays eager.
 ONCE, NEVER = "once", "never"
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
-
-KEPT = ("_modules", "_parameters", "_buffers")
-PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def run_aside(function: Callable, stream: torch.cuda.Stream) -> Any:
@@ -133,7 +138,7 @@ class Graphs:
         numbers as if it went on; the end of one that succeeds is what the generator waits for.
         """
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            end_allocations(self.stream.device_index, self.pool)
         self.pool = None
         with suppress(RuntimeError), torch.cuda.stream(self.stream):
             spare = torch.zeros(1, device=self.stream.device)
@@ -161,8 +166,8 @@ def comparable(value: Any) -> Any:
 def changeable(model: Module) -> Iterator[Module]:
     """Yield the modules that are a tool's: their attributes may change in any way."""
     for module in model.modules():
-        if "parametrizations" in module._modules:
-            yield from module._modules["parametrizations"].modules()
+        if (tools := modules_of(module).get("parametrizations")) is not None:
+            yield from tools.modules()
     for module in look(model).called:
         yield from module.modules()
 

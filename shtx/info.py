@@ -5,25 +5,47 @@ import argparse
 import math
 import os
 import platform
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx import HierarchicalTransformer, __version__, ops
 from shtx.decode import Decoder
+from shtx.internals import tree_leaves, tree_map_only
+from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.plan import unfused
 
 # relative to the reference's norm; fp32 differs in the order of sums alone
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-# between them they call every op
+# Between them they call every op.
 MODELS = (
-    dict(dim=(32, 48, 64), hierarchies=(1, 2, 8), hierarchical_stride=(1, 1, 4), window_sizes=8),
-    dict(dim=48, hierarchies=(1, 4), hierarchy_merge_all=True, predict_use_all_hierarchy=True),
+    partial(
+        HierarchicalTransformer,
+        dim=(32, 48, 64),
+        hierarchies=(1, 2, 8),
+        hierarchical_stride=(1, 1, 4),
+        window_sizes=8,
+    ),
+    partial(
+        HierarchicalTransformer,
+        dim=48,
+        hierarchies=(1, 4),
+        hierarchy_merge_all=True,
+        predict_use_all_hierarchy=True,
+    ),
+    partial(
+        NextLatentTransformer,
+        dim=(32, 48),
+        hierarchies=(1, 2),
+        window_sizes=8,
+        num_rollouts=2,
+        detach_summaries=False,
+    ),
 )
 
 
@@ -121,7 +143,7 @@ def check(device: torch.device) -> int:
     failed = False
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         errors = compare(device, dtype)
-        for name in errors:
+        for name in sorted(errors, key=lambda name: ("." in name, name)):
             error = max(errors[name], key=lambda e: (math.isnan(e), e))
             agrees = error <= ALLOWED[dtype]
             failed |= not agrees
@@ -136,12 +158,13 @@ def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     """The relative errors of each fused op, of all values and gradients in small models' losses,
     and of what each op of a token writes while they generate.
     """
-    errors = {name: [] for name in (*ops.FUSED_OPS, *map("decode.{}".format, ops.TOKEN_OPS))}
+    errors = {}
 
     def note(name: str, ours: list[Tensor], theirs: list[Tensor]):
         for a, b in zip(ours, theirs, strict=True):
             a, b = a.double(), b.double()
-            errors[name].append(((a - b).norm() / b.norm().clamp(min=1e-30)).item())
+            error = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+            errors.setdefault(name, []).append(error)
 
     def both(name: str):
         fused, reference = getattr(ops.FUSED, name), getattr(ops.REFERENCE, name)
@@ -170,9 +193,8 @@ def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
     compared["decode"] = SimpleNamespace(**{n: both_of_a_token(n) for n in ops.TOKEN_OPS})
     namespace = SimpleNamespace(**vars(ops.REFERENCE) | compared)
     torch.manual_seed(0)
-    for arguments in MODELS:
-        model = HierarchicalTransformer(num_tokens=256, depth=1, seq_len=64, heads=2, **arguments)
-        model.to(device)
+    for make in MODELS:
+        model = make(num_tokens=256, depth=1, seq_len=64, heads=2).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             ids = torch.randint(0, 256, (2, 64), device=device)
             model(ids, return_loss=True, plan=model.plan(namespace))

@@ -4,30 +4,37 @@ They are drawn on the CPU, a module at a time and in the order in which the mode
 a seed gives the same numbers everywhere, and no host needs room for more than one module.
 """
 
+from collections.abc import Callable
 from copy import copy
+from typing import Any
 
 import torch
 from local_attention.rotary import SinusoidalEmbeddings
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from shtx.internals import buffers_of, parameters_of, put
 from shtx.plan import is_sharded
 
 
 @torch.no_grad()
-def draw(module: Module) -> None:
+def draw(module: Module, write: Callable[[Tensor, Tensor], Any] | None = None) -> None:
     """Write initial values into the tensors that a module has itself.
+
+    Args:
+        write: is called with each tensor and its values; None: `fill`.
 
     Raises:
         TypeError: it has some, and nothing tells their initial values.
     """
-    places = {**module._parameters, **module._buffers}
+    write = write or fill
+    places = {**parameters_of(module), **buffers_of(module)}
     places = {name: tensor for name, tensor in places.items() if tensor is not None}
     if not places:
         return
     made = _anew(module)
     for name, place in places.items():
-        fill(place, getattr(made, name).detach())
+        write(place, getattr(made, name).detach())
 
 
 @torch.no_grad()
@@ -54,9 +61,10 @@ def _anew(module: Module) -> Module:
         )
     made = copy(module)
     empty = lambda t: None if t is None else torch.empty(t.shape, device="cpu")
-    made._buffers = {name: empty(t) for name, t in module._buffers.items()}
-    made._parameters = {
-        name: None if p is None else Parameter(empty(p)) for name, p in module._parameters.items()
+    parameters = {
+        name: None if p is None else Parameter(empty(p))
+        for name, p in parameters_of(module).items()
     }
+    put(made, parameters, {name: empty(t) for name, t in buffers_of(module).items()})
     made.reset_parameters()
     return made

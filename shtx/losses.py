@@ -14,6 +14,8 @@ from torch.nn import Module
 from shtx.ops import cosine_distance, cross_entropy, windows
 from shtx.plan import Plan
 
+LEFT_OUT = -100  # a label, besides ignore_index: what PyTorch's losses leave out by default
+
 Pair = tuple[Tensor, Tensor]  # sum and count: 0-dim, or one for each column of a term
 
 
@@ -38,7 +40,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         ids: (B, N) that were read.
-        labels: (B, N), of which each follows on its id.
+        labels: (B, N), of which each follows on its id; those of ignore_index are left out.
         predicting: (B, N, D), what logits are made of.
         embeds: the levels as they leave the last layer, normalized.
         token_embeds: (B, N, D) embeddings of ids; None where no module had to be called for them.
@@ -52,7 +54,7 @@ class Inputs(NamedTuple):
 
 
 class NextToken:
-    """Cross entropy of every token given those before it."""
+    """Cross entropy of every label given the tokens before it. No other loss reads labels."""
 
     @staticmethod
     def count(model: Module, term: Term, ids: Tensor, labels: Tensor) -> Tensor:

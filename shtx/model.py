@@ -47,6 +47,24 @@ def _(ids, num_tokens):
     return torch.empty_like(ids, dtype=torch.long)
 
 
+@torch.library.custom_op("shtx::checked_labels", mutates_args=())
+def checked_labels(labels: Tensor, num_tokens: int, ignore_index: int) -> Tensor:
+    """labels as int64, every one that counts in [0, num_tokens). An op, as `checked_ids`."""
+    labels = labels.to(torch.long, copy=True)
+    wrong = ((labels < 0) | (labels >= num_tokens)) & (labels != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"labels must be in [0, num_tokens) = [0, {num_tokens}), {losses.LEFT_OUT} or"
+            f" ignore_index, {ignore_index}, got {int(labels[wrong][0])}"
+        )
+    return labels
+
+
+@checked_labels.register_fake
+def _(labels, num_tokens, ignore_index):
+    return torch.empty_like(labels, dtype=torch.long)
+
+
 class Trunk(Layer):
     """Holds what models of every interface share: all but arguments, returns and losses.
 
@@ -258,6 +276,32 @@ class Trunk(Layer):
                 return checked_ids(ids, self.num_tokens)
         return ids.long()
 
+    def check_labels(self, labels: Tensor, ids: Tensor, checked: bool = False) -> Tensor:
+        """labels as int64, those that are left out as ignore_index, or an error that says what is
+        wrong with them.
+
+        Args:
+            ids: (B, N), of which the labels are.
+            checked: whether labels are known to be in range.
+        """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor of integers, got {type(labels).__name__}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be a tensor of integers, got {labels.dtype}")
+        if labels.shape != ids.shape:
+            raise ValueError(
+                f"labels must have the shape of ids, {tuple(ids.shape)}, one for each, got"
+                f" {tuple(labels.shape)}"
+            )
+        if labels.device != ids.device:
+            raise ValueError(f"labels must be on the model's {ids.device}, got {labels.device}")
+        labels = labels.long()
+        labels = labels.masked_fill(labels == losses.LEFT_OUT, self.ignore_index)
+        if not checked and (ids.device.type == "cpu" or self.checked):
+            if not torch.compiler._is_exporting_flag:  # see check_ids
+                return checked_labels(labels, self.num_tokens, self.ignore_index)
+        return labels
+
     def run_block(self, block: HierarchicalBlock, x: Tensor, branch: Tensor | None, plan: Plan):
         def run(x, branch):
             if plan.reads(block):
@@ -299,22 +343,24 @@ class Trunk(Layer):
         return_logits_and_embeds: bool = False,
         ablate_hierarchical_merge: bool,
         loss_reduction: str,
+        labels: Tensor | None,
         plan: Plan | None,
     ):
         """A forward, see those of subclasses."""
+        return_loss = return_loss or labels is not None
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
         other = return_hierarchical_token_embeds or return_hierarchical_embeds
         other = other or return_logits_and_embeds or ablate_hierarchical_merge or plan is not None
         if self.graphs and return_loss and not other:
-            outputs = replay(self, ids, loss_reduction)
+            outputs = replay(self, ids, labels, loss_reduction)
             if outputs is not None:
                 return outputs
         plan = plan or self.plan()
         ids = self.check_ids(ids, return_loss, plan.checked)
-        labels = None
         if return_loss:
-            ids, labels = ids[:, :-1], ids[:, 1:]
+            labels = ids if labels is None else self.check_labels(labels, ids, plan.checked)
+            ids, labels = ids[:, :-1], labels[:, 1:]
         with plan.narrow_weights():
             tokens, x = self.embed(ids, plan)
             if return_hierarchical_token_embeds:
@@ -388,9 +434,11 @@ class Trunk(Layer):
         """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
         return losses.weights(self.terms)
 
-    def loss_counts(self, ids: Tensor) -> Tensor:
-        """The counts (L,) that loss_reduction="sum" returns for ids, from the ids alone."""
-        return losses.counts(self, ids[:, :-1], ids[:, 1:])
+    def loss_counts(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The counts (L,) that loss_reduction="sum" returns for ids, without a forward."""
+        # out of range they count, too, and a forward says so
+        labels = ids if labels is None else self.check_labels(labels, ids, checked=True)
+        return losses.counts(self, ids[:, :-1], labels[:, 1:])
 
     def combine(self, values: list[Tensor]) -> tuple[Tensor, tuple]:
         """The loss and its parts, as a forward returns them, of the values of all `terms`."""
@@ -429,8 +477,8 @@ class HierarchicalTransformer(Trunk):
             it.
 
     Attributes:
-        checked: check on a GPU, too, that ids are in range (always done on a CPU); costs a
-            synchronisation.
+        checked: check on a GPU, too, that ids and labels are in range (always done on a CPU); costs
+            a synchronisation.
         checkpointing: in training, keep no more of a block than what enters it, and run it again in
             the backward: less memory, one more forward, the same gradients to the bit.
         graphs: in training on CUDA, replay a CUDA graph in place of a forward with return_loss, and
@@ -505,6 +553,7 @@ class HierarchicalTransformer(Trunk):
         ablate_hierarchical_merge=False,
         loss_reduction="mean",
         *,
+        labels=None,
         plan=None,
     ):
         """Logits, or the loss of predicting each token from those before it.
@@ -518,6 +567,10 @@ class HierarchicalTransformer(Trunk):
             ablate_hierarchical_merge: leave the merges out.
             loss_reduction: "mean", or "sum": return sums and counts in place of the loss, so that
                 batches of unequal counts can add up to one. See `loss_weights`.
+            labels: (B, N) integers, aligned with ids: the loss is that of predicting labels[:, i]
+                from ids[:, :i]. None: ids. Those that are -100 or ignore_index are left out, as the
+                prompts of a fine-tuning. They imply return_loss. Only the next-token loss looks at
+                them: what levels reconstruct and foretell is made of the ids, prompts included.
             plan: how to run, what `self.plan()` returns; made for this call by default.
 
         Returns:
@@ -527,8 +580,8 @@ class HierarchicalTransformer(Trunk):
             dim). A loss without a single label that counts is 0.
 
         Raises:
-            TypeError, ValueError: for ids that are not as above; ValueError for impl="fused" where
-            it cannot run.
+            TypeError, ValueError: for ids or labels that are not as above, or impl="fused" where it
+                cannot run.
         """
         return self.run(
             ids,
@@ -537,6 +590,7 @@ class HierarchicalTransformer(Trunk):
             return_hierarchical_embeds=return_hierarchical_embeds,
             ablate_hierarchical_merge=ablate_hierarchical_merge,
             loss_reduction=loss_reduction,
+            labels=labels,
             plan=plan,
         )
 

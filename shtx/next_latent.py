@@ -298,6 +298,7 @@ class HierarchicalTransformer(Trunk):
         ablate_hierarchical_merge=False,
         loss_reduction="mean",
         *,
+        labels=None,
         plan=None,
     ):
         """Logits, or the loss of predicting each token from those before it.
@@ -318,6 +319,7 @@ class HierarchicalTransformer(Trunk):
             return_logits_and_embeds=return_logits_and_embeds,
             ablate_hierarchical_merge=ablate_hierarchical_merge,
             loss_reduction=loss_reduction,
+            labels=labels,
             plan=plan,
         )
 

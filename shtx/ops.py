@@ -10,17 +10,18 @@ from types import SimpleNamespace
 import torch
 
 import shtx_kernels
+from shtx.internals import transforms_active
 from shtx_kernels import reference
-from shtx_kernels._ahead import compile_ahead as compile_ahead
-from shtx_kernels._groups import Attention as Attention
-from shtx_kernels._groups import Lookup as Lookup
-from shtx_kernels._groups import Norm as Norm
-from shtx_kernels._groups import Part as Part
-from shtx_kernels._groups import Projection as Projection
-from shtx_kernels._products import matmul_precision as matmul_precision
-from shtx_kernels._products import narrow_copies as narrow_copies
-from shtx_kernels._products import narrow_weights as narrow_weights
-from shtx_kernels._products import product_dtype as product_dtype
+from shtx_kernels.ahead import compile_ahead as compile_ahead
+from shtx_kernels.decode_arguments import Attention as Attention
+from shtx_kernels.decode_arguments import Lookup as Lookup
+from shtx_kernels.decode_arguments import Norm as Norm
+from shtx_kernels.decode_arguments import Part as Part
+from shtx_kernels.decode_arguments import Projection as Projection
+from shtx_kernels.products import matmul_precision as matmul_precision
+from shtx_kernels.products import narrow_copies as narrow_copies
+from shtx_kernels.products import narrow_weights as narrow_weights
+from shtx_kernels.products import product_dtype as product_dtype
 from shtx_kernels.reference import DISTANCES as DISTANCES
 from shtx_kernels.reference import chunk_means as chunk_means
 from shtx_kernels.reference import cosine_distance as cosine_distance
@@ -68,7 +69,7 @@ def why_not_fused(device: torch.device) -> str | None:
 def _fused(impl: str, device: torch.device) -> bool:
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
-    if impl == "auto" and torch._C._are_functorch_transforms_active():  # which fused ops refuse
+    if impl == "auto" and transforms_active():  # which fused ops refuse
         return False
     if device.type == "meta":  # has shapes alone, which are the same
         return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from shtx.internals import communication_hooks, count_holders, storage_of
 from shtx.plan import is_sharded
 
 # bytes of gradients; on two H200s buckets of 64 MB were fastest, of 8 MB to one for all
@@ -272,7 +273,7 @@ class Summing:
 
 def _is_shared(tensor: Tensor) -> bool:
     """Return whether something else may read the memory of a gradient while it is summed."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
+    return count_holders(storage_of(tensor)) > 2
 
 
 class Taken:
@@ -331,7 +332,7 @@ def unwrap(model: Module) -> Module:
     parameters = dict(model.module.named_parameters())
     ignored = sorted(model.parameters_to_ignore & parameters.keys())
     more = dict(
-        comm_hooks=model._comm_hooks,
+        comm_hooks=communication_hooks(model),
         parameters_to_ignore=ignored,
         mixed_precision=model.mixed_precision,
     )

@@ -16,23 +16,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import Module, Parameter
-from torch.nn.modules import module as global_hooks
 
+from shtx.internals import (
+    COMPILED,
+    HOOKS,
+    MODULES,
+    PARAMETERS,
+    any_global_hooks,
+    modules_of,
+    parameters_of,
+)
 from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 ORDINARY = (Parameter, Tensor, type(None))
 CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # whose weights products read in autocast's dtype
 
 # what else decides on the result of calling a module; layers add their own
 OPTIONS = {
-    nn.Linear: lambda m: m._parameters.get("bias") is None,
+    nn.Linear: lambda m: parameters_of(m).get("bias") is None,
     nn.Embedding: lambda m: (m.padding_idx, m.max_norm, m.scale_grad_by_freq, m.sparse),
-    nn.LayerNorm: lambda m: (m.eps, m.normalized_shape, m._parameters.get("bias") is None),
+    nn.LayerNorm: lambda m: (m.eps, m.normalized_shape, parameters_of(m).get("bias") is None),
     nn.Conv1d: lambda m: (
         (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode),
-        m._parameters.get("bias") is None,
+        parameters_of(m).get("bias") is None,
     ),
     nn.GELU: lambda m: m.approximate,
     nn.Dropout: lambda m: m.p,
@@ -81,13 +87,9 @@ class Layer(Module):
         return Plan(resolve(self.impl, x.device), look(self))
 
 
-def any_global_hooks() -> bool:
-    return any(getattr(global_hooks, name) for name in GLOBAL_HOOKS)
-
-
 def descendants(layer: Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Module]]:
     """Yield the modules below, down to those that are layers themselves, with their paths."""
-    for name, module in layer._modules.items():
+    for name, module in modules_of(layer).items():
         if module is not None:
             yield (*path, name), module
             if not isinstance(module, Layer):
@@ -117,7 +119,7 @@ def _look(layer: Layer, found: Found, everything: str | None):
     for path, kind, options, is_cast in layer.made:
         module = layer
         for name in path:
-            module = module._modules.get(name)
+            module = modules_of(module).get(name)
             if module is None:  # taken out, or below what has been replaced
                 break
         else:
@@ -128,7 +130,7 @@ def _look(layer: Layer, found: Found, everything: str | None):
                     found.sharded[module] = reason
                 else:
                     found.called[module] = reason
-            elif is_cast and type(weight := module._parameters.get("weight")) is Parameter:
+            elif is_cast and type(weight := parameters_of(module).get("weight")) is Parameter:
                 found.weights.append(weight)
             if isinstance(module, Layer):
                 _look(module, found, everything)
@@ -144,11 +146,11 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
             return f"has {name[1:].replace('_', ' ')}"
     if "forward" in state:
         return "has a forward of its own"
-    if state.get("_compiled_call_impl") is not None:
+    if state.get(COMPILED) is not None:
         return "is compiled on its own"
     if (get := OPTIONS.get(kind)) is not None and get(module) != options:
         return f"has other options or buffers than it was made with: {module}"
-    for name, p in state["_parameters"].items():
+    for name, p in state[PARAMETERS].items():
         # what is sharded is whole once the module around it has been called
         if type(p) not in ORDINARY and not is_sharded(p):
             return f"has a {name} that is a {type(p).__name__}"
@@ -179,7 +181,7 @@ def _is_variant(actual: type, kind: type, state: dict, sharded_is_plain: bool) -
         return False
     between = bases[1 : bases.index(kind)]
     if not between:
-        return "parametrizations" in state["_modules"]
+        return "parametrizations" in state[MODULES]
     return sharded_is_plain and between[0].__name__ == "FSDPModule"
 
 
@@ -241,6 +243,13 @@ def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
 
 
 def unfused(model: Layer) -> dict[str, str]:
-    """Name the modules that a forward calls by themselves, each with the reason."""
+    """Name the modules that a forward calls by themselves, and not within a fused op.
+
+    Args:
+        model: a HierarchicalTransformer, or a layer of one.
+
+    Returns:
+        the reason for each, by the module's name within `model`; empty if everything may be fused.
+    """
     called = look(model).called
     return {name: called[m] for name, m in model.named_modules() if m in called} if called else {}

@@ -41,11 +41,12 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
 @dataclass
 class Step:
-    """A captured step of one shape of ids: where a replay reads them, and the outputs that it
-    overwrites.
+    """A captured step of one shape of ids: where a replay reads them and their labels, if these are
+    others, and the outputs that it overwrites.
     """
 
     ids: Tensor
+    labels: Tensor | None
     graph: torch.cuda.CUDAGraph
     outputs: tuple
 
@@ -192,7 +193,7 @@ class TrainStep:
     def _parameters(self) -> list[Parameter]:
         return list(self.model.parameters())
 
-    def __call__(self, ids: Tensor) -> tuple[Tensor, tuple]:
+    def __call__(self, ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, tuple]:
         """One step, of fresh gradients, which are gone after it.
 
         The first one compiles before, as `compile` does.
@@ -202,19 +203,21 @@ class TrainStep:
         Args:
             ids: (B, N + 1) integers, as HierarchicalTransformer.forward takes with return_loss; B
                 is a multiple of `accumulate`.
+            labels: (B, N + 1) integers, as HierarchicalTransformer.forward takes; None: ids.
 
         Returns:
             the 0-dim loss and its parts, as of HierarchicalTransformer.forward, detached.
 
         Raises:
-            TypeError, ValueError: for ids that are not as above.
+            TypeError, ValueError: for ids or labels that are not as above.
         """
         ids = self._check_ids(ids)
+        labels = None if labels is None else self._core.check_labels(labels, ids)
         self.compile(ids)
         with torch.cuda.device_of(ids):
             self._write_learning_rates()
             step = self._step if self._graphs is None else self._graphed_step
-            loss, parts, self.grad_norm = step(ids)
+            loss, parts, self.grad_norm = step(ids, labels)
         return loss, parts
 
     def compile(self, ids: Tensor) -> None:
@@ -265,11 +268,11 @@ class TrainStep:
 
     # the step
 
-    def _step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
+    def _step(self, ids: Tensor, labels: Tensor | None) -> tuple[Tensor, tuple, Tensor | None]:
         """Loss, its parts and the norm of the gradients of one step: what a graph holds."""
         self.model.zero_grad()
         try:
-            loss, parts = self._forward_backward(ids)
+            loss, parts = self._forward_backward(ids, labels)
             self.scaler.unscale_(self.optimizer)
             norm = None
             if self.grad_clip is not None:
@@ -284,18 +287,20 @@ class TrainStep:
             self.model.zero_grad()
         return loss, parts, norm
 
-    def _forward_backward(self, ids: Tensor) -> tuple[Tensor, tuple]:
+    def _forward_backward(self, ids: Tensor, labels: Tensor | None) -> tuple[Tensor, tuple]:
         with self._autocast():
             plan = self._plan()
             if self.accumulate == 1 and type(self._ranks) is Alone:
-                loss, parts = self._module(ids, return_loss=True, **plan)
+                loss, parts = self._module(ids, return_loss=True, labels=labels, **plan)
                 self._backward(loss)
                 return loss.detach(), tree_map(Tensor.detach, parts)
-            counts = self._ranks.sum(self._core.loss_counts(ids))
-            micros = ids.unflatten(0, (self.accumulate, len(ids) // self.accumulate))
+            counts = self._ranks.sum(self._core.loss_counts(ids, labels))
+            micros = ids.chunk(self.accumulate)
+            labels = [None] * self.accumulate if labels is None else labels.chunk(self.accumulate)
+            options = dict(return_loss=True, loss_reduction="sum", **plan)
             totals = 0
-            for number, micro in enumerate(micros, 1):
-                sums, _ = self._module(micro, return_loss=True, loss_reduction="sum", **plan)
+            for number, (micro, own) in enumerate(zip(micros, labels, strict=True), 1):
+                sums, _ = self._module(micro, labels=own, **options)
                 losses = sums / counts().clamp(min=1)
                 totals = totals + losses.detach()
                 if last := number == self.accumulate:
@@ -391,33 +396,42 @@ class TrainStep:
 
     # the graphs
 
-    def _graphed_step(self, ids: Tensor) -> tuple[Tensor, tuple, Tensor | None]:
+    def _graphed_step(
+        self, ids: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, tuple, Tensor | None]:
         graphs = self._graphs
         holds = graphs.hold(self._core, self._frozen())
         reason = graphs.structure.hooked()
         # what one rank captures or replays, NCCL wants all to
-        if not self._ranks.same((holds, reason is None, *ids.shape)):
-            reason = "of the ranks some have ids of another shape, another structure or hooks"
+        if not self._ranks.same((holds, reason is None, labels is None, *ids.shape)):
+            reason = (
+                "of the ranks some have ids of another shape, labels, another structure or hooks"
+            )
         if reason is not None:
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"steps run without a CUDA graph: {reason}", stacklevel=3)
             graphs.kept.clear()
-            return self._step(ids)
+            return self._step(ids, labels)
         name = f"a step of ids of shape {tuple(ids.shape)}"
-        step = graphs.get(ids.shape, lambda: self._capture(ids), name)
+        key = ids.shape, labels is not None
+        step = graphs.get(key, lambda: self._capture(ids, labels), name)
         if step is None:
-            return run_aside(lambda: self._step(ids), graphs.stream)
+            return run_aside(lambda: self._step(ids, labels), graphs.stream)
         step.ids.copy_(ids)
+        if labels is not None:
+            step.labels.copy_(labels)
         self.model.zero_grad()
         step.graph.replay()
         torch.clear_autocast_cache()  # a caller's region has the weights of before
         return tree_map_only(Tensor, torch.clone, step.outputs)
 
-    def _capture(self, ids: Tensor) -> Step:
+    def _capture(self, ids: Tensor, labels: Tensor | None) -> Step:
         ids = ids.clone(memory_format=torch.contiguous_format)
+        if labels is not None:
+            labels = labels.clone(memory_format=torch.contiguous_format)
         with self._ranks.together(lambda: {"the shape of ids": tuple(ids.shape)}):
-            return Step(ids, *self._graphs.capture(lambda: self._step(ids)))
+            return Step(ids, labels, *self._graphs.capture(lambda: self._step(ids, labels)))
 
     def _frozen(self) -> list:
         """What a graph of a step has frozen besides the model."""

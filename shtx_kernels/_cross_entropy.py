@@ -1,16 +1,16 @@
 """Cross entropy of the products of rows with vocabularies, whose logits are never all in memory.
 
-    logits[t, c] = x[t] weight[c]^T            one vocabulary for each of C targets of a row
-    loss = sum over (t, c) that count of logsumexp(logits[t, c]) - logits[t, c, target[t, c]]
-    dlogits = softmax(logits) - onehot(target)
-    dx[t] = sum_c dlogits[t, c] weight[c]      dweight[c] = sum_t dlogits[t, c]^T x[t]
+    logits[t, c] = x[t] weight[c]^T            row t has C targets, each with a vocabulary of its
+    own loss = sum over (t, c) that count of logsumexp(logits[t, c]) - logits[t, c, target[t, c]]
+    dlogits = softmax(logits) - onehot(target) dx[t] = sum_c dlogits[t, c] weight[c]      dweight[c]
+    = sum_t dlogits[t, c]^T x[t]
 
-The one idea: forward knows all that the gradients need but one factor, so it makes them as well.
-Targets are walked, and for each the rows in chunks: a product writes a chunk's logits, a kernel
-replaces them by their gradients in place, two products take those. Products are cuBLAS's; dweight
-is added up in fp32 in the order of the chunks, dx in that of the targets. Backward multiplies by
-the gradient of the loss.
-Shared by linear_cross_entropy (C = 1) and reconstruction_loss.
+The one idea: forward knows everything that the gradients need but one factor, so it makes them as
+well. It goes through the targets, and for each of them through chunks of rows: a product writes the
+logits of a chunk, a kernel replaces them by their gradients, and two products take those. Products
+are cuBLAS's; dweight is added up in fp32 in the order of the chunks, dx in the order of the
+targets. Backward multiplies by the gradient of the loss. A tap is one of the C targets of a row.
+linear_cross_entropy (C = 1) and reconstruction_loss are both made of this.
 """
 
 from functools import lru_cache
@@ -23,40 +23,43 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autograd import apply, first_order
-from ._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
-from ._products import add_product, cast, product_dtype, sum_dtype
 from ._register import is_plain, register
+from .internals import keeps_graph
+from .launch import KINDS, Kernel, cdiv, next_power_of_2
+from .products import add_product, cast, product_dtype, sum_dtype
 
-# bytes of a chunk's logits: as many as the gradient of the weight takes, within these; each chunk
-# reads and writes all of that gradient
+# the fewest and the most bytes of a chunk's logits; between these it has as many as the gradient of
+# the weight, all of which each chunk reads and writes
 WORKSPACE = 40 * 2**20, 160 * 2**20
-ROUND = 128  # rows of a chunk are a multiple of this, the tile of a product
-ENOUGH = 32 * ROUND  # rows of a chunk, before it gets more targets
-BLOCK_V = 8192  # logits of a row that a program holds at a time
-TILE = 2048  # logits that a program holds at least
-WARP_TILE = 1024  # logits that a warp holds at most
+ROUND = 128  # a chunk has a multiple of so many rows: the tile of a product
+ENOUGH = 32 * ROUND  # a chunk has so many rows before it gets more targets
+BLOCK_V = 8192  # the most logits of a row that a program holds at a time
+TILE = 2048  # the fewest logits that a program holds at a time
+WARP_TILE = 1024  # the most logits that a warp holds
 SCALED = 4096  # numbers that a program multiplies by the gradient of the loss
-ALIGN = 16  # a vocabulary is padded to a multiple, as products of odd sizes are slow
+ALIGN = 16  # vocabularies are padded to a multiple of this, as products of odd sizes are slow
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def load_logits(ptr, cols, counted, V: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr):
-    """[ROWS, BLOCK_V]; of rows that do not count, and past V unless all are WHOLE, -inf."""
+    """Logits [BLOCK_R, BLOCK_V], with -inf in rows that do not count and past V; with WHOLE, none
+    of the columns is past V.
+    """
     mask = counted[:, None] if WHOLE else counted[:, None] & (cols < V)[None, :]
     return tl.load(ptr + cols[None, :], mask=mask, other=float("-inf")).to(ACC)
 
 
 @triton.jit
 def exp_over(x, m, NARROW: tl.constexpr):
-    """exp(x - m). For 16-bit x in one instruction less, which rounds m."""
+    """exp(x - m); for 16-bit x, in one instruction less, which rounds m."""
     return tl.exp2(x * LOG2_E - m * LOG2_E) if NARROW else tl.exp2((x - m) * LOG2_E)
 
 
 @triton.jit
 def add_up(x, m, l, NARROW: tl.constexpr):
-    """Greatest logit and sum of exponentials over it, with those of a block."""
+    """The greatest logit m and the sum l of exponentials over it, with the logits x added."""
     m_new = tl.maximum(m, tl.max(x, axis=1))
     l = l * exp_over(m, m_new, False) + tl.sum(exp_over(x, m_new[:, None], NARROW), axis=1)
     return m_new, l
@@ -64,22 +67,25 @@ def add_up(x, m, l, NARROW: tl.constexpr):
 
 @triton.jit
 def probabilities(x, m, l, counted, NARROW: tl.constexpr):
-    """[ROWS, BLOCK_V]; 0 in rows that do not count."""
+    """Probabilities [BLOCK_R, BLOCK_V]; 0 in rows that do not count."""
     if NARROW:
         return exp_over(x, (m + tl.log2(l) * LN2)[:, None], True)
     return tl.where(counted[:, None], exp_over(x, m[:, None], False) * (1 / l)[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "M", "tap"])
-def _cross_entropy_kernel(
+def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, loss_ptr, count_ptr, stride_b, stride_m, stride_c, first, rows, M, tap,
     ignore_index,
     C: tl.constexpr, TAPS: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
-    GRADIENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    GRADIENTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Logits (rows, TAPS WIDTH) of tokens from `first` and of targets from `tap` on, in place."""
+    """Losses, and in place of logits (rows, TAPS WIDTH) their gradients.
+
+    The logits are those of tokens from `first` on, and of their taps from `tap` on.
+    """
     pid = tl.program_id(0).to(tl.int64)
-    offs = pid * ROWS + tl.arange(0, ROWS)
+    offs = pid * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = offs < rows * TAPS
     t, c = first + offs // TAPS, tap + offs % TAPS
     target_ptrs = target_ptr + t // M * stride_b + t % M * stride_m + c * stride_c
@@ -92,8 +98,8 @@ def _cross_entropy_kernel(
     WHOLE: tl.constexpr = V // BLOCK_V * BLOCK_V
 
     offs_v = tl.arange(0, BLOCK_V)
-    m = tl.full([ROWS], -1e30, ACC)  # finite, for rows that do not count
-    l = tl.zeros([ROWS], ACC)
+    m = tl.full([BLOCK_R], -1e30, ACC)  # finite, as rows that do not count have no other logit
+    l = tl.zeros([BLOCK_R], ACC)
     for v in range(0, WHOLE, BLOCK_V):
         x = load_logits(ptr[:, None], v + offs_v, counted, V, True, ACC)
         m, l = add_up(x, m, l, NARROW)
@@ -101,7 +107,7 @@ def _cross_entropy_kernel(
         x = load_logits(ptr[:, None], WHOLE + offs_v, counted, V, False, ACC)
         m, l = add_up(x, m, l, NARROW)
     l = tl.where(counted, l, 1.0)
-    # not the log-sum-exp, which would round what is small beside the greatest logit
+    # without the log-sum-exp, which would round off what is small beside the greatest logit
     loss = tl.where(counted, tl.log2(l) * LN2 + (m - of_target), 0.0)
     tl.store(loss_ptr + pid, tl.sum(loss))
     tl.store(count_ptr + pid, tl.sum(counted.to(tl.int32)))
@@ -114,13 +120,21 @@ def _cross_entropy_kernel(
             x = load_logits(ptr[:, None], v + offs_v, counted, V, True, ACC)
             p = probabilities(x, m, l, counted, NARROW)
             tl.store(ptr[:, None] + (v + offs_v)[None, :], p, mask=inside[:, None])
-        tl.debug_barrier()  # what follows lies in what was just stored
+        tl.debug_barrier()  # other threads have just stored what the next store replaces
         p = probabilities(of_target[:, None], m, l, counted, NARROW)
         tl.store(ptr[:, None] + target[:, None], p - 1, mask=(counted & known)[:, None])
 
 
+@triton.jit
+def _scale_kernel(ptr, factor_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply n numbers by a factor, in place."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(ptr + offs, mask=offs < n).to(ACC) * tl.load(factor_ptr).to(ACC)
+    tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < n)
+
+
 def _sizes(logits_bytes: int, gradient_bytes: int, rows: int, C: int) -> tuple[int, int]:
-    """Rows and targets of a chunk, whose row has so many bytes of logits for a target."""
+    """The rows and targets of a chunk, given the bytes of a row's logits for one target."""
     least, most = WORKSPACE
     workspace = max(least, min(gradient_bytes, most))
     enough = workspace // (ENOUGH * logits_bytes)
@@ -138,17 +152,16 @@ def _kernel_of(
     width: int,
     dtype: torch.dtype,
     gradients: bool,
-    tile: int,
-    block: int,
+    block_r: int,
+    block_v: int,
 ) -> Kernel:
     return Kernel(
-        _cross_entropy_kernel, C=C, TAPS=taps, V=V, WIDTH=width, ACC=accumulator(dtype),
-        GRADIENTS=gradients, ROWS=tile, BLOCK_V=block,
-        num_warps=max(4, tile * block // WARP_TILE),
+        _cross_entropy_fwd_kernel, dtype, C=C, TAPS=taps, V=V, WIDTH=width, GRADIENTS=gradients,
+        BLOCK_R=block_r, BLOCK_V=block_v, num_warps=max(4, block_r * block_v // WARP_TILE),
     )  # fmt: skip
 
 
-def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
+def _linear_cross_entropy_fwd(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     B, M, C = targets.shape
     rows, D, V = B * M, x.shape[-1], weight.shape[0] // C
     width = cdiv(V, ALIGN) * ALIGN
@@ -160,14 +173,15 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
         dweight.zero_()
     chunk, taps = _sizes(width * x.itemsize, dweight.nbytes, rows, C)
     logits = x.new_empty(chunk, taps * width)
-    block = min(BLOCK_V, next_power_of_2(width))
-    tile = max(1, TILE // block)
-    programs = cdiv(chunk * taps, tile)
+    block_v = min(BLOCK_V, next_power_of_2(width))
+    block_r = max(1, TILE // block_v)
+    programs = cdiv(chunk * taps, block_r)
     losses = x.new_zeros(C // taps, cdiv(rows, chunk), programs, dtype=acc)
     counts = torch.zeros_like(losses, dtype=torch.int32)
     if needs_dx:
         summed = dx.view(rows, D) if taps == C else x.new_empty(rows, D, dtype=acc)
-    kernel = _kernel_of(C, taps, V, width, x.dtype, needs_dx or needs_dweight, tile, block)
+    gradients = needs_dx or needs_dweight
+    kernel = _kernel_of(C, taps, V, width, x.dtype, gradients, block_r, block_v)
     for tap in range(0, C, taps):
         w = cast(weight[tap : tap + taps], x.dtype)
         if width > V:
@@ -180,7 +194,7 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
             torch.mm(part, w.T, out=scores)
             sums = [t[tap // taps, first // chunk] for t in (losses, counts)]
             numbers = *targets.stride(), first, here, M, tap, ignore_index
-            kernel((cdiv(here * taps, tile),), (scores, targets, *sums), *numbers)
+            kernel((cdiv(here * taps, block_r),), (scores, targets, *sums), *numbers)
             if needs_dx:
                 add_product(summed[first : first + chunk], scores, w, start=tap == 0)
             if needs_dweight:
@@ -191,6 +205,22 @@ def _cross_entropy(x, weight, targets, ignore_index, needs_dx, needs_dweight):
     if needs_dweight:
         dweight = dweight[:, :V].flatten(0, 1)
     return losses.sum(), counts.sum(), dx, dweight
+
+
+@lru_cache
+def _kernel_of_scale(dtype: torch.dtype) -> Kernel:
+    return Kernel(_scale_kernel, dtype, BLOCK=SCALED)
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor. As gradients are large, it takes the place of `gradient`, unless the graph
+    is kept for another backward.
+    """
+    if not is_plain(gradient) or keeps_graph():
+        return (gradient * factor).to(gradient.dtype)
+    size = gradient.numel()
+    _kernel_of_scale(factor.dtype)((cdiv(size, SCALED),), (gradient, factor), size)
+    return gradient
 
 
 def _fake(x, weight, targets, ignore_index, needs_dx, needs_dweight):
@@ -205,33 +235,12 @@ _forward = register(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool needs_dx,"
     " bool needs_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
-    _cross_entropy,
+    _linear_cross_entropy_fwd,
     _fake,
     flops=lambda x, weight, targets, ignore_index, *needs, **_: (
         2 * prod(x) * weight[0] * (1 + sum(needs))
     ),
 )
-
-
-@triton.jit
-def _scale_kernel(ptr, factor_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(ptr + offs, mask=offs < n).to(ACC) * tl.load(factor_ptr).to(ACC)
-    tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < n)
-
-
-@lru_cache
-def _scale(dtype: torch.dtype) -> Kernel:
-    return Kernel(_scale_kernel, ACC=accumulator(dtype), BLOCK=SCALED)
-
-
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In place, unless the graph is kept for another backward: gradients are large."""
-    if not is_plain(gradient) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (gradient * factor).to(gradient.dtype)
-    size = gradient.numel()
-    _scale(factor.dtype)((cdiv(size, SCALED),), (gradient, factor), size)
-    return gradient
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -257,7 +266,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str):
-    """x (B, M, D), weight (C V, D), targets (B, M, C) of any strides; mean, or sum and count."""
+    """Cross entropy of x (B, M, D) and weight (C V, D) with targets (B, M, C) of any strides: the
+    mean, or for reduction "sum" the sum and the count.
+    """
     C = targets.shape[-1]
     if (
         weight.ndim != 2

@@ -9,9 +9,10 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, acc, ACC: tl.constexpr, IP: tl.constexpr):
-    """acc + a b in ACC, acc being a tile or None; IP is the precision of fp32 operands.
+    """acc + a b in ACC; acc is a tile or None, IP the precision of products of fp32 numbers.
 
-    The interpreter multiplies the bits of bf16 numbers as integers, so they are widened there.
+    The interpreter multiplies bf16 numbers as if their bits were integers, so they are widened
+    there.
     """
     if INTERPRETED:
         if a.dtype == tl.bfloat16:

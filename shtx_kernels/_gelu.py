@@ -1,7 +1,7 @@
 """GELU of a product: in a pass over memory, or within the product before it.
 
-On Hopper, GELU of 16-bit numbers belongs to the product that makes its argument, or the gradient of
-its result; elsewhere it is a pass over memory after a product of cuBLAS.
+On Hopper, GELU of 16-bit numbers is a part of the product that makes its argument or the gradient
+of its result; elsewhere it is a pass over memory after a product of cuBLAS.
 """
 
 from functools import lru_cache
@@ -13,22 +13,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._dot import dot
-from ._launch import KINDS, Kernel, accumulator, cdiv
 from ._target import capability
+from .launch import KINDS, Kernel, cdiv
 
-PASS = dict(TILE=2048, num_warps=4)  # elements of a program
+PASS = dict(TILE=2048, num_warps=4)  # TILE numbers for each program
 # Two programs share a multiprocessor: one multiplies while the other is busy with its GELU.
 PRODUCT = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, maxnreg=128)
 RESIDENT = 2
-GROUP = 8  # rows of tiles that are taken column by column, so that they find both factors in L2
+# rows of tiles that programs go through column by column, so that both factors stay in the L2 cache
+GROUP = 8
 
 
 @triton.jit
 def tail(u, ACC: tl.constexpr, NARROW: tl.constexpr):
-    """w = |u|, as far as it matters, and the normal distribution's Q(w), of a value above w.
+    """w = |u|, at most 13, and Q(w), the probability of a standard normal variable above w.
 
-    For 16-bit numbers log2 Q is a polynomial (minimax, of degree 8), which leaves Q within 1e-5 of
-    itself up to w = 6: erf would cost more than the bytes do.
+    For 16-bit numbers log2 Q is a minimax polynomial of degree 8, which leaves Q with a relative
+    error of 1e-5 up to w = 6: erf would take longer than reading and writing the numbers.
     """
     w = tl.minimum(tl.abs(u), tl.full([1], 13.0, ACC), propagate_nan=tl.PropagateNan.ALL)
     if NARROW:
@@ -40,19 +41,19 @@ def tail(u, ACC: tl.constexpr, NARROW: tl.constexpr):
         p = p * w - 0.4583406150341034
         p = p * w - 1.1512579917907715
         return w, tl.exp2(p * w - 1.0)
-    half = tl.full([1], 0.5, ACC)  # bare constants are fp32 in Triton 3.6
+    half = tl.full([1], 0.5, ACC)  # a bare constant is fp32 in Triton 3.6
     return w, half - half * tl.erf(w * tl.full([1], 0.7071067811865476, ACC))
 
 
 @triton.jit
 def gelu(u, w, q):
-    """u Phi(u)."""
+    """u Phi(u), where Phi is the standard normal distribution, given what `tail` returns."""
     return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) - w * q
 
 
 @triton.jit
 def slope(u, w, q, ACC: tl.constexpr):
-    """Of gelu at u: Phi(u) + u phi(u), phi being the normal distribution's density."""
+    """The derivative of gelu at u: Phi(u) + u phi(u), where phi is the density of Phi."""
     bell = tl.exp2(tl.full([1], -0.7213475204444817, ACC) * w * w)
     density = tl.full([1], 0.3989422804014327, ACC) * bell
     below = q - w * density
@@ -64,7 +65,7 @@ def _gelu_kernel(
     u_ptr, a_ptr, da_ptr, size,
     ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """a = gelu(u); backward also the gradient of u, in place of that of a."""
+    """a = gelu(u); in backward, the gradient of u takes the place of that of a as well."""
     offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = offs < size
     u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -77,7 +78,7 @@ def _gelu_kernel(
 
 @triton.jit
 def quarters(t):
-    """Of the columns of a matrix, in order."""
+    """The four quarters of a matrix's columns, in order."""
     ROWS: tl.constexpr = t.shape[0]
     COLUMNS: tl.constexpr = t.shape[1] // 4
     pairs = tl.permute(tl.reshape(t, (ROWS, 2, 2, COLUMNS)), (0, 3, 1, 2))
@@ -93,9 +94,9 @@ def _product_gelu_kernel(
     BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """u = x w^T + bias, a = gelu(u); backward a = gelu(u), da = x w gelu'(u).
+    """u = x w^T + bias and a = gelu(u); in backward, a = gelu(u) and da = x w gelu'(u).
 
-    The rest of a tile goes by quarters, which leaves registers for two programs.
+    After its product, a tile is finished by quarters, which leaves registers for two programs.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     start = tl.program_id(0).to(tl.int64).to(tl.int32)
@@ -140,23 +141,22 @@ def _product_gelu_kernel(
 
 
 @lru_cache(KINDS)
-def _pass(dtype: torch.dtype, backward: bool) -> Kernel:
-    narrow = dtype.itemsize == 2
-    constants = dict(ACC=accumulator(dtype), NARROW=narrow, BACKWARD=backward, **PASS)
-    return Kernel(_gelu_kernel, **constants)
+def _kernel_of_pass(dtype: torch.dtype, backward: bool) -> Kernel:
+    return Kernel(_gelu_kernel, dtype, NARROW=dtype.itemsize == 2, BACKWARD=backward, **PASS)
 
 
 def gelu_pass(u: Tensor, da: Tensor | None = None) -> Tensor:
-    """gelu(u); given its gradient, that becomes the gradient of u."""
+    """gelu(u); its gradient da, if there is one, becomes the gradient of u in place."""
     a, size = torch.empty_like(u), u.numel()
     if size:
         tensors = u, a, a if da is None else da
-        _pass(u.dtype, da is not None)((cdiv(size, PASS["TILE"]),), tensors, size)
+        kernel = _kernel_of_pass(u.dtype, da is not None)
+        kernel((cdiv(size, PASS["TILE"]),), tensors, size)
     return a
 
 
 @lru_cache
-def _product(backward: bool, has_bias: bool) -> Kernel:
+def _kernel_of_product(backward: bool, has_bias: bool) -> Kernel:
     constants = dict(BACKWARD=backward, HAS_BIAS=has_bias, GROUP=GROUP, **PRODUCT)
     return Kernel(_product_gelu_kernel, **constants)
 
@@ -167,6 +167,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _product_gelu(x: Tensor, w: Tensor, u: Tensor, bias=None, da=None) -> Tensor:
+    """gelu(u), after u = x w^T + bias; or, if there is a da, after da = x w gelu'(u)."""
     (M, K), N, a = x.shape, u.shape[1], torch.empty_like(u)
     block_m, block_n, block_k = PRODUCT["BLOCK_M"], PRODUCT["BLOCK_N"], PRODUCT["BLOCK_K"]
     programs = cdiv(M, block_m) * cdiv(N, block_n)
@@ -178,13 +179,13 @@ def _product_gelu(x: Tensor, w: Tensor, u: Tensor, bias=None, da=None) -> Tensor
         TensorDescriptor.from_tensor(w, w_tile),
     )
     tensors = u, a, a if da is None else da, u if bias is None else bias
-    kernel = _product(da is not None, bias is not None)
+    kernel = _kernel_of_product(da is not None, bias is not None)
     kernel((programs,), tensors, M, N, K, descriptors=descriptors)
     return a
 
 
 def _within_product(x: Tensor, w: Tensor) -> bool:
-    """Where it was measured to be faster, and the copy engine takes the factors."""
+    """Whether GELU goes into the product: it was faster, and Hopper's copies take both factors."""
     rows, columns = w.shape
     return (
         (x.itemsize == 2 and capability(x.device) == 90)
@@ -194,7 +195,7 @@ def _within_product(x: Tensor, w: Tensor) -> bool:
 
 
 def product_gelu(x: Tensor, w: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """u = x w^T + bias; returns gelu(u)."""
+    """Write u = x w^T + bias, and return gelu(u)."""
     if _within_product(x, w):
         return _product_gelu(x, w, u, bias)
     if bias is None:
@@ -205,7 +206,7 @@ def product_gelu(x: Tensor, w: Tensor, u: Tensor, bias: Tensor | None = None) ->
 
 
 def product_gelu_bwd(dy: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(u), and the gradient of u, that of gelu(u) being dy w."""
+    """gelu(u), and the gradient of u, where that of gelu(u) is dy w."""
     du = torch.empty_like(u)
     if _within_product(dy, w):
         return _product_gelu(dy, w, u, da=du), du

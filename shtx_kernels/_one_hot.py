@@ -1,4 +1,4 @@
-"""The one-hot matrix of ids, whose product with rows adds them up by id, in one order always."""
+"""The one-hot matrix of ids: its product with rows adds them up by id, always in the same order."""
 
 from functools import lru_cache
 
@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, cdiv
-from ._products import add_product, sum_dtype
+from .launch import Kernel, cdiv
+from .products import add_product, sum_dtype
 
-ONE_HOT = 1024  # largest vocabulary summed by a product, of 2 KiB a token at most in 16 bits
-TILE = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
+# the largest vocabulary that is summed by a product; the matrix has 2 KiB per token in 16 bits then
+ONE_HOT = 1024
+CONFIG = dict(BLOCK_V=16, BLOCK_R=512, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["N", "M", "R", "V", "width"])
@@ -19,14 +20,14 @@ def _one_hot_kernel(
     ids_ptr, out_ptr, N, M, R, V, width,
     STRIDE: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out (V, C, width): 1 where tap k of level token r reads id v."""
+    """out (V, C, width): 1 at (v, k, r) if tap k of level token r reads id v, else 0."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     k = tl.program_id(2).to(tl.int64)
     position = row % M * STRIDE + (k - C + 1)
     known = (row < R) & (position >= 0)
     ids = tl.load(ids_ptr + row // M * N + position, mask=known, other=-1)
-    # by way of fp32: the interpreter makes bf16 of integers wrong
+    # by way of fp32, as the interpreter converts integers to bf16 wrongly
     out = (ids[None, :] == v[:, None]).to(tl.float32).to(out_ptr.dtype.element_ty)
     mask = (v < V)[:, None] & (row < R)[None, :]
     tl.store(out_ptr + (v * C + k)[:, None] * width + row[None, :], out, mask=mask)
@@ -34,22 +35,30 @@ def _one_hot_kernel(
 
 @lru_cache
 def _kernel_of(stride: int, taps: int) -> Kernel:
-    return Kernel(_one_hot_kernel, STRIDE=stride, C=taps, **TILE)
+    return Kernel(_one_hot_kernel, STRIDE=stride, C=taps, **CONFIG)
 
 
 def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dtype) -> Tensor:
-    """(V C, B M), whose rows are apart by a multiple of 16, as cuBLAS likes them."""
+    """The matrix (V C, B M) for M level tokens of each sequence of ids (B, N), with C taps.
+
+    Its rows begin a multiple of 16 numbers apart, which cuBLAS is fastest with.
+    """
     B, N = ids.shape
     R, kernel = B * M, _kernel_of(stride, taps)
     width = cdiv(R, 16) * 16
     out = torch.empty(V * taps, width, dtype=dtype, device=ids.device)
-    grid = cdiv(R, TILE["BLOCK_R"]), cdiv(V, TILE["BLOCK_V"]), taps
+    grid = cdiv(R, CONFIG["BLOCK_R"]), cdiv(V, CONFIG["BLOCK_V"]), taps
     kernel(grid, (ids, out), N, M, R, V, width)
     return out[:, :R]
 
 
+def is_small(embedding: Tensor, ids: Tensor) -> bool:
+    """Whether a layer of embedded ids is less work on the rows of the embedding than on ids."""
+    return len(embedding) <= min(ONE_HOT, ids.numel())
+
+
 def sum_by_id(x: Tensor, ids: Tensor, V: int) -> Tensor:
-    """(V, D) of x (B, N, D) and ids (B, N), in fp32 or wider."""
+    """The sums (V, D) of x (B, N, D) over equal ids (B, N), in fp32 or wider."""
     acc = sum_dtype(x.dtype)
     if V > ONE_HOT:
         return torch.ops.aten.embedding_dense_backward(x.to(acc), ids, V, -1, False)

@@ -1,4 +1,4 @@
-"""The gate of SiLU, of numbers in registers."""
+"""The gate of SiLU, for numbers in registers."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def sigmoid(u, RESULT: tl.constexpr):
-    """1 / (1 + exp(-u)), for a result of that dtype.
+    """1 / (1 + exp(-u)), for a result of dtype RESULT.
 
-    Where that has 16 bits, by a reciprocal root: within 4e-7, in half the instructions. Of some
-    passes they, not the bytes, are the bound.
+    For 16 bits it is the square of a reciprocal root, within 4e-7 and in half the instructions,
+    which some passes need more time for than for their bytes.
     """
     if RESULT.primitive_bitwidth == 16:
         root = tl.rsqrt(1.0 + tl.exp2(u * -1.4426950408889634))

@@ -1,4 +1,4 @@
-"""Sums of columns in a fixed order, as gradients of biases are."""
+"""Sums of columns in a fixed order, such as gradients of biases."""
 
 from functools import lru_cache
 
@@ -7,21 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, accumulator, cdiv
-from ._products import sum_dtype
+from .launch import Kernel, cdiv
+from .products import sum_dtype
 
-# The fastest of 72 choices on an H200:
-ALONE = 1100  # rows that one program adds up, at most
-PROGRAMS = 64  # of a column of more rows, whose sums are added up in turn
-FEW = dict(BLOCK_R=64, BLOCK_C=16, num_warps=8)  # rows
-MANY = dict(BLOCK_R=32, BLOCK_C=32, num_warps=4)
+# the fastest of 72 choices on an H200
+ALONE = 1100  # the most rows that one program adds up by itself
+PROGRAMS = 64  # programs among which more rows are shared, and whose sums are then added up
+FEW = dict(BLOCK_R=64, BLOCK_C=16, num_warps=8)  # for up to ALONE rows
+MANY = dict(BLOCK_R=32, BLOCK_C=32, num_warps=4)  # for more
 
 
 @triton.jit(do_not_specialize=["rows", "share"])
 def _column_sums_kernel(
     x_ptr, out_ptr, rows, share, D, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """out (programs, D) of x (rows, D): of `share` rows a program."""
+    """out (programs, D): each program sums `share` rows of x (rows, D)."""
     pid = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
@@ -35,11 +35,11 @@ def _column_sums_kernel(
 
 @lru_cache
 def _kernel_of(few: bool, dtype: torch.dtype) -> Kernel:
-    return Kernel(_column_sums_kernel, ACC=accumulator(dtype), **(FEW if few else MANY))
+    return Kernel(_column_sums_kernel, dtype, **(FEW if few else MANY))
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """(D,) of contiguous (rows, D), in fp32 or wider."""
+    """The sums (D,) of the columns of x (rows, D), which is contiguous, in fp32 or wider."""
     rows, D = x.shape
     acc = sum_dtype(x.dtype)
     if not x.numel():

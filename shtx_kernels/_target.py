@@ -1,4 +1,4 @@
-"""The GPU that kernels are for."""
+"""The GPU that kernels are compiled for."""
 
 from functools import lru_cache
 
@@ -9,10 +9,10 @@ from triton.runtime import driver
 
 @lru_cache
 def capability(device: torch.device) -> int:
-    """Compute capability times ten; 0 where there is none, as on a GPU of AMD.
+    """The compute capability times ten; 0 for GPUs that have none, such as AMD's.
 
-    The interpreter runs what Hopper would. Tensors on a CPU are compiled for Triton's current
-    target.
+    Triton's interpreter runs what Hopper would. Kernels for tensors on a CPU are compiled for
+    Triton's current target.
     """
     if knobs.runtime.interpret:
         return 90

@@ -1,12 +1,13 @@
-"""The mean embedding of the tokens behind a level token, or a linear layer of it.
+"""The mean embedding of the tokens up to a level token, or a linear layer of it.
 
     x[b, m] = mean of e[ids[b, n]] over n from max(0, m s - C + 1) to m s
     y[b, m] = x[b, m]    or    W x[b, m] + bias
 
-The one idea: an embedding is one of V rows, and a linear layer of a mean is the mean of what it
-makes of each row. Where there are fewer of them than tokens, it is made of them, and every level
-token is the mean of C rows that the L2 cache holds. Backward, each token gathers from the level
-tokens that it is in, so that nothing is added by atomics, and gradients are then summed by id.
+C is `compress`, s is `stride`. The one idea: an embedding is one of V rows, and a linear layer of a
+mean is the mean of linear layers. If there are fewer rows than tokens, the linear layer is applied
+to the rows, and every level token is the mean of C results that the L2 cache holds. In backward,
+each token gathers from the level tokens that it is in, so that nothing is added by atomics, and
+gradients are then summed by id.
 Reference: reference.chunk_summary
 """
 
@@ -18,16 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._autograd import apply, first_order
-from ._launch import KINDS, Kernel, accumulator, cdiv
-from ._one_hot import ONE_HOT, sum_by_id
-from ._products import add_product, cast, narrow, product_dtype, sum_dtype
+from ._autograd import apply, as_needed, first_order
+from ._ids import check_ids
+from ._one_hot import is_small, sum_by_id
 from ._register import register
-from ._rows import MAX_D, columns, tile
+from ._rows import MAX_D, columns, row_config
 from ._sums import column_sums
+from .launch import KINDS, Kernel, cdiv
+from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
-TILE = 2048  # elements of a program's tile
-WARP_TILE = 512  # elements of it that a warp holds
+TILE = 2048  # numbers of a tile
+WARP_TILE = 512  # numbers of a tile that a warp holds
 
 
 @triton.jit(do_not_specialize=["rows", "N", "M", "C", "stride", "terms"])
@@ -36,10 +38,10 @@ def _chunk_summary_kernel(
     D: tl.constexpr, ACC: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Means of rows of x by level token; backward the gradient of every token's row.
+    """The mean of rows of x for every level token; in backward, the gradient of every token's row.
 
-    Term k of level token m is token m stride - k, that of token n is level token
-    ceil(n / stride) + k.
+    The k-th term of level token m is token m stride - k. In backward, the k-th term of token n is
+    level token ceil(n / stride) + k.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
     offs_d = columns(ROUNDS, LANES)
@@ -65,12 +67,12 @@ def _chunk_summary_kernel(
 
 @lru_cache(KINDS)
 def _kernel_of(D: int, dtype: torch.dtype, backward: bool) -> Kernel:
-    constants = dict(D=D, ACC=accumulator(dtype), BACKWARD=backward)
-    return Kernel(_chunk_summary_kernel, **constants, **tile(D, TILE, WARP_TILE))
+    constants = dict(D=D, BACKWARD=backward, **row_config(D, TILE, WARP_TILE))
+    return Kernel(_chunk_summary_kernel, dtype, **constants)
 
 
-def _launch(ids: Tensor, x: Tensor, out: Tensor, compress: int, stride: int, backward: bool):
-    """out: (B, M, D) of x (V, D), or (B, N, D) of x (B, M, D)."""
+def _launch_means(ids: Tensor, x: Tensor, out: Tensor, compress: int, stride: int, backward: bool):
+    """Fill out (B, M, D) from x (V, D), or in backward out (B, N, D) from x (B, M, D)."""
     N, D, rows = ids.shape[1], x.shape[-1], out.shape[0] * out.shape[1]
     if not out.numel():
         return
@@ -81,30 +83,26 @@ def _launch(ids: Tensor, x: Tensor, out: Tensor, compress: int, stride: int, bac
 
 
 def _means(ids: Tensor, x: Tensor, dtype: torch.dtype, compress: int, stride: int) -> Tensor:
+    """(B, M, D), the mean of rows of x (V, D) for every level token."""
     out = x.new_empty(len(ids), cdiv(ids.shape[1], stride), x.shape[1], dtype=dtype)
-    _launch(ids, x, out, compress, stride, backward=False)
+    _launch_means(ids, x, out, compress, stride, backward=False)
     return out
 
 
 def _by_token(dx: Tensor, ids: Tensor, compress: int, stride: int) -> Tensor:
-    """(B, N, D), the gradient of every token's row, of that of means (B, M, D)."""
+    """(B, N, D), the gradient of every token's row, from the gradient dx (B, M, D) of means."""
     if compress == stride == 1:
         return dx
     out = dx.new_empty(*ids.shape, dx.shape[-1])
-    _launch(ids, dx, out, compress, stride, backward=True)
+    _launch_means(ids, dx, out, compress, stride, backward=True)
     return out
-
-
-def _rows_first(embedding: Tensor, ids: Tensor) -> bool:
-    """Whether the linear layer is made of the vocabulary's rows."""
-    return len(embedding) <= min(ONE_HOT, ids.numel())
 
 
 def _chunk_summary_fwd(ids, embedding, weight, bias, compress, stride, dtype):
     if weight is None:
         return _means(ids, embedding, dtype, compress, stride)
     product = torch.mm if bias is None else lambda *args, out: torch.addmm(bias, *args, out=out)
-    if _rows_first(embedding, ids):
+    if is_small(embedding, ids):
         table = embedding.new_empty(len(embedding), len(weight))
         product(embedding, weight.T, out=table)
         return _means(ids, table, dtype, compress, stride)
@@ -115,7 +113,7 @@ def _chunk_summary_fwd(ids, embedding, weight, bias, compress, stride, dtype):
 
 
 def _new_gradients(embedding, weight, has_bias, needs_embedding, needs_weight):
-    """Uninitialised, in the dtype of sums; empty where not needed."""
+    """Uninitialised gradients in the dtype of sums, empty if not needed."""
     acc = sum_dtype(embedding.dtype)
     dembedding = embedding.new_empty(embedding.shape if needs_embedding else 0, dtype=acc)
     dweight = embedding.new_empty(weight.shape if needs_weight else 0, dtype=acc)
@@ -133,7 +131,7 @@ def _chunk_summary_bwd(
     dbias = column_sums(dy.flatten(0, 1)) if has_bias else dy.new_empty(0, dtype=acc)
     if weight is None:
         return sum_by_id(_by_token(dy, ids, compress, stride), ids, V), dweight, dbias
-    if _rows_first(embedding, ids):
+    if is_small(embedding, ids):
         d = cast(sum_by_id(_by_token(dy, ids, compress, stride), ids, V), dy.dtype)
         if needs_embedding:
             add_product(dembedding, d, weight, start=True)
@@ -156,6 +154,7 @@ def _fake_fwd(ids, embedding, weight, bias, compress, stride, dtype):
 
 
 def _product_flops(ids, weight, stride) -> int:
+    """FLOPs of the linear layer of every level token."""
     return 0 if weight is None else 2 * ids[0] * cdiv(ids[1], stride) * prod(weight)
 
 
@@ -189,7 +188,7 @@ class _ChunkSummary(torch.autograd.Function):
         tensors = embedding, weight, bias
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.sizes, ctx.has_bias = (compress, stride), bias is not None
-        if weight is not None:  # else rows are read as they are
+        if weight is not None:  # without a weight, rows are read in the dtype that they have
             embedding, weight = narrow(embedding, dtype), narrow(weight, dtype)
             bias = None if bias is None else cast(bias, dtype)
         ctx.save_for_backward(ids, embedding, weight)
@@ -201,9 +200,7 @@ class _ChunkSummary(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         args = *ctx.saved_tensors, *ctx.sizes, ctx.has_bias, *needs[:2]
         gradients = _backward(dy.contiguous(), *args)
-        triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        gradients = [cast(g, dtype) if needed else None for g, dtype, needed in triples]
-        return None, *gradients, None, None, None
+        return None, *as_needed(gradients, ctx.dtypes, needs), None, None, None
 
 
 def chunk_summary(
@@ -217,9 +214,9 @@ def chunk_summary(
 ) -> Tensor:
     """The mean embedding of the up to C tokens that end at a level token, or a linear layer of it.
 
-    Under autocast, what is returned is in its dtype, else in that of the embedding; means are made
-    and gradients are summed in fp32 (fp64 for fp64). That ids are in range is not checked: it would
-    wait for the device.
+    The result is in autocast's dtype under autocast, else in that of the embedding; means are made
+    and gradients are summed in fp32 (fp64 for fp64). Ids are not checked to be in range, as that
+    would wait for the device.
 
     Args:
         ids: (B, N) int64 in [0, V).
@@ -227,7 +224,7 @@ def chunk_summary(
         weight: (D_out, D), D_out at most 8192, of the dtype of embedding, or None.
         bias: (D_out,), of the dtype of embedding, or None.
         compress: C, at least 1.
-        stride: tokens from one of the level to the next, 1 to C.
+        stride: how many tokens lie between a level token and the next, 1 to C.
 
     Returns:
         (B, ceil(N / stride), D_out), or (B, ceil(N / stride), D) without a weight.
@@ -238,13 +235,7 @@ def chunk_summary(
     Source: the chunk summaries of next latent prediction (NextLat, arXiv 2511.05963) in
     simple-hierarchical-transformer 0.4.0.
     """
-    if ids.ndim != 2 or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be (B, N) int64, got {tuple(ids.shape)}, {ids.dtype}")
-    if embedding.ndim != 2 or not embedding.numel() or embedding.device != ids.device:
-        raise ValueError(
-            f"embedding must be (V, D), not empty, on {ids.device},"
-            f" got {tuple(embedding.shape)} on {embedding.device}"
-        )
+    check_ids(ids, embedding)
     D, like = embedding.shape[1], (embedding.dtype, embedding.device)
     if D > MAX_D:
         raise ValueError(f"embedding must have a width D of 1 to {MAX_D}, got {D}")

@@ -2,10 +2,11 @@
 
     u = x W_in^T,  y = gelu(u) W_out^T        gelu(u) = u Phi(u), Phi the normal distribution's
 
-The one idea: u alone is kept. Backward, u is read once for gelu(u), which the gradient of W_out
-asks for, together with the gradient of u. On Hopper, GELU of 16-bit numbers belongs to the product
-that makes its argument, or the gradient of its result; elsewhere it is a pass over memory between
-products of cuBLAS. All other products are cuBLAS's. Reference: reference.feed_forward
+F, the width of u, is the number of rows of W_in. The one idea: u alone is kept for backward, which
+reads it once, both for gelu(u), which the gradient of W_out needs, and for the gradient of u. On
+Hopper, GELU of 16-bit numbers is a part of the product that makes its argument or the gradient of
+its result; elsewhere it is a pass over memory between products of cuBLAS. All other products are
+cuBLAS's. Reference: reference.feed_forward
 """
 
 from math import prod
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._autograd import apply, first_order
+from ._autograd import apply, as_needed, first_order
 from ._gelu import product_gelu, product_gelu_bwd
-from ._products import add_product, cast, narrow, product_dtype, sum_dtype
 from ._register import register
+from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
 
 def _feed_forward_fwd(x, w_in, w_out):
@@ -47,7 +48,7 @@ def _fake_fwd(x, w_in, w_out):
 
 
 def _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
-    """Uninitialised, those of weights in the dtype of sums; empty where not needed."""
+    """Uninitialised gradients, empty if not needed; those of weights are in the dtype of sums."""
     acc = sum_dtype(x.dtype)
     dx = x.new_empty(*(x.shape if needs_dx else (0,)))
     dw_in = x.new_empty(*(w_in.shape if needs_dw_in else (0,)), dtype=acc)
@@ -91,15 +92,14 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:3]
         gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *needs)
-        triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        return *(cast(g, dtype) if needed else None for g, dtype, needed in triples), None
+        return *as_needed(gradients, ctx.dtypes, needs), None
 
 
 def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """gelu(x w_in^T) w_out^T, GELU by erf.
+    """gelu(x w_in^T) w_out^T, with GELU by erf.
 
-    Under autocast, products and what is returned are in its dtype, else in that of x. GELU is made
-    in fp32 (fp64 for fp64), weight gradients are summed in it.
+    Products and result are in autocast's dtype under autocast, else in that of x. GELU is computed
+    and weight gradients are summed in fp32 (fp64 for fp64).
 
     Args:
         x: (B, M, D).

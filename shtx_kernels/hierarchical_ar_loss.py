@@ -3,9 +3,10 @@
     p[t] = h[t] weight^T + bias
     loss = sum over t < M - 1 of 1 - cos(p[t], h[t + 1])
 
-The one idea: the product is made of all rows, so that none has to be moved, and a program then
-pairs row u of h with row u - 1 of p. It owns both in backward, where a first row, which has no
-pair, and a last one's prediction get zeros. Reference: reference.hierarchical_ar_loss
+The one idea: the product is made of all tokens, so that none has to be moved, and a program then
+pairs token u of h with token u - 1 of p. It writes the gradients of both in backward, where the
+first token of a sequence, which has no pair, and the prediction of the last get zeros. Reference:
+reference.hierarchical_ar_loss
 """
 
 from functools import lru_cache
@@ -16,19 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autograd import apply, first_order
-from ._launch import KINDS, Kernel, accumulator, cdiv
-from ._products import add_product, cast, narrow, product_dtype, sum_dtype
 from ._register import register
-from ._rows import MAX_D, columns, row_sum, tile
+from ._rows import MAX_D, columns, contiguous_rows, row_config, row_sum
 from ._sums import column_sums
+from .launch import KINDS, Kernel, cdiv
+from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
-TILE = 2048  # elements of a program's tile
-WARP_TILE = 1024  # elements of it that a warp holds
+TILE = 2048  # numbers of a tile
+WARP_TILE = 1024  # numbers of a tile that a warp holds
 
 
 @triton.jit
 def _unit(t):
-    """Rows over their lengths, these as F.normalize clamps them, and whether it did not."""
+    """Rows divided by their lengths; the lengths, clamped as F.normalize does; and whether they are
+    not clamped.
+    """
     length = tl.sqrt(row_sum(t * t))
     least = tl.full([1, 1, 1], 1e-12, t.dtype)  # a bare constant is fp32 in Triton 3.6
     clamped = tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL)
@@ -41,7 +44,7 @@ def _hierarchical_ar_loss_kernel(
     D: tl.constexpr, ACC: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Row u of h with row u - 1 of p, u up to `rows`: the loss, or both gradients."""
+    """Token u of h with token u - 1 of p, for u up to `rows`: the loss, or both gradients."""
     pid = tl.program_id(0).to(tl.int64)
     u = pid * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
     offs_d = columns(ROUNDS, LANES)
@@ -65,39 +68,38 @@ def _hierarchical_ar_loss_kernel(
 
 @lru_cache(KINDS)
 def _kernel_of(D: int, dtype: torch.dtype, backward: bool) -> Kernel:
-    constants = dict(D=D, ACC=accumulator(dtype), BACKWARD=backward)
-    return Kernel(_hierarchical_ar_loss_kernel, **constants, **tile(D, TILE, WARP_TILE))
+    constants = dict(D=D, BACKWARD=backward, **row_config(D, TILE, WARP_TILE))
+    return Kernel(_hierarchical_ar_loss_kernel, dtype, **constants)
 
 
-def launch(p, h, M, dtotal=None):
-    """The losses' sums by program; given the gradient of their total, gradients of p and h."""
+def launch_pairs(p, h, M, dtotal=None):
+    """One sum of losses per program; given the gradient of their total, the gradients of p and h.
+
+    p and h are (B M, D).
+    """
     (rows, D), backward = p.shape, dtotal is not None
     kernel, acc = _kernel_of(D, p.dtype, backward), sum_dtype(p.dtype)
-    programs = cdiv(rows + 1, kernel.constants["BLOCK_M"])  # past h's last row is p's last
+    # one more than h has tokens: the last prediction belongs to the token after the last
+    programs = cdiv(rows + 1, kernel.constants["BLOCK_M"])
     loss = p.new_empty(0 if backward else programs, dtype=acc)
     dp = p.new_empty(p.shape if backward else 0)
-    # a product is added to dh, in a dtype of its own or in the sums'
+    # a product is added to dh, in the dtype of both or in that of sums
     dh = h.new_empty(h.shape if backward else 0, dtype=h.dtype if h.dtype == p.dtype else acc)
     tensors = p, h, dtotal if backward else loss, loss, dp, dh
     kernel((programs,), tensors, h.stride(0), rows, max(1, M))
     return (dp, dh) if backward else loss
 
 
-def _rows(h: Tensor) -> Tensor:
-    h = h.flatten(0, 1)
-    return h if h.stride(-1) == 1 else h.contiguous()
-
-
 def _hierarchical_ar_loss_fwd(h, weight, bias):
-    M, h = h.shape[1], _rows(h)
+    M, h = h.shape[1], contiguous_rows(h.flatten(0, 1))
     p = weight.new_empty(h.shape)
     torch.addmm(bias, cast(h, weight.dtype), weight.T, out=p)
-    return launch(p, h, M).sum(), p
+    return launch_pairs(p, h, M).sum(), p
 
 
 def _hierarchical_ar_loss_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
-    shape, h = h.shape, _rows(h)
-    dp, dh = launch(p, h, shape[1], dtotal)
+    shape, h = h.shape, contiguous_rows(h.flatten(0, 1))
+    dp, dh = launch_pairs(p, h, shape[1], dtotal)
     acc = sum_dtype(p.dtype)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=acc)
     if needs_dh:
@@ -122,7 +124,7 @@ def _fake_bwd(dtotal, p, h, weight, needs_dh, needs_dweight, needs_dbias):
 
 
 def _product_flops(h) -> int:
-    """Of a product with one row for each token that has a successor."""
+    """FLOPs of a product of all tokens that have a successor with a (D, D) weight."""
     B, M, D = h
     return 2 * B * max(0, M - 1) * D * D
 

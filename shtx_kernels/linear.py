@@ -2,8 +2,8 @@
 
     y = x W^T
 
-The one idea: the gradient of W is summed, and leaves the product, in fp32: PyTorch rounds it to the
-dtype of the product under autocast and widens it again. The products are cuBLAS's.
+The one idea: the gradient of W is summed in fp32 and leaves the product in fp32. Under autocast,
+PyTorch rounds it to the dtype of the product and widens it again. The products are cuBLAS's.
 Reference: reference.linear
 """
 
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import apply, first_order
-from ._products import add_product, cast, narrow, product_dtype, sum_dtype
+from ._autograd import apply, as_needed, first_order
 from ._register import register
+from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
 
 def _new_gradients(x, weight, needs_dx, needs_dweight) -> tuple[Tensor, Tensor]:
-    """Uninitialised, that of the weight in the dtype of sums; empty where not needed."""
+    """Uninitialised gradients, empty if not needed; that of the weight is in the dtype of sums."""
     dweight = weight.shape if needs_dweight else (0,)
     return (
         x.new_empty(*(x.shape if needs_dx else (0,))),
@@ -66,15 +66,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[:2]
         gradients = _backward(dy.contiguous(), *ctx.saved_tensors, *needs)
-        triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        return *(cast(g, dtype) if needed else None for g, dtype, needed in triples), None
+        return *as_needed(gradients, ctx.dtypes, needs), None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T.
 
-    Under autocast, products and what is returned are in its dtype, else in that of x. The gradient
-    of the weight is summed in fp32 (fp64 for fp64).
+    Products and result are in autocast's dtype under autocast, else in that of x. The gradient of
+    the weight is summed in fp32 (fp64 for fp64).
 
     Args:
         x: (B, M, D).

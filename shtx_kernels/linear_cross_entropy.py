@@ -17,10 +17,10 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of x @ weight^T with targets.
 
-    Under autocast, products are in its dtype; their sums and the loss are fp32 (fp64 for fp64).
-    Extra memory is 40 MiB of logits, or as much as the fp32 gradient of weight takes, up to 160;
-    a copy of weight in the dtype of the products where that is another, one more where V is not a
-    multiple of 16, and that gradient where weight is narrower.
+    Products are in autocast's dtype under autocast; their sums and the loss are fp32 (fp64 for
+    fp64). Extra memory is taken by logits, 40 MiB or as much as the fp32 gradient of weight, up to
+    160 MiB; by a copy of weight in the dtype of the products if that is another; by one more copy
+    if V is not a multiple of 16; and by the fp32 gradient if weight is narrower.
 
     Args:
         x: (B, N, D).

@@ -7,9 +7,9 @@
         rms:     s / max(|s|, 1e-12) * sqrt(D) * gamma
         layer:   (s - mean s) / sqrt(var s + 1e-5) * gamma + beta
 
-The one idea: a program owns rows of s, not of x. Every element of x, branch, r and their gradients
-belongs to one row of s, or to one of the `dilation` rows past its end, so each is read once and
-written once, in forward and backward alike, without atomics. Reference: reference.norm_token_shift
+The one idea: a program has rows of s, not of x. Every number of x, branch, r and their gradients
+belongs to one row of s, or to one of `dilation` rows past its end, so each is read once and written
+once, in forward and backward alike, without atomics. Reference: reference.norm_token_shift
 """
 
 from functools import lru_cache
@@ -20,34 +20,34 @@ import triton.language as tl
 from torch import Tensor
 
 from ._autograd import apply, first_order
-from ._launch import KINDS, Kernel, accumulator, cdiv
-from ._products import cast, sum_dtype
 from ._register import register
-from ._rows import MAX_D, columns, row_sum, tile
+from ._rounding import divide, sqrt
+from ._rows import MAX_D, columns, contiguous_rows, row_config, row_sum
 from ._sums import column_sums
+from .launch import KINDS, Kernel, cdiv
+from .products import cast, sum_dtype
 
 # on an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
-FWD_TILE = 4096  # elements of a program's tile
-BWD_TILE = 1024
-WARP_TILE = 1024  # elements of it that a warp holds
-BWD_PROGRAMS = 1056  # each leaves a row of partial weight gradients
-STAGES = 3  # tiles of a program under way in backward, where rows are wide
+FWD_TILE = 4096  # numbers of a tile in forward
+BWD_TILE = 1024  # numbers of a tile in backward
+WARP_TILE = 1024  # numbers of a tile that a warp holds
+BWD_PROGRAMS = 1056  # programs in backward, each of which leaves one row of partial sums
+STAGES = 3  # tiles that a program has under way in backward, if rows have WIDE numbers or more
 WIDE = 512
 
 
 @triton.jit
 def _normalize(s, mask_d, D: tl.constexpr, LAYER: tl.constexpr):
-    """Normalized rows s, their scale, and whether it depends on them."""
+    """Rows s, normalized; the scale of each, and whether it depends on the row."""
     if LAYER:
         s = tl.where(mask_d, s - row_sum(s) / D, 0.0)
     square = row_sum(s * s)
     square = square / D + 1e-5 if LAYER else square
     one = tl.full([1, 1, 1], 1.0 if LAYER else D**0.5, s.dtype)
     least = tl.full([1, 1, 1], 0.0 if LAYER else 1e-12, s.dtype)
-    # sqrt and division of fp32 are approximate by default, and backward subtracts near equals
-    length = tl.sqrt(square) if s.dtype == tl.float64 else tl.sqrt_rn(square)
+    length = sqrt(square)  # in full precision, as backward subtracts nearly equal numbers
     clamped = tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL)
-    scale = one / clamped if s.dtype == tl.float64 else tl.div_rn(one, clamped)
+    scale = divide(one, clamped)
     return s * scale, scale, length > least
 
 
@@ -136,41 +136,24 @@ def _norm_token_shift_bwd_kernel(
         tl.store(dweight_ptr + offs_w + D, dbeta, mask=mask_d)
 
 
-def _constants(D: int, dtype: torch.dtype, elements: int, layer: bool) -> dict:
-    """What both kernels are compiled for."""
-    return dict(
-        D=D,
-        KEPT=(D + 1) // 2,
-        LAYER=layer,
-        ACC=accumulator(dtype),
-        enable_fp_fusion=False,  # backward cancels products: all must be rounded alike
-        **tile(D, elements, WARP_TILE),
-    )
-
-
 @lru_cache(KINDS)
-def _kernel_of_fwd(D: int, dtype: torch.dtype, layer: bool, has_branch: bool) -> Kernel:
-    constants = _constants(D, dtype, FWD_TILE, layer)
-    return Kernel(_norm_token_shift_fwd_kernel, HAS_BRANCH=has_branch, **constants)
-
-
-@lru_cache(KINDS)
-def _kernel_of_bwd(D, dtype: torch.dtype, layer: bool, has_dr: bool, has_dbranch: bool) -> Kernel:
-    constants = _constants(D, dtype, BWD_TILE, layer)
-    constants |= dict(HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, STAGES=STAGES if D >= WIDE else 1)
-    return Kernel(_norm_token_shift_bwd_kernel, **constants)
+def _kernel_of(kernel, D: int, dtype: torch.dtype, elements: int, layer: bool, **options) -> Kernel:
+    # backward subtracts products, so all must be rounded alike
+    constants = dict(D=D, KEPT=(D + 1) // 2, LAYER=layer, enable_fp_fusion=False)
+    return Kernel(kernel, dtype, **constants, **options, **row_config(D, elements, WARP_TILE))
 
 
 def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
     B, M, D = x.shape
     y = x.new_empty(B, M, D, dtype=dtype)
-    # an op may not return its input
+    # an op may not return its input: without a branch, r is x
     r = x.new_empty(0) if branch is None else x.new_empty(B, M, D)
     if y.numel():
-        kernel = _kernel_of_fwd(D, x.dtype, beta is not None, branch is not None)
+        size = D, x.dtype, FWD_TILE, beta is not None
+        kernel = _kernel_of(_norm_token_shift_fwd_kernel, *size, HAS_BRANCH=branch is not None)
         b = x if branch is None else branch
         lag = min(dilation, M)
-        # of a sequence's rows of s and its end
+        # tiles of a sequence: those of its rows of s, and of the rows past its end
         tiles = cdiv(M + lag, kernel.constants["BLOCK_M"])
         tensors = x, b, gamma, gamma if beta is None else beta, r, y
         kernel((B * tiles,), tensors, *x.stride()[:2], *b.stride()[:2], M, lag, tiles)
@@ -180,7 +163,9 @@ def _norm_token_shift_fwd(x, gamma, beta, branch, dilation, dtype):
 def _norm_token_shift_bwd(r, gamma, dr, dy, layer, dilation, branch_dtype):
     B, M, D = r.shape
     has_dbranch = branch_dtype != r.dtype
-    kernel = _kernel_of_bwd(D, r.dtype, layer, dr is not None, has_dbranch)
+    options = dict(HAS_DR=dr is not None, HAS_DBRANCH=has_dbranch)
+    options |= dict(STAGES=STAGES if D >= WIDE else 1)
+    kernel = _kernel_of(_norm_token_shift_bwd_kernel, D, r.dtype, BWD_TILE, layer, **options)
     lag = min(dilation, M)
     tiles = cdiv(M + lag, kernel.constants["BLOCK_M"])
     share = cdiv(B * tiles, BWD_PROGRAMS)
@@ -221,11 +206,6 @@ _backward = register(
 )
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
-    """A weight or an incoming gradient may have any layout (that of a sum is expanded)."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 class _NormTokenShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, branch, dilation, dtype):
@@ -247,7 +227,7 @@ class _NormTokenShift(torch.autograd.Function):
             dbranch = dr.to(dtype) if has_branch and dr is not None else None
             return dr, None, None, dbranch, None, None
         dx, dbranches, dweight = _backward(
-            r, gamma, _rows(dr), _rows(dy), ctx.layer, ctx.dilation, dtype
+            r, gamma, contiguous_rows(dr), contiguous_rows(dy), ctx.layer, ctx.dilation, dtype
         )
         (dbranch,) = dbranches or [dx]
         sizes = [len(gamma)] * 2
@@ -274,7 +254,7 @@ def norm_token_shift(
         branch: (B, M, D) to be added to x, or None.
         norm: "rms" (x / max(|x|, 1e-12) * sqrt(D)) or "layer" (eps 1e-5).
         dilation: how many tokens earlier the second half of the channels is taken; 0 is no shift.
-        dtype: of y; that of x by default.
+        dtype: the dtype of y; that of x by default.
 
     Returns:
         r: (B, M, D), x + branch in the dtype of x; x itself without a branch.
@@ -297,7 +277,7 @@ def norm_token_shift(
         raise ValueError(f'norm must be "rms" or "layer", got {norm!r}')
     if (beta is None) != (norm == "rms"):
         raise ValueError(f'beta must be given for norm="layer" and only there, got norm={norm!r}')
-    gamma, beta = _rows(gamma), _rows(beta)
+    gamma, beta = contiguous_rows(gamma), contiguous_rows(beta)
     for name, t, shape in (
         ("gamma", gamma, (D,)), ("beta", beta, (D,)), ("branch", branch, x.shape),
     ):  # fmt: skip

@@ -1,6 +1,6 @@
-"""Cross entropy of a level's tokens with the input tokens behind them: see _cross_entropy.py.
+"""Cross entropy of a level's tokens with the input tokens up to them: see _cross_entropy.py.
 
-The targets of a level token are a slice of the ids, so those of all are one strided view of them.
+The targets of a level token are a slice of the ids, so all targets are one strided view of the ids.
 Reference: reference.reconstruction_loss
 """
 
@@ -19,12 +19,12 @@ def reconstruction_loss(
     stride: int,
     reduction: str = "mean",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross entropy of the C ids behind every level token; id 0, and what is left of the start,
-    does not count.
+    """Cross entropy of the C ids up to every level token; id 0, and taps before the start, do not
+    count.
 
-    Under autocast, products are in its dtype; their sums and the loss are fp32 (fp64 for fp64).
-    Extra memory is that of linear_cross_entropy, with copies of one vocabulary at a time; where
-    vocabularies are large, dx in fp32 as well.
+    Products are in autocast's dtype under autocast; their sums and the loss are fp32 (fp64 for
+    fp64). Extra memory is that of linear_cross_entropy, with copies of one vocabulary at a time;
+    for large vocabularies, dx in fp32 is added to it.
 
     Args:
         x: (B, M, D), a level; M = ceil(N / stride).

@@ -2,10 +2,10 @@
 
     y[b, n] = e[ids[b, n]]    or    e[ids[b, n]] W^T
 
-The one idea: an embedding is one of V rows. Where there are fewer of them than tokens, the linear
-layer is made of them, not of the tokens. Backward, small vocabularies sum gradients by id in a
-product with the one-hot matrix of the ids, which sums in one order always; PyTorch adds them with
-atomics. Reference: reference.token_embedding
+The one idea: an embedding is one of V rows. If there are fewer rows than tokens, the linear layer
+is applied to the rows, not to the tokens. In backward, small vocabularies sum gradients by id in a
+product with the one-hot matrix of the ids, which always sums in the same order; PyTorch adds them
+with atomics. Reference: reference.token_embedding
 """
 
 from math import prod
@@ -14,35 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import apply, first_order
-from ._one_hot import ONE_HOT, sum_by_id
-from ._products import add_product, cast, narrow, product_dtype, sum_dtype
+from ._autograd import apply, as_needed, first_order
+from ._ids import check_ids
+from ._one_hot import is_small, sum_by_id
 from ._register import register
-
-
-def _rows_first(embedding: Tensor, weight: Tensor | None, ids: Tensor) -> bool:
-    """Whether the linear layer is made of the vocabulary's rows."""
-    return weight is not None and len(embedding) <= min(ONE_HOT, ids.numel())
+from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
 
 def _new_output(ids, embedding, weight) -> Tensor:
+    """An uninitialised result."""
     return embedding.new_empty(*ids.shape, embedding.shape[1] if weight is None else len(weight))
 
 
 def _token_embedding_fwd(ids, embedding, weight):
-    if _rows_first(embedding, weight, ids):
+    if weight is None:
+        return F.embedding(ids, embedding)
+    if is_small(embedding, ids):
         rows = embedding.new_empty(embedding.shape[0], weight.shape[0])
         return F.embedding(ids, torch.mm(embedding, weight.T, out=rows))
     x = F.embedding(ids, embedding)
-    if weight is None:
-        return x
     y = _new_output(ids, embedding, weight)
     torch.mm(x.flatten(0, 1), weight.T, out=y.flatten(0, 1))
     return y
 
 
 def _new_gradients(embedding, weight, needs_weight) -> tuple[Tensor, Tensor]:
-    """Uninitialised, in the dtype of sums; empty where not needed."""
+    """Uninitialised gradients in the dtype of sums; that of the weight is empty if not needed."""
     acc = sum_dtype(embedding.dtype)
     dweight = embedding.new_empty(weight.shape if needs_weight else 0, dtype=acc)
     return embedding.new_empty(embedding.shape, dtype=acc), dweight
@@ -53,7 +50,7 @@ def _token_embedding_bwd(dy, ids, embedding, weight, needs_weight):
     dembedding, dweight = _new_gradients(embedding, weight, needs_weight)
     if weight is None:
         return sum_by_id(dy, ids, V), dweight
-    if _rows_first(embedding, weight, ids):
+    if is_small(embedding, ids):
         d, x = cast(sum_by_id(dy, ids, V), dy.dtype), embedding
         add_product(dembedding, d, weight, start=True)
     else:
@@ -67,6 +64,7 @@ def _token_embedding_bwd(dy, ids, embedding, weight, needs_weight):
 
 
 def _product_flops(ids, weight) -> int:
+    """FLOPs of the linear layer of every token."""
     return 0 if weight is None else 2 * prod(ids) * prod(weight)
 
 
@@ -103,15 +101,14 @@ class _TokenEmbedding(torch.autograd.Function):
     def backward(ctx, dy):
         needs = ctx.needs_input_grad[1:3]
         gradients = _backward(dy.contiguous(), *ctx.saved_tensors, needs[1])
-        triples = zip(gradients, ctx.dtypes, needs, strict=True)
-        return None, *(cast(g, dtype) if needed else None for g, dtype, needed in triples), None
+        return None, *as_needed(gradients, ctx.dtypes, needs), None
 
 
 def token_embedding(ids: Tensor, embedding: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Rows of an embedding, or what a linear layer makes of them.
+    """Rows of an embedding, or a linear layer of them.
 
-    Under autocast, what is returned is in its dtype, else in that of the embedding; gradients are
-    summed in fp32 (fp64 for fp64). That ids are in range is not checked: it would wait for the
+    The result is in autocast's dtype under autocast, else in that of the embedding; gradients are
+    summed in fp32 (fp64 for fp64). Ids are not checked to be in range, as that would wait for the
     device.
 
     Args:
@@ -127,13 +124,7 @@ def token_embedding(ids: Tensor, embedding: Tensor, weight: Tensor | None = None
 
     Source: torch.nn.functional.embedding, as simple-hierarchical-transformer uses it.
     """
-    if ids.ndim != 2 or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be (B, N) int64, got {tuple(ids.shape)}, {ids.dtype}")
-    if embedding.ndim != 2 or not embedding.numel() or embedding.device != ids.device:
-        raise ValueError(
-            f"embedding must be (V, D), not empty, on {ids.device},"
-            f" got {tuple(embedding.shape)} on {embedding.device}"
-        )
+    check_ids(ids, embedding)
     D, dtype, device = embedding.shape[1], embedding.dtype, embedding.device
     if weight is not None and (
         (weight.ndim, weight.shape[-1], weight.dtype, weight.device) != (2, D, dtype, device)

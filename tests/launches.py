@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from shtx_kernels._launch import Kernel
+from shtx_kernels.launch import Kernel
 
 LAUNCHED = []
 

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 from shtx import HierarchicalTransformer, ops
 from shtx.decode import Decoder
 from shtx.next_latent import HierarchicalTransformer as NextLatent
-from shtx_kernels._launch import compile_only
+from shtx_kernels.launch import compile_only
 from shtx_kernels.rotary_attention import library
 
 TOKENS = 1024

@@ -7,8 +7,8 @@ import torch
 import triton
 from helpers import DEVICE
 
-from shtx_kernels import _launch
-from shtx_kernels._ahead import compile_ahead
+from shtx_kernels import launch as page
+from shtx_kernels.ahead import compile_ahead
 
 
 @pytest.fixture
@@ -28,13 +28,19 @@ class Jitted:
     def __init__(self, name):
         self.name = name
 
+    def __getitem__(self, grid):
+        return lambda x: self.run(x, grid, False)
+
+    def warmup(self, x, grid):
+        self.run(x, grid, True)
+
     def run(self, x, grid, warmup):
         aside = triton.runtime._async_compile.active_mode.get() is not None
         SEEN.append((self.name, warmup, aside))
 
 
 def launch(name):
-    _launch.launch(Jitted(name), (1,), torch.ones(3))
+    page.launch(Jitted(name), (1,), torch.ones(3))
 
 
 class Launch(torch.autograd.Function):

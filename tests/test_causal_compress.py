@@ -6,7 +6,7 @@ import torch
 from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
 
 from shtx_kernels import causal_compress, reference
-from shtx_kernels.causal_compress.paths import uses_table
+from shtx_kernels.causal_compress import uses_table
 
 op_page = importlib.import_module("shtx_kernels.causal_compress")
 
@@ -120,17 +120,14 @@ def test_the_graph_can_be_walked_twice(path):
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
 
 
-@pytest.mark.parametrize("table", PATHS.values(), ids=PATHS)
-def test_registration(table):
+@pytest.mark.parametrize("name", ["causal_compress_table", "causal_compress"])
+def test_registration(name):
     ids, (embedding, w_conv, b_conv, w_out, b_out) = draw(*CASES[4])
-    ops = torch.ops.shtx
-    torch.library.opcheck(ops.causal_compress_taps, (w_conv, torch.float64, table))
-    taps = ops.causal_compress_taps(w_conv, torch.float32, table)
-    args = ids, embedding, taps, b_conv, w_out[..., 0], b_out, 3, table
-    torch.library.opcheck(ops.causal_compress, args)
-    y, source = ops.causal_compress(*args)
-    args = ids, embedding, taps, b_conv, w_out[..., 0], source, y, 3, table
-    torch.library.opcheck(ops.causal_compress_bwd, args)
+    forward, backward = getattr(torch.ops.shtx, name), getattr(torch.ops.shtx, f"{name}_bwd")
+    args = ids, embedding, w_conv, b_conv, w_out[..., 0], b_out, 3
+    torch.library.opcheck(forward, args)
+    y, source, taps = forward(*args)
+    torch.library.opcheck(backward, (ids, embedding, taps, b_conv, w_out[..., 0], source, y, 3))
 
 
 def test_compiles_without_graph_break(path):

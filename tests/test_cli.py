@@ -1,3 +1,4 @@
+import io
 import os
 import runpy
 import shutil
@@ -5,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -12,11 +14,12 @@ import torch
 from helpers import DEVICE, ROOT, child_environment
 from running import write
 
-from shtx import info, ops
+from shtx import __version__, info, ops
 from shtx.cli import TRAIN_EXTRA, main
 from shtx.train import visible
 from shtx.train.checkpoint import load
 from shtx.train.config import Config
+from shtx.train.generate import Sample
 from shtx.train.trainer import build
 
 TOKEN_OPS = [f"decode.{name}" for name in ops.TOKEN_OPS]
@@ -209,7 +212,7 @@ def test_check_agrees(capsys):
 @pytest.fixture
 def one_model(monkeypatch):
     """The least that has all of what is made wrong."""
-    monkeypatch.setattr(info, "MODELS", info.MODELS[1:])
+    monkeypatch.setattr(info, "MODELS", info.MODELS[1:2])
 
 
 def test_check_finds_a_wrong_op_of_a_token(one_model, monkeypatch, capsys):
@@ -304,6 +307,15 @@ def test_generate_repeats_with_a_seed(run, capsys):
     "arguments, message",
     [
         (["--prompt", ""], "--prompt must have at least one byte"),
+        ([], "either --prompt or --prompt-file must say how the text begins"),
+        (["--prompt", "x", "--prompt-file", "y"], "either --prompt or --prompt-file"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt-file", os.devnull], f"{os.devnull} must have at least one byte"),
+        (["--prompt", "x", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        (["--prompt", "x", "--stop", "y", ""], "--stop must have at least one byte"),
+        (["--prompt", "x", "--out", os.curdir], "must name a new file in a directory"),
+        (["--prompt", "x", "--out", "no/where"], "must name a new file in a directory"),
+        (["--prompt", "x", "--out", __file__], "is there already"),
         (["--prompt", "x", "--length", "-1"], "--length must be at least 0, got -1"),
         (["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
         (["--prompt", "x", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
@@ -322,9 +334,66 @@ def test_generate_says_what_is_wrong(run, arguments, message, capsys):
     assert err.startswith("shtx generate: error: ") and message in err and err.count("\n") == 1
 
 
+def test_generate_of_a_file_writes_bytes_of_several_samples(run, capsys, tmp_path, monkeypatch):
+    capsys.readouterr()
+    prompt = "naïve\xff café".encode("latin-1")  # no UTF-8
+    (tmp_path / "start").write_bytes(prompt)
+    arguments = ["--prompt-file", str(tmp_path / "start"), "--length", "50", "--seed", "3"]
+    arguments += ["--num-samples", "3", "--top-k", "200", "--temperature", "2"]
+    status, text, _ = generated(capsys, run, *arguments, "--out", str(tmp_path / "song.bin"))
+    files = [tmp_path / f"song-{i}.bin" for i in (1, 2, 3)]
+    contents = [file.read_bytes() for file in files]
+    assert status == 0 and text == "".join(f"{file}: 61 bytes\n" for file in files)
+    assert len(set(contents)) == 3 and all(c.startswith(prompt) for c in contents)
+    assert {path.name for path in tmp_path.iterdir()} == {"start", *(f.name for f in files)}
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(prompt)))
+    arguments[1] = "-"
+    status, text, _ = generated(capsys, run, *arguments)
+    shown = (visible(content.decode(errors="replace")) for content in contents)
+    assert text == "".join(f"[{i}]\n{content}\n" for i, content in enumerate(shown, 1))
+
+
+def test_generate_ends_before_a_stop_text(run, capsys):
+    capsys.readouterr()
+    arguments = ["--prompt", "naïve café", "--length", "60", "--temperature", "0"]
+    _, whole, _ = generated(capsys, run, *arguments)
+    new = whole.removeprefix("naïve café").encode()
+    stop = new[20:24].decode(errors="ignore")
+    before = new[: new.index(stop.encode())]
+    assert len(stop) >= 2 and before
+    _, text, _ = generated(capsys, run, *arguments, "--stop", "nowhere to be found", stop)
+    assert text == "naïve café" + before.decode() + "\n"
+
+
+def test_a_stop_text_is_never_shown_in_part():
+    sample = Sample([list(stop) for stop in (b"abc", b"bd", b"ab" * 3)])
+    assert [bytes(sample.add(byte)) for byte in b"xababa"] == [b"x", *[b""] * 5]
+    assert bytes(sample.add(ord("d"))) == b"ababad" and sample.rest() == []
+    assert bytes(sample.add(ord("y"))) == b"y" and not sample.ended
+    assert [sample.add(byte) for byte in b"ababc"] == [[], [], [], [], list(b"ab")]
+    assert sample.ended and bytes(sample.ids) == b"xababadyab" and sample.add(ord("z")) == []
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"shtx {__version__}\n"
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_does_not_wait_for_pytorch(argument):
+    code = f"""
+import sys
+from shtx.cli import main
+assert main([{argument!r}]) == 0 and "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=child_environment(ROOT), cwd=ROOT)
+    assert result.returncode == 0
+
+
 def test_generate_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["generate", "--help"])
     text = capsys.readouterr().out
-    for flag in "checkpoint prompt length temperature top-k top-p seed device dtype".split():
+    flags = "checkpoint prompt prompt-file length num-samples stop out temperature top-k top-p seed"
+    for flag in f"{flags} device dtype".split():
         assert f"--{flag} " in text, flag

@@ -1,6 +1,7 @@
 """The laws of the house, as assertions."""
 
 import ast
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -27,7 +28,10 @@ def files(op: str) -> list[Path]:
     return sorted((KERNELS / op).glob("*.py")) or [KERNELS / f"{op}.py"]
 
 
+# the doors for `shtx`, tests and benchmarks: all other pages that are not ops begin with "_"
+DOORS = ("ahead", "decode_arguments", "internals", "launch", "products", "reference")
 SHARED_FILES = sorted(KERNELS.glob("_[a-z]*.py"))
+SHARED_FILES += [KERNELS / f"{door}.py" for door in DOORS if door != "reference"]
 OP_FILES = [path for op in (*shtx_kernels.__all__, "decode") for path in files(op)] + SHARED_FILES
 
 
@@ -48,11 +52,9 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def run(code: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env=child_environment(ROOT), cwd=ROOT, capture_output=True, text=True
-    )
+def run(code: str, **variables: str) -> subprocess.CompletedProcess:
+    command, environment = [sys.executable, "-c", code], child_environment(ROOT, **variables)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("op", shtx_kernels.__all__)
@@ -90,16 +92,188 @@ def test_an_op_imports_no_other_op_and_not_the_reference(path):
 
 
 def test_the_reference_imports_no_triton():
-    for path in (KERNELS / "reference").glob("*.py"):
-        allowed = {"torch", "einops", ".._groups", "._widen", ".rms_norm"}
-        assert imports(path) - sys.stdlib_module_names <= allowed
+    pages = sorted((KERNELS / "reference").glob("*.py"))
+    allowed = {"torch", "einops", "..decode_arguments", "..internals"}
+    allowed |= {f".{page.stem}" for page in pages}
+    for page in pages:
+        assert imports(page) - sys.stdlib_module_names <= allowed
 
 
 def test_the_kernels_know_no_model_and_the_model_no_kernel():
     for path in KERNEL_FILES:
         assert "shtx" not in imports(path)
     for path in (ROOT / "shtx").rglob("*.py"):
-        assert path.name == "ops.py" or "shtx_kernels" not in imports(path), path
+        name = path.relative_to(ROOT / "shtx").as_posix()
+        assert name in ("ops.py", "internals.py") or "shtx_kernels" not in imports(path), path
+
+
+def kernel_modules(path: Path) -> set[str]:
+    """Modules of shtx_kernels that a page imports, from the package on."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module for module in found if module.startswith("shtx_kernels.")}
+
+
+def test_doors_between_packages():
+    """Pages that begin with "_" are the package's own; only tests may look into them."""
+    pages = {path.stem for path in KERNELS.glob("[a-z]*")} - {"decode"}
+    assert pages == {*shtx_kernels.__all__, *DOORS}
+    for folder in ("shtx", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            private = [m for m in kernel_modules(path) if m.split(".")[1].startswith("_")]
+            assert not private, path
+            assert "sys.modules[" not in path.read_text(), path
+
+
+TOLD = re.compile(r"(torch|triton)\._")
+
+
+def private_names(path: Path, own: set[str]) -> set[str]:
+    """Names of a page that begin with "_" and that the package does not define itself."""
+    found, nodes = set(), list(ast.walk(ast.parse(path.read_text())))
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in nodes:
+        if id(node) in parts:
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", None) or ""
+            if not getattr(node, "level", 0):
+                names = [f"{module}.{alias.name}" for alias in node.names]
+                names = {part for name in names for part in name.split(".")}
+                found |= {name for name in names if name.startswith("_")}
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            found |= {node.attr} - {"_exit"}  # that of os, which is documented
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+            private = re.fullmatch(r"_[a-z]\w*", text) or (TOLD.search(text) and " " not in text)
+            found |= {text} if private else set()
+    return {name for name in found - own if not re.fullmatch(r"__\w+__", name)}
+
+
+def own_names(package: Path) -> set[str]:
+    """Names that the pages of a package define: functions, classes, variables and attributes of
+    objects of theirs.
+    """
+    names = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                    names.add(node.attr)
+    return names
+
+
+# pages that are rewritten elsewhere at present, with what is to move
+TO_MOVE = {
+    "shtx/layers.py": {"_buffers", "_has_made_values", "_version"},
+    "shtx/model.py": {"_is_exporting_flag"},
+    "shtx/train_step.py": {"_compiled_call_impl", "_pytree", "_step_supports_amp_scaling"},
+}
+
+
+@pytest.mark.parametrize("package", ["shtx", "shtx_kernels"])
+def test_private_interfaces_stand_on_one_page(package):
+    own = own_names(ROOT / package)
+    for path in (ROOT / package).rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        private = private_names(path, own)
+        if name == f"{package}/internals.py":
+            assert private
+        else:
+            assert private == TO_MOVE.get(name, set()), name
+
+
+def without(package: str, *absent: tuple[object, str]):
+    """A fresh copy of a package's page of private interfaces, as made where these are absent."""
+    path = ROOT / package / "internals.py"
+    spec = importlib.util.spec_from_file_location(f"{package}.internals", path)
+    page = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in absent:
+            patch.delattr(owner, name)
+        spec.loader.exec_module(page)
+    return page
+
+
+def test_pytorch_without_its_private_interfaces():
+    c, autograd = torch._C, torch._C._autograd
+    page = without(
+        "shtx_kernels",
+        (c, "_are_functorch_transforms_active"),
+        (c, "_len_torch_dispatch_stack"),
+        (c, "_get_tracing_state"),
+        (autograd, "_get_current_graph_task_keep_graph"),
+        (autograd, "_profiler_enabled"),
+        (autograd, "_top_saved_tensors_default_hooks"),
+        (torch, "_foreach_copy_"),
+    )
+    assert page.keeps_graph() and page.count_dispatch_modes() and page.is_recorded()
+    assert page.packs_saved_tensors(True) and page.packs_saved_tensors(False)
+    targets, sources = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.ones(3)]
+    page.copy_all(targets, sources)
+    assert all(map(torch.equal, targets, sources))
+    with pytest.raises(NotImplementedError, match=r"PyTorch must have .* got \d"):
+        page.transforms_active()
+    page = without("shtx", (c, "_storage_Use_Count"))
+    with pytest.raises(NotImplementedError, match="_storage_Use_Count"):
+        page.count_holders(page.storage_of(torch.ones(1)))
+
+
+def test_ops_without_the_private_interfaces_of_pytorch(monkeypatch):
+    """They go through the dispatcher and make no use of what nobody else may need."""
+    from shtx_kernels import _autograd, _cross_entropy, _register, internals
+
+    x, weight = torch.randn(2, 3, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+    targets = torch.randint(0, 5, (2, 3), device=DEVICE)
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    loss = lambda: shtx_kernels.linear_cross_entropy(*inputs, targets)
+    expected = torch.autograd.grad(loss(), inputs)
+    monkeypatch.setattr(internals, "_untransformed", None)
+    monkeypatch.setattr(_register, "count_dispatch_modes", lambda: 1)
+    monkeypatch.setattr(_cross_entropy, "keeps_graph", lambda: True)
+    assert all(map(torch.equal, torch.autograd.grad(loss(), inputs), expected))
+    assert _autograd.apply_untransformed is internals.apply_untransformed
+
+
+def test_a_pytorch_without_the_trees_is_refused():
+    with pytest.raises(ImportError, match=r"torch.utils._pytree .* got PyTorch \d"):
+        without("shtx", (torch.utils._pytree, "tree_map_only"))
+
+
+def test_triton_without_its_private_interfaces():
+    code = """
+import sys
+import triton
+sys.modules["triton.runtime._async_compile"] = None
+from shtx_kernels import internals
+assert internals.active_mode is None and not internals.launches_are_known()
+import torch
+import shtx_kernels
+x, weight = torch.ones(2, 3, 4), torch.ones(4)
+r, y = shtx_kernels.norm_token_shift(x, weight)
+assert torch.equal(r, x) and torch.allclose(y, torch.ones_like(y))
+"""
+    assert run(code, TRITON_INTERPRET="1").returncode == 0
+
+
+def test_attention_without_the_cores_of_pytorch(monkeypatch):
+    from shtx_kernels.rotary_attention import library
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    qkv = torch.empty(1, 600, 48, dtype=torch.float16).as_subclass(Cuda)
+    assert library.takes(qkv, 16, -1, 600, False) == library.HAS_ATTENTION_CORES
+    monkeypatch.setattr(library, "HAS_ATTENTION_CORES", False)
+    assert not library.takes(qkv, 16, -1, 600, False)
 
 
 @pytest.mark.parametrize("path", KERNEL_FILES, ids=name)
@@ -115,10 +289,12 @@ ONE_PAGE = {
     "torch.library.": "_register.py",
     "once_differentiable": None,
     "tl.dot(": "_dot.py",
-    "fp32_precision": "_products.py",
+    "fp32_precision": "products.py",
     "get_float32_matmul_precision": None,
-    "cuda.device_of": "_launch.py",
-    "[grid](": "_launch.py",
+    "cuda.device_of": "launch.py",
+    "[grid](": "launch.py",
+    "CudaLauncher": "internals.py",
+    "pre_run_hooks": "internals.py",
     "triton.cdiv": None,
     "triton.next_power_of_2": None,
 }
@@ -218,9 +394,9 @@ def test_auto_is_decided_by_the_device_of_the_tensors():
 
 
 def test_sizes_of_the_pages():
-    """An op past 450 lines is a package, and a kernel past 60 hides an idea."""
-    for path in OP_FILES:
-        assert len(path.read_text().splitlines()) <= 450, path
+    """A page past 300 lines has more than one idea, and a kernel past 60 hides one."""
+    for path in KERNEL_FILES:
+        assert len(path.read_text().splitlines()) <= 300, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 assert node.end_lineno - node.lineno <= 60, node.name

@@ -194,6 +194,11 @@ def test_prepared_tokens(book, tokenizer, tmp_path, capsys, monkeypatch):
     assert main([*generate, "--prompt", " ".join(map(str, ids))]) == 0
     ids = [int(word) for word in capsys.readouterr().out.split()]
     whole = tokenizer.decode(ids, skip_special_tokens=False)
+    written = tmp_path / "out.txt"
+    command = [*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line 5é"]
+    assert main([*command, "--out", str(written)]) == 0
+    assert written.read_text() == whole
+    capsys.readouterr()
     assert told.startswith("line 5é") and visible(whole).startswith(told.rstrip("\n"))
     other = json.loads(tokenizer.to_str()) | {"normalizer": {"type": "NFC"}}
     (tmp_path / "t.json").write_text(json.dumps(other))

@@ -1,7 +1,6 @@
 """Nothing that is set for the whole process changes what an op returns, unless it is meant to."""
 
 import threading
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import shtx_kernels
 from shtx_kernels import reference, rotary_attention
-from shtx_kernels._products import matmul_precision
-
-page = import_module("shtx_kernels.rotary_attention")  # the attribute of that name is the function
+from shtx_kernels.products import matmul_precision
+from shtx_kernels.rotary_attention import rotations
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def results(call, ops, x):
 @pytest.mark.parametrize("name, call, x", CALLS, ids=NAMES)
 def test_default_dtype(name, call, x, ops, dtype, default_dtype, monkeypatch):
     expected = results(call, ops, x)
-    monkeypatch.setattr(page, "_tables", {})
+    monkeypatch.setattr(rotations, "_tables", {})
     default_dtype(dtype)
     for ours, theirs in zip(results(call, ops, x), expected, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
@@ -63,46 +61,46 @@ def test_precision_of_either_api(precision):
 
 
 def test_threads_share_a_table(monkeypatch):
-    monkeypatch.setattr(page, "_tables", {})
+    monkeypatch.setattr(rotations, "_tables", {})
     qkv = torch.randn(1, 40, 24, device=DEVICE)
     tables, barrier = [], threading.Barrier(4)
 
     def make():
         barrier.wait()
-        tables.append(page.make_table(qkv, 4, 40))
+        tables.append(rotations.make_table(qkv, 4, 40))
 
     threads = [threading.Thread(target=make) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(tables) == 4 and len({id(t) for t in tables}) == len(page._tables) == 1
+    assert len(tables) == 4 and len({id(t) for t in tables}) == len(rotations._tables) == 1
 
 
 def test_a_table_of_inference_serves_training(monkeypatch):
-    monkeypatch.setattr(page, "_tables", {})
+    monkeypatch.setattr(rotations, "_tables", {})
     qkv = torch.randn(1, 40, 24, device=DEVICE)
     with torch.inference_mode():
         rotary_attention(qkv, 2)
     rotary_attention(qkv.requires_grad_(), 2).sum().backward()
-    assert len(page._tables) == 1
+    assert len(rotations._tables) == 1
 
 
 def test_a_table_serves_all_lengths_up_to_a_power_of_two(monkeypatch):
-    monkeypatch.setattr(page, "_tables", {})
+    monkeypatch.setattr(rotations, "_tables", {})
     for n in (10, 100, 128, 300):
         rotary_attention(torch.randn(1, n, 24, device=DEVICE), 2)
-    assert len(page._tables) == 2
+    assert len(rotations._tables) == 2
 
 
 def test_meta_and_fake_tensors_leave_no_table(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(page, "_tables", {})
+    monkeypatch.setattr(rotations, "_tables", {})
     assert rotary_attention(torch.randn(1, 40, 24, device="meta"), 2).is_meta
     with FakeTensorMode():
         assert rotary_attention(torch.randn(1, 40, 24), 2).shape == (1, 40, 8)
-    assert not page._tables
+    assert not rotations._tables
 
 
 def test_autocast_around_the_backward_changes_nothing():

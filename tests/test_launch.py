@@ -10,8 +10,8 @@ import triton
 from helpers import DEVICE, ROOT, child_environment
 from triton import knobs
 
-from shtx_kernels import _launch
-from shtx_kernels._launch import Kernel, cdiv, compile_only, launch, next_power_of_2
+from shtx_kernels import launch as page
+from shtx_kernels.launch import Kernel, cdiv, compile_only, launch, next_power_of_2
 
 CURRENT = 3  # the device of the driver below
 X = torch.empty(64)
@@ -40,6 +40,12 @@ class Jitted:
         self.params = [param("x_ptr"), param("n"), param("free", do_not_specialize=True)]
         self.params.append(param("BLOCK", is_constexpr=True))
 
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.run(*args, grid=grid, warmup=False, **options)
+
+    def warmup(self, *args, grid, **options):
+        return self.run(*args, grid=grid, warmup=True, **options)
+
     def run(self, *args, grid, warmup, **options):
         self.seen.append((args, grid, warmup, options))
         return self.compiled
@@ -51,8 +57,8 @@ def jitted(monkeypatch):
         get_current_device=lambda: CURRENT, get_current_stream=lambda device: 10 + device
     )
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    monkeypatch.setattr(_launch, "TESTED", True)
-    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(page, "launches_are_known", lambda: True)
+    monkeypatch.setattr(page, "driver", SimpleNamespace(active=active))
     return Jitted()
 
 
@@ -89,9 +95,9 @@ def test_kinds(jitted, other):
 
 def test_kinds_are_bounded(jitted):
     kernel = Kernel(jitted, BLOCK=8)
-    for n in range(3 * _launch.KINDS):
+    for n in range(3 * page.KINDS):
         kernel((1,), (X,), n, 1)
-        assert len(kernel.found) <= _launch.KINDS
+        assert len(kernel.found) <= page.KINDS
 
 
 def launched_tritons_way(kernel, jitted):
@@ -137,7 +143,7 @@ def test_compiling_alone_launches_nothing(jitted):
 
 
 def test_other_versions_of_triton_launch_themselves(jitted, monkeypatch):
-    monkeypatch.setattr(_launch, "TESTED", False)
+    monkeypatch.setattr(page, "launches_are_known", lambda: False)
     kernel = Kernel(jitted, BLOCK=8)
     assert launched_tritons_way(kernel, jitted)
 

@@ -113,7 +113,8 @@ def test_a_seed_generates_upstreams_tokens(row):
 
 
 def test_same_arguments_and_defaults():
-    for name, added in dict(__init__=["impl"], forward=["loss_reduction", "plan"]).items():
+    of_forward = ["loss_reduction", "labels", "plan"]
+    for name, added in dict(__init__=["impl"], forward=of_forward).items():
         ours = {
             k: repr(v) for k, v in parameters_of(getattr(HierarchicalTransformer, name)).items()
         }

@@ -18,6 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from training import OPTIONS, adamw, replay_a_step
 
 from shtx import HierarchicalTransformer, TrainStep, parallel
@@ -57,18 +58,20 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
-def take(model, ids, **options):
+def take(model, ids, labels=None, **options):
     """One step, and what it made: loss, parts, norm and gradients."""
     optimizer, gradients = sgd(model), []
 
     def read(*_):
-        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters()]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in trained]
         gradients.extend(grad.flatten() for grad in grads)
 
     optimizer.register_step_pre_hook(read)
     step = TrainStep(model, optimizer, **dict(precision="fp32", grad_clip=0.1) | options)
-    loss, parts = step(ids)
-    return torch.stack((loss, *parts, step.grad_norm)), torch.cat(gradients)
+    loss, parts = step(ids, labels)
+    numbers = torch.stack((loss, *tree_leaves(parts), step.grad_norm))
+    return numbers, torch.cat(gradients)
 
 
 def assert_close(ours, theirs):
@@ -328,7 +331,7 @@ def shares_may_differ_in_shape_now_and_then(rank, device="cpu"):
         for batch in batches:
             ids = uneven(rank, batch).to(device)
             assert torch.equal(step(ids)[0], other_step(ids)[0])
-    assert step._graphs.kept[ids.shape].graph
+    assert step._graphs.kept[ids.shape, False].graph
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
@@ -549,7 +552,7 @@ def trained(rank, accumulate=1, wrap=lambda model: model, **options):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     if step._graphs:
-        assert step._graphs.kept[ids.shape].graph
+        assert step._graphs.kept[ids.shape, False].graph
     step.close()
     first, second = weights_of_all(model)
     assert torch.equal(first, second)

@@ -68,7 +68,7 @@ def test_low_precision_rotary_keeps_its_angles(dtype):
 
 
 def test_angles_of_far_tokens():
-    cos, sin, _ = reference._rotation(65536, 64, False, torch.zeros(1))
+    cos, sin, _ = reference.attention._rotation(65536, 64, False, torch.zeros(1))
     for channel in (0, 1, 31):
         angle = 65535 * 10000 ** (-2 * channel / 64)
         assert cos[-1, channel].item() == pytest.approx(math.cos(angle), abs=1e-6)

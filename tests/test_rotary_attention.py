@@ -1,4 +1,3 @@
-from importlib import import_module
 from typing import NamedTuple
 
 import pytest
@@ -8,9 +7,9 @@ from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
 from torch.nn.functional import pad
 
 from shtx_kernels import reference, rotary_attention
-from shtx_kernels.rotary_attention import library, tiles
+from shtx_kernels.reference import attention as by_formula
+from shtx_kernels.rotary_attention import library, rotations, tiles
 
-op = import_module("shtx_kernels.rotary_attention")  # the attribute of that name is the function
 LOW = [torch.float16, torch.bfloat16]
 
 
@@ -275,7 +274,7 @@ def test_registration(shape, transposed):
     qkv = qkv.transpose(0, 1) if transposed else qkv
     for window in (-1, 1):
         options = 1, window, 2, True, True, 0.5
-        inputs = qkv, op.make_table(qkv, 4, 19)
+        inputs = qkv, rotations.make_table(qkv, 4, 19)
         torch.library.opcheck(torch.ops.shtx.rotary_attention, (*inputs, *options))
         out, lse, _ = torch.ops.shtx.rotary_attention(*inputs, *options)
         saved = *inputs, out, lse, out
@@ -287,7 +286,7 @@ def test_registration(shape, transposed):
 def test_registration_of_the_library(dilation):
     qkv = draw(Case(2, 1601, 2, 16), torch.bfloat16)
     options = 2, -1, dilation, True, False, 0.25
-    table = op.make_table(qkv, 16, -(-1601 // dilation))
+    table = rotations.make_table(qkv, 16, -(-1601 // dilation))
     torch.library.opcheck(torch.ops.shtx.rotary_attention, (qkv, table, *options))
     out, lse, (rotated,) = torch.ops.shtx.rotary_attention(qkv, table, *options)
     assert rotated.ndim == 5
@@ -315,7 +314,7 @@ def test_captured_in_a_cuda_graph(case, table, monkeypatch):
     fn, dtype = call(rotary_attention, case), torch.bfloat16
     eager = forward_backward(fn, [draw(case)], dtype)
     if table == "made in the graph":
-        monkeypatch.setattr(op, "_tables", {})
+        monkeypatch.setattr(rotations, "_tables", {})
     qkv = draw(case, dtype).requires_grad_()
     torch.manual_seed(1)
     dout = torch.randn_like(eager[0]).to(dtype)
@@ -329,7 +328,7 @@ def test_captured_in_a_cuda_graph(case, table, monkeypatch):
         graph.replay()
         assert torch.equal(out.double(), eager[0]) and torch.equal(dqkv.double(), eager[1])
     if table == "made in the graph":
-        assert not op._tables  # memory of a graph is nobody else's
+        assert not rotations._tables  # memory of a graph is nobody else's
 
 
 @pytest.mark.gpu  # 25 GiB
@@ -380,7 +379,7 @@ def test_rotation_for_the_library(M, dilation, xpos, interleaved):
     B, H, E, dtype = 2, 2, 16, torch.float64
     n = -(-M // dilation)
     qkv = draw(Case(B, M, H, E), dtype)
-    table = op.make_table(qkv, E, n)
+    table = rotations.make_table(qkv, E, n)
     classes = torch.full((3, B * dilation, n, H, E), float("nan"), dtype=dtype, device=DEVICE)
     options = table, dilation, xpos, interleaved
     library.rotate_classes(qkv, classes, *options, back=False)
@@ -389,8 +388,11 @@ def test_rotation_for_the_library(M, dilation, xpos, interleaved):
     q, k, v = rearrange(pad(qkv, (0, 0, 0, -M % dilation)), by_class, qkv=3, h=H, a=dilation)
     if interleaved:
         q, k = reference.halves(q), reference.halves(k)
-    cos, sin, decay = (t[:, None] for t in reference._rotation(n, E, xpos, qkv))
-    q, k = reference._rotate(q, cos, sin, decay), reference._rotate(k, cos, sin, 1 / decay)
+    cos, sin, decay = (t[:, None] for t in by_formula._rotation(n, E, xpos, qkv))
+    q, k = (
+        by_formula._rotate(q, cos, sin, decay),
+        by_formula._rotate(k, cos, sin, 1 / decay),
+    )
     score = lambda q, k: torch.einsum("bihe,bjhe->bhij", q, k)
     torch.testing.assert_close(score(*classes[:2]), score(q, k), rtol=0, atol=1e-10)
     assert torch.equal(classes[2], v)
@@ -463,14 +465,14 @@ def test_bad_input(qkv, heads, options, message):
 
 def test_factors_of_xpos_are_in_range_at_any_length():
     for n in (131_072, 2**20):
-        _, _, decay = reference._rotation(n, 8, True, torch.empty(0), anchor=n - reference.SPAN)
-        of_queries, of_keys = decay[n - reference.SPAN :], 1 / decay
+        _, _, decay = by_formula._rotation(n, 8, True, torch.empty(0), anchor=n - by_formula.SPAN)
+        of_queries, of_keys = decay[n - by_formula.SPAN :], 1 / decay
         assert of_queries.isfinite().all() and of_queries.min() > 0 and of_keys.isfinite().all()
 
 
 def test_reference_with_xpos_at_any_length():
     """Where its factors leave the range of fp32; rows against the formula, which has distances."""
-    n = reference.MOST_FP32 + 2_500  # the last of its spans is a part of one
+    n = by_formula.MOST_FP32 + 2_500  # the last of its spans is a part of one
     qkv = draw(Case(1, n, 1, 2))
     with torch.no_grad():
         out = reference.rotary_attention(qkv, 1, xpos=True, scale=3.0)

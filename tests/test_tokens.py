@@ -11,7 +11,7 @@ from running import TINY, resume, train
 from shtx.cli import main
 from shtx.train import TrainError
 from shtx.train.checkpoint import load
-from shtx.train.config import of, parse
+from shtx.train.config import parse, settings_of
 from shtx.train.data import Source, prepare
 from shtx.train.metrics import read
 from shtx.train.tokens import Description, Tokens
@@ -215,7 +215,7 @@ def test_a_run_on_token_ids(file, tmp_path, capsys):
     assert (run / "loss.png").exists()
     checkpoint = load(run)
     assert checkpoint.weights["token_emb.weight"].shape[0] == V
-    assert of(checkpoint).tokens == TOKENS
+    assert settings_of(checkpoint).tokens == TOKENS
     assert resume(run, "--steps", "3", "--schedule", "constant") == 0
     assert resume(run, "--steps", "6", "--num-tokens", "301") == 1
     assert "--num-tokens 301 is not the run's 300" in capsys.readouterr().err

@@ -22,9 +22,9 @@ def captured(request, monkeypatch):
     """The shapes of ids that were captured, in their order."""
     shapes, capture = [], TrainStep._capture
 
-    def note(step, ids):
+    def note(step, ids, labels):
         shapes.append(tuple(ids.shape))
-        return (capture if request.param == "CUDA graphs" else replay_a_step)(step, ids)
+        return (capture if request.param == "CUDA graphs" else replay_a_step)(step, ids, labels)
 
     monkeypatch.setattr(TrainStep, "_capture", note)
     if request.param == "replayed steps":
@@ -252,7 +252,7 @@ def test_a_replay_is_the_eager_step_and_waits_for_nothing(impl, precision, accum
         assert torch.equal(step.grad_norm, other_step.grad_norm)
         for scheduler in schedulers:
             scheduler.step()
-    assert step._graphs.kept[batches[0].shape].graph
+    assert step._graphs.kept[batches[0].shape, False].graph
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 
@@ -274,7 +274,7 @@ def test_a_capture_that_fails(plant):
     del ours.combine
     for n in range(3):
         assert torch.equal(step(draw(n, 2))[0], other_step(draw(n, 2))[0])
-    assert step._graphs.kept[draw(0, 2).shape].graph
+    assert step._graphs.kept[draw(0, 2).shape, False].graph
     assert_same((ours, optimizer), (theirs, other_optimizer))
 
 
@@ -318,7 +318,7 @@ def test_a_wrapper_of_one_process_changes_nothing(process_group):
     for n in range(3):
         step(draw(n))
         other_step(draw(n))
-    assert step._graphs.kept[draw(0).shape].graph
+    assert step._graphs.kept[draw(0).shape, False].graph
     assert_same((model, optimizer), (plain, other_optimizer))
 
 

@@ -42,12 +42,12 @@ def pair(model, **options):
     return TrainStep(model, optimizer, **dict(precision="fp32") | options), optimizer
 
 
-def replay_a_step(step, ids):
+def replay_a_step(step, ids, labels):
     """In place of a capture, where there is no GPU: a replay is a step on the ids it reads."""
-    step_of_shape = Step(ids.clone(), None, ())
+    step_of_shape = Step(ids.clone(), None if labels is None else labels.clone(), None, ())
 
     def replay():
-        outputs = step._step(step_of_shape.ids)
+        outputs = step._step(step_of_shape.ids, step_of_shape.labels)
         step_of_shape.outputs = step_of_shape.outputs or outputs
         for a, b in zip(tree_leaves(step_of_shape.outputs), tree_leaves(outputs), strict=True):
             assert (a is None and b is None) or a.copy_(b) is a

@@ -497,7 +497,7 @@ def parse(
         run = Config.from_json(begun["run"], home / RUN)
     else:
         checkpoint = load(asked.resume, asked.resume_fallback)
-        run, home = of(checkpoint), origin(asked.resume, checkpoint)
+        run, home = settings_of(checkpoint), origin(asked.resume, checkpoint)
         if home is None and asked.out is None:
             raise TrainError(
                 f"--resume {asked.resume}: {checkpoint.path.name} is a copy, not among the"
@@ -532,7 +532,7 @@ def described(config: Config) -> Config:
     )
 
 
-def of(checkpoint: Checkpoint) -> Config:
+def settings_of(checkpoint: Checkpoint) -> Config:
     """The settings of the run that wrote a checkpoint."""
     versions = checkpoint.config.get("versions")
     version = versions.get("shtx") if isinstance(versions, dict) else None

@@ -14,7 +14,7 @@ import tyro
 
 from shtx import __version__
 from shtx.train import TrainError, files, visible
-from shtx.train.config import Config, of
+from shtx.train.config import Config, settings_of
 from shtx.train.data import Corpus, prepare, reopen
 from shtx.train.home import origin
 from shtx.train.metrics import BYTE, Unit, save_figure
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride
     precision = options.precision or ("bf16-mixed" if device.type == "cuda" else "fp32")
-    config = of(checkpoint)
+    config = settings_of(checkpoint)
     unit = unit_of(options, config)
     with tempfile.TemporaryDirectory() as folder:
         if options.split is None:

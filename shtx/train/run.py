@@ -13,7 +13,7 @@ from shtx import __version__, ops
 from shtx.model import Trunk
 from shtx.train import TrainError
 from shtx.train.checkpoint import Checkpoint, set_aside
-from shtx.train.config import PRESETS, Config, look, of, parse
+from shtx.train.config import PRESETS, Config, look, parse, settings_of
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
 from shtx.train.loop import fit
@@ -88,7 +88,7 @@ def run(
     if checkpoint:
         trainer.restore(checkpoint)
     display.say(f"{sizes(corpus)} for validation; results go to {home and home.path}")
-    if checkpoint and (jump := jump_of(config, of(checkpoint), done)):
+    if checkpoint and (jump := jump_of(config, settings_of(checkpoint), done)):
         display.say(jump)
     try:
         with display:

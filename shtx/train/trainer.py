@@ -20,7 +20,7 @@ from shtx.model import Trunk
 from shtx.plan import is_sharded
 from shtx.train import TrainError, shards
 from shtx.train.checkpoint import Checkpoint, load, whole
-from shtx.train.config import Config, of
+from shtx.train.config import Config, settings_of
 from shtx.train.data import Corpus
 from shtx.train_step import AUTOCAST
 
@@ -75,7 +75,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
         TrainError: in one line why there is none.
     """
     checkpoint = whole(load(path))
-    model = build(replace(of(checkpoint), impl="auto"), device)
+    model = build(replace(settings_of(checkpoint), impl="auto"), device)
     try:
         model.load_state_dict(checkpoint.weights)
     except RuntimeError as error:

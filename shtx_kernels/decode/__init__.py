@@ -1,5 +1,5 @@
-"""Fused ops of one token of every sequence of a batch: what a model's step of generation is made
-of. Each does a stage of a layer for all levels in one launch, and writes into the state; their
+"""Fused ops of one token of every sequence of a batch, which a model's step of generation is made
+of. Each does its part of a layer for all levels in one launch, and writes into the state. Their
 specification is `shtx_kernels.reference.decode`.
 """
 

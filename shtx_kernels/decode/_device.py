@@ -1,9 +1,9 @@
-"""What the ops of one token share: rings, levels of one launch, launching ahead.
+"""The ops of one token share rings, the levels of one launch, and launching ahead.
 
-A launch does a stage for all levels: programs START[i] to START[i + 1] - 1 are level i's, and what
-is said of levels comes in tuples. The kernels of one sequence are short, and each needs what the
-one before it wrote: on Hopper they are launched ahead, fetch weights and all else that is older
-than this token, and wait then (programmatic dependent launch).
+A launch serves all levels: programs START[i] to START[i + 1] - 1 belong to level i, and arguments
+that differ between levels are tuples. The kernels of one sequence are short, and each needs what
+the one before it wrote. So on Hopper they are launched ahead: they fetch weights and everything
+else that is older than this token, and then wait (programmatic dependent launch).
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from .._target import capability
 
 @triton.jit
 def wait(AHEAD: tl.constexpr):
-    """Until all that was launched before is done; every program must. Whoever comes next may be
-    launched, and wait too.
+    """Wait for all earlier launches (griddepcontrol.wait), and let the next launch start and wait
+    in turn. Every program has to call this.
     """
     if AHEAD:
         gdc_launch_dependents()
@@ -29,14 +29,14 @@ def wait(AHEAD: tl.constexpr):
 
 @triton.jit
 def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
-    """Where ring I has the row of a token, of at least minus its slots."""
+    """Pointer to ring I's row for `token`; `token` may be negative, down to -slots."""
     slots: tl.constexpr = RINGS[I][0]
     return ptr + b * RINGS[I][1] + (token + slots) % slots * RINGS[I][2]
 
 
 @triton.jit
 def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr, I: tl.constexpr):
-    """A row of K channels, zero elsewhere."""
+    """A row x of K channels, normalized by the norm of level I; x is zero outside of `mask`."""
     if NORM[I] == "layer":
         x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
         x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5) * gamma + beta
@@ -47,6 +47,7 @@ def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr, I: tl.c
 
 @triton.jit
 def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
+    """x after the activation of level I, if it has one."""
     if ACTIVATIONS[I] == "gelu":
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATIONS[I] == "silu":
@@ -55,15 +56,16 @@ def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
 
 
 def rings_of(rings: Sequence[Tensor | None]) -> tuple:
-    """Of each, as far as there is one: slots, and the distances of sequences and of slots."""
+    """For each ring that is not None, its slots, and the strides of its sequences and slots."""
     return tuple(r if r is None else (r.shape[1], r.stride(0), r.stride(1)) for r in rings)
 
 
 def starts(programs: list[int]) -> tuple[int, ...]:
+    """The first program of each level, and the number of all programs."""
     return tuple(sum(programs[:i]) for i in range(len(programs) + 1))
 
 
 def ahead(device: torch.device) -> dict:
-    """Launch options."""
+    """The options of a launch that is to start ahead where the GPU can do that."""
     hopper = capability(device) >= 90 and not triton.knobs.runtime.interpret
     return dict(AHEAD=True, launch_pdl=True) if hopper else dict(AHEAD=False)

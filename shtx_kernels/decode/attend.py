@@ -1,18 +1,18 @@
-"""Attention of one token of a sequence, which joins the keys and values in a ring.
+"""Attention of one token of a sequence, whose key and value are put into a ring.
 
-    score[n] = scale (q k[n] rotated by n)    for the n-th key before, of the residue class of m
+    score[n] = scale (q k[n] rotated by n)    k[n] is the n-th key before m in its residue class
     out[m] = softmax(score) v
 
-Keys lie as they came: what is rotated is the product, by the distance alone, so that no position is
-ever too large. A program has one head of one sequence.
+Keys are stored as they came: the product is rotated instead, by the distance of key and query
+alone, so no position is ever too large. A program has one head of one sequence.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._groups import Attention
-from .._launch import accumulator, launch, next_power_of_2
+from ..decode_arguments import Attention
+from ..launch import accumulator, launch, next_power_of_2
 from ._device import ahead, rings_of, row_of, starts, wait
 
 MAX_KEYS = 64  # a step; not searched
@@ -23,7 +23,7 @@ def past(
     kv_ptr, rotation_ptr, b, head, token, n, keys, offs, mask,
     H: tl.constexpr, E: tl.constexpr, DILATION: tl.constexpr, RINGS: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of the n-th keys and values before, and of their rotation."""
+    """Both halves of the n-th earlier keys and values, and of their rotations."""
     HALF: tl.constexpr = E // 2
     known = (n < keys)[:, None] & mask[None, :]
     rows = row_of(kv_ptr, b, token - n * DILATION, RINGS, I)[:, None] + head * E + offs[None, :]
@@ -38,7 +38,9 @@ def past(
 
 @triton.jit
 def fold(q1, q2, k1, k2, v1, v2, cos, sin, known, top, total, out1, out2):
-    """A step of the softmax over keys."""
+    """The online softmax with more keys: the greatest score, the sum of exponentials over it, and
+    both halves of the sum of values.
+    """
     k1, k2 = k1.to(q1.dtype), k2.to(q1.dtype)
     scores = (q1[None, :] * k1 + q2[None, :] * k2) * cos
     scores += (q1[None, :] * k2 - q2[None, :] * k1) * sin
@@ -120,13 +122,13 @@ def _attend_kernel(
 
 
 def attend(position: Tensor, attentions: list[Attention]) -> None:
-    """Causal attention of the token at each position to the keys of its residue class, which it
-    joins.
+    """Causal attention of the token at each position to the keys of its residue class, into which
+    its own key and value are put.
 
     Args:
         position: (B,) int64.
-        attentions: of each level; rotation is fp32 (fp64 with fp64): cosine and sine, times the
-            decay of xpos, of every distance; 1 and 0 of none.
+        attentions: one per level. rotation is fp32 (fp64 with fp64) and has the cosine and sine of
+            every distance, times the decay of xpos; 1 and 0 without rotary embedding.
 
     Source: simple-hierarchical-transformer, one token at a time; RoPE; xpos.
     """

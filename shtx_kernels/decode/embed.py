@@ -1,17 +1,17 @@
-"""Rows of tables, by the last ids.
+"""Sums of rows of tables, which the last ids choose.
 
     out[m] = activation(bias + sum over taps t of table[t, ids[position - (C - 1) + t]])
 
-The first op of a token, and the one that is not launched ahead: so all others find the position as
-it is before they wait.
+It is the first op of a token, and the only one that is not launched ahead: so all others can read
+the position before they wait.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._groups import Lookup
-from .._launch import accumulator, cdiv, launch, next_power_of_2
+from ..decode_arguments import Lookup
+from ..launch import accumulator, cdiv, launch, next_power_of_2
 from ._device import activate, rings_of, row_of, starts
 
 ELEMENTS = 2048  # of tables, a program
@@ -49,14 +49,14 @@ def _embed_kernel(
 
 
 def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:
-    """out = activation(bias + sum over taps t of table[t, id]), of the ids up to each position.
+    """out = activation(bias + sum over taps t of table[t, id of tap t]), for ids up to each
+    position.
 
     Args:
-        position: (B,) int64.
-        ids: (B,) int64, at `position`.
-        history: ring (B, C) int64 of the ids before, which they join; nothing left of the start
-            counts.
-        lookups: of each level; taps of a table are a power of two.
+        position: (B,) int64. ids: (B,) int64, the ids at `position`. history: ring (B, C) int64 of
+        earlier ids, into which `ids` are put. Taps before the start add
+            nothing.
+        lookups: one per level; the number of a table's taps is a power of two.
 
     Source: simple-hierarchical-transformer, one token at a time.
     """

@@ -2,8 +2,8 @@
 
     out = silu(sum over levels of (weight_l x_l[m_l]) sqrt(D) / |x| + bias),  |x|^2 = sum of |x_l|^2
 
-A level works at its own rate: of one that is not due, its product and the square of its norm are
-those of its last token, in `kept`.
+A level makes tokens at its own rate. While it makes none, the product of its last token and the
+square of the norm of that are read from `kept`.
 """
 
 import torch
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dot import dot
-from .._groups import Part
-from .._launch import accumulator, cdiv, launch, next_power_of_2
+from ..decode_arguments import Part
+from ..launch import accumulator, cdiv, launch, next_power_of_2
 from ._device import ahead, rings_of, row_of, starts, wait
 
 ROW_ELEMENTS = 8192  # of a weight, a program
@@ -72,7 +72,7 @@ def part_of_rows(
     J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RINGS: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Product and squares of a level, of the rows that are due."""
+    """The product and the sums of squares of a level, for the rows that make a token now."""
     product = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
     squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
     if tl.max(due.to(tl.int32)) > 0:
@@ -126,8 +126,8 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
 
     Args:
         position: (B,) int64.
-        parts: of each level.
-        weight: (J, D), D being that of all levels together.
+        parts: one per level.
+        weight: (J, D), where D is the width of all levels together.
         bias: (J,).
         out: (B, 1, J).
 

@@ -1,11 +1,11 @@
-"""out[m] = layer_norm(x[m]), a row a program."""
+"""out[m] = layer_norm(x[m]); each program has one row."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._groups import Norm
-from .._launch import accumulator, launch, next_power_of_2
+from ..decode_arguments import Norm
+from ..launch import accumulator, launch, next_power_of_2
 from ._device import ahead, normalize, rings_of, row_of, wait
 
 
@@ -32,11 +32,11 @@ def _norm_kernel(
 
 
 def norm(position: Tensor, norms: list[Norm]) -> None:
-    """out = layer_norm(x), in the row of the token at each position.
+    """out = layer_norm(x), for the level token that each position makes.
 
     Args:
         position: (B,) int64.
-        norms: of each level.
+        norms: one per level.
 
     Source: simple-hierarchical-transformer, one token at a time.
     """

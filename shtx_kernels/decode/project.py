@@ -1,11 +1,11 @@
-"""Matrix products of one row, or of a few, with what stands before and after them.
+"""Matrix products of one row, or of a few, with the norm before and the activation after them.
 
     x_s = x[m], or its second half from x[m - dilation], or the last `taps` rows side by side
     out[m] = activation(weight norm(x_s) + bias) + residual[m]
 
-One sequence is a matter of reading the weights once: a program reads whole rows of a weight, the
-first of them ahead of x. Several sequences are a small matrix product, before which x is
-normalized.
+For one sequence, all that takes time is reading the weights: a program reads whole rows of a
+weight, the first of them ahead of x. Several sequences are a small matrix product, and x is
+normalized before it.
 """
 
 import torch
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dot import dot
-from .._groups import Projection
-from .._launch import accumulator, cdiv, launch, next_power_of_2
+from ..decode_arguments import Projection
+from ..launch import accumulator, cdiv, launch, next_power_of_2
 from ._device import activate, ahead, normalize, rings_of, row_of, starts, wait
 
 # of a weight, a tile; and programs, about: so few that the next launch finds room beside them, and
@@ -32,7 +32,7 @@ def source(
     K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
     RINGS: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
-    """Where channels offs_k of what is multiplied lie."""
+    """Pointers to channels offs_k of the row that is multiplied."""
     if TAPS > 0:
         width: tl.constexpr = K // TAPS
         token = position - (TAPS - 1) + offs_k // width
@@ -47,7 +47,7 @@ def source(
 
 @triton.jit
 def weights_of(gamma_ptr, beta_ptr, offs, mask, NORM: tl.constexpr, I: tl.constexpr, ACC):
-    """Of a norm, as far as it has some."""
+    """gamma and beta of a norm; zeros for those that it does not have."""
     gamma, beta = tl.zeros(offs.shape, dtype=ACC), tl.zeros(offs.shape, dtype=ACC)
     if NORM[I] is not None:
         gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -64,7 +64,7 @@ def project_row(
     RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr, TILES: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles of rows of the weight, each loaded while the one before is multiplied."""
+    """A product with TILES tiles of the weight, each loaded while the one before is multiplied."""
     first = pid * (TILES * BLOCK_O)
     end = tl.minimum(first + TILES * BLOCK_O, O)
     offs_k, offs_o = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_O)
@@ -126,7 +126,7 @@ def _normed_kernel(
     K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
     NORM: tl.constexpr, RINGS_X: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What is multiplied, row by row."""
+    """Store the rows that are multiplied, normalized."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
@@ -233,14 +233,15 @@ def _project_rows(position: Tensor, projections: list[Projection]) -> None:
 
 
 def project(position: Tensor, projections: list[Projection]) -> None:
-    """out = activation(weight norm(token_shift(x)) + bias) + residual, in the row of the token at
-    each position.
+    """out = activation(weight norm(token_shift(x)) + bias) + residual, for the level token that
+    each position makes.
 
-    With taps, x is a ring of positions, whose last `taps` rows stand side by side.
+    With taps, x is a ring of positions, and the rows of the last `taps` positions are multiplied
+    side by side.
 
     Args:
         position: (B,) int64.
-        projections: of each level.
+        projections: one per level.
 
     Source: simple-hierarchical-transformer, one token at a time.
     """

@@ -2,16 +2,16 @@
 
     out = argmax_v p_v / e_v over the kept v,   p = softmax(logits / temperature), e exponential
 
-What is kept is all from a threshold on: floats are ordered as the integers of their bits are, so
-bisection finds the k-th best, or where the probabilities reach top_p, without sorting. A program
-has a row, of which the first BLOCK logits stay in registers.
+The kept ids are those whose logits reach a threshold. Floats are ordered as the integers of their
+bits are, so bisection finds the k-th best logit, or the one where probabilities reach top_p,
+without sorting. A program has one row, whose first BLOCK logits stay in registers.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import launch, next_power_of_2
+from ..launch import launch, next_power_of_2
 from ._device import rings_of, row_of
 
 BLOCK_V = 32768  # 8192, of which 20000 are three, takes 90 us on an H200
@@ -19,14 +19,16 @@ BLOCK_V = 32768  # 8192, of which 20000 are three, takes 90 us on an H200
 
 @triton.jit
 def ordered(x):
-    """Integers in the order of fp32 numbers."""
+    """Integers that are ordered as the fp32 numbers x are."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def weigh(logits_ptr, offs, V: tl.constexpr, top, temperature, least, MASS: tl.constexpr):
-    """Ordered logits, and of those from `least` on what they count: one, or their probability."""
+    """Logits as ordered integers, and how much each counts: with MASS in proportion to its
+    probability, else one; nothing below `least`.
+    """
     x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
     key = ordered(x)
     weight = tl.exp((x - top) / temperature) if MASS else tl.full(x.shape, 1.0, tl.float32)
@@ -38,7 +40,9 @@ def threshold(
     logits_ptr, top, bottom, temperature, least, wanted,
     V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A key from which on what counts reaches `wanted`: the greatest, or one that meets it."""
+    """A key for which the logits from it on count as `wanted` or more: the greatest such key, or
+    one for which they count exactly as much.
+    """
     low, high = tl.maximum(ordered(bottom), least).to(tl.int64), ordered(top).to(tl.int64) + 1
     key, weight = weigh(logits_ptr, tl.arange(0, BLOCK), V, top, temperature, least, MASS)
     while high - low > 1:
@@ -105,16 +109,16 @@ def sample(
 ) -> None:
     """out = argmax of softmax(logits / temperature) / noise: an id as likely as the softmax says.
 
-    Kept are the top_k best, and of these the fewest whose probabilities add up to top_p; who equals
-    the last kept is kept, too. Greedy at temperature 0.
+    Ids are drawn from the top_k best, and of these from the fewest whose probabilities add up to
+    top_p; ids as likely as the last of them count as well. At temperature 0, out is the best id.
 
     Args:
         position: (B,) int64.
         logits: (B, V).
-        noise: ring (B, S, V) fp32, exponential; not read at temperature 0.
-        temperature: of the softmax.
-        top_k: in [1, V].
-        top_p: in (0, 1].
+        noise: ring (B, S, V) fp32, exponentially distributed; not read at temperature 0.
+        temperature: the temperature of the softmax.
+        top_k: how many ids to draw from, in [1, V].
+        top_p: how likely the drawn ids are together, in (0, 1].
         out: (B,) int64.
 
     Source: top-k sampling; nucleus sampling (Holtzman et al.).

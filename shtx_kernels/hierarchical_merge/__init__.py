@@ -6,11 +6,12 @@
     u[t] = sqrt(D) / max(|r[t]|, 1e-12) sum_s z_s[t // s] + b_in
     merged[t] = silu(u[t]) w_out^T + b_out
 
-The one idea: the norm's scale is one number a row, so it commutes with the product, and repeating
-rows does as well. So levels are multiplied before they are normalized and repeated: sums of those
-of one stride are written side by side, for one product with a weight that has gamma in it. Nothing
-as wide as all levels is made at token rate for the strided ones. The gradient of the weight with
-gamma in it gives those of both. Products are cuBLAS's. Reference: reference.hierarchical_merge
+J is the number of rows of w_in. The one idea: the norm's scale is one number per row, so it
+commutes with the product, and so does repeating rows. Hence levels are multiplied before they are
+normalized and repeated: levels of one stride are written side by side, for one product with a
+weight that has gamma in it. Nothing as wide as all levels is made at token rate for levels with a
+stride. The gradient of the weight with gamma in it gives the gradients of both. Products are
+cuBLAS's. Reference: reference.hierarchical_merge
 """
 
 from math import prod
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import apply, first_order
-from .._products import cast, narrow, product_dtype
 from .._register import register
+from .._rows import contiguous_rows
+from ..products import cast, narrow, product_dtype
 from .backward import _hierarchical_merge_bwd, new_gradients
 from .forward import _hierarchical_merge_fwd, groups_of, new_outputs
 
@@ -75,7 +77,7 @@ _backward = register(
 
 
 def _apart(side_by_side: list[Tensor], levels, strides) -> list[Tensor]:
-    """Each level's part of its group: a view."""
+    """Each level's part of its group, as a view."""
     parts = {}
     for group, r in zip(groups_of(levels, strides)[1], side_by_side, strict=True):
         parts |= zip(group.levels, r.split(group.widths, dim=-1), strict=True)
@@ -116,7 +118,7 @@ class _HierarchicalMerge(torch.autograd.Function):
         has_dbranches = dtype != rs[0].dtype and any(needs_branches)
         dxs, dbranches, *weights = _backward(
             rs, side_by_side, ctx.strides, gamma, w_in, w, b_in, w_out, z, norm,
-            [_rows(dr) for dr in drs], rows, dtype,
+            [contiguous_rows(dr) for dr in drs], rows, dtype,
             has_dbranches, any(needs[7:]), needs[2] or needs[3], needs[5],
         )  # fmt: skip
         dxs = dxs or [None] * count
@@ -126,11 +128,6 @@ class _HierarchicalMerge(torch.autograd.Function):
         weights = zip(gradients[:5], ctx.dtypes, strict=True)
         weights = [None if dw is None else cast(dw, dtype) for dw, dtype in weights]
         return None, None, *weights, *gradients[5:]
-
-
-def _rows(t: Tensor | None) -> Tensor | None:
-    """A weight or an incoming gradient may have any layout (that of a sum is expanded)."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 def _check(name: str, t: Tensor, shape: tuple, device: torch.device):
@@ -153,19 +150,15 @@ def hierarchical_merge(
 ) -> tuple[list[Tensor], Tensor]:
     """Add branches to levels, and merge all of them at token rate.
 
-    Under autocast, products are in its dtype, and so is what was merged; else both are in the dtype
-    of the levels. Levels are multiplied before they are normalized: in fp16, the products of r,
-    gamma and w_in must stay below 65504.
+    Products and their result are in autocast's dtype under autocast, else in that of the levels.
+    Levels are multiplied before they are normalized: in fp16, the products of r, gamma and w_in
+    must stay below 65504.
 
     Args:
-        levels: (B, M, D_l) each, of one dtype; D_l contiguous, B and M may be strided.
-        strides: of each level, how many tokens one of its tokens stands for.
-        gamma: (D,), the norm's weight; D = sum of D_l.
-        w_in: (J, D).
-        b_in: (J,).
-        w_out: (D_out, J).
-        b_out: (D_out,).
-        branches: of each level, what is to be added to it, in its shape, or None; all of one dtype.
+        levels: (B, M, D_l) each, of one dtype; D_l contiguous, B and M may be strided. strides: for
+        each level, how many tokens one of its tokens stands for. gamma: (D,), the norm's weight; D
+        = sum of D_l. w_in: (J, D). b_in: (J,). w_out: (D_out, J). b_out: (D_out,). branches: for
+        each level, a tensor of its shape to be added to it, or None; all of one dtype.
 
     Returns:
         rs: (B, M, D_l) each, level + branch in the dtype of the level; the level itself without a
@@ -198,7 +191,7 @@ def hierarchical_merge(
     J, D, D_out = w_in.shape[0], sum([t.shape[2] for t in levels]), w_out.shape[0]
     if not (J and D_out):
         raise ValueError(f"w_in and w_out must have at least one row, got {J} and {D_out}")
-    gamma, w_in, b_in, w_out, b_out = map(_rows, (gamma, w_in, b_in, w_out, b_out))
+    gamma, w_in, b_in, w_out, b_out = map(contiguous_rows, (gamma, w_in, b_in, w_out, b_out))
     _check("gamma", gamma, (D,), x.device)
     _check("w_in", w_in, (J, D), x.device)
     _check("b_in", b_in, (J,), x.device)

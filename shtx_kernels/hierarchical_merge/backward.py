@@ -1,5 +1,8 @@
-"""Backward: a pass at token rate and its sums at the rates of the levels, the products, and a pass
-over each level."""
+"""Backward: a pass at token rate, its sums at the rates of the levels, the products, and a pass
+over each level.
+
+`slope` is the number by which a token's r is multiplied in the gradient of r.
+"""
 
 from functools import lru_cache
 
@@ -8,31 +11,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
-from .._products import add_product
-from .._rows import columns, row_sum, tile
+from .._rows import columns, row_config, row_sum
 from .._silu import sigmoid
 from .._sums import column_sums
+from ..launch import KINDS, Kernel, cdiv, next_power_of_2
+from ..products import add_product
 from .forward import (
     LEVEL_TILE,
     Group,
     at_tokens,
     columns_of,
+    factor_of,
     groups_of,
-    rows_of,
+    matrix_config,
     scale_of,
-    tile_of,
 )
 
-# at token rate, up to a width J: elements of a program's tile, those that a warp holds, and
-# programs, each of which leaves a row of partial sums; on an H200 the fastest of 11
+# The pass at token rate has, by the widest J, these numbers of a tile, numbers that a warp holds,
+# and programs, each of which leaves one row of partial sums. On an H200 they are the fastest of 11.
 TOKEN_TILES = (
     (512, (1024, 512, 1056)),
     (1024, (1024, 1024, 1056)),
     (float("inf"), (4096, 1024, 264)),
 )
-WEIGHT_TILE = dict(BLOCK_R=32, BLOCK_C=128, num_warps=4)
-STEP = 16  # tokens of a level token, of which more are added up in steps
+WEIGHT_CONFIG = dict(BLOCK_R=32, BLOCK_C=128, num_warps=4)
+STEP = 16  # tokens of a level token that are added up at once
 
 
 @triton.jit(do_not_specialize=["B", "N", "tiles", "total", "share"])
@@ -41,8 +44,9 @@ def _hierarchical_merge_bwd_kernel(
     WIDTH: tl.constexpr, J: tl.constexpr, STRIDES: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """a over da (B, N, J), dz at token rate, slope (B, N), by which r adds to its gradient, and the
-    gradient of bias, a row of a program."""
+    """a takes the place of da (B, N, J); dz at token rate, slope (B, N), and one row of partial
+    sums of the gradient of bias per program.
+    """
     pid = tl.program_id(0).to(tl.int64)
     offs_j = columns(ROUNDS, LANES)
     mask_j = offs_j < J
@@ -75,7 +79,7 @@ def _hierarchical_merge_sum_kernel(
     J: tl.constexpr, STRIDE: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz and slope of the tokens of a level token, added up."""
+    """The sums of dz and of slope over the tokens of every level token."""
     row = tl.program_id(0).to(tl.int64)
     pid_j = tl.program_id(1).to(tl.int64)
     first = row // M * N
@@ -102,7 +106,7 @@ def _hierarchical_merge_level_bwd_kernel(
     D: tl.constexpr, HAS_DR: tl.constexpr, HAS_DBRANCH: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = dg + slope r + dr, of a level."""
+    """dx = dg + slope r + dr for a level; dg is the gradient of r as a factor of the product."""
     pid = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     pid_b = pid // tiles
@@ -129,7 +133,9 @@ def _hierarchical_merge_weight_bwd_kernel(
     dw_ptr, w_ptr, gamma_ptr, dgamma_ptr, J, D,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of w gamma (J, D) becomes that of w; that of gamma, a row of a program."""
+    """The gradient of w gamma (J, D) becomes that of w; for gamma, one row of partial sums per
+    program.
+    """
     offs_d = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     pid_j = tl.program_id(1).to(tl.int64)
     offs_j = pid_j * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -143,12 +149,13 @@ def _hierarchical_merge_weight_bwd_kernel(
 
 
 def new_gradients(rs, branch_dtype, needs_levels, has_dbranches) -> tuple[list, list]:
-    """Of the levels, and of the branches in a dtype of their own: uninitialised."""
+    """Uninitialised gradients: of the levels, and of the branches if their dtype is another."""
     new = lambda wanted, dtype: [r.new_empty(*r.shape, dtype=dtype) for r in rs] if wanted else []
     return new(needs_levels, rs[0].dtype), new(has_dbranches, branch_dtype)
 
 
 def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """d^T x in `dtype`."""
     dw = d.new_empty(d.shape[1], x.shape[1], dtype=dtype)
     if not d.shape[0]:
         return dw.zero_()
@@ -160,34 +167,32 @@ def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _kernel_of_tokens(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
     elements, warp_elements, _ = _token_tile(J)
     return Kernel(
-        _hierarchical_merge_bwd_kernel, WIDTH=W, J=J, STRIDES=strides, ACC=accumulator(dtype),
-        **tile(J, elements, warp_elements),
+        _hierarchical_merge_bwd_kernel, dtype, WIDTH=W, J=J, STRIDES=strides,
+        **row_config(J, elements, warp_elements),
     )  # fmt: skip
 
 
 def _token_tile(J: int) -> tuple[int, int, int]:
+    """Numbers of a tile, numbers that a warp holds, and programs of the pass at token rate."""
     return next(sizes for width, sizes in TOKEN_TILES if J <= width)
 
 
 @lru_cache(KINDS)
 def _kernel_of_sums(J: int, stride: int, dtype: torch.dtype) -> Kernel:
-    of_level = tile_of(dtype, J, **LEVEL_TILE)
-    return Kernel(
-        _hierarchical_merge_sum_kernel, J=J, STRIDE=stride, ACC=of_level["ACC"],
-        BLOCK_R=min(STEP, next_power_of_2(stride)), BLOCK_C=of_level["BLOCK_C"],
-    )  # fmt: skip
+    columns = matrix_config(J, **LEVEL_TILE)["BLOCK_C"]
+    block = dict(BLOCK_R=min(STEP, next_power_of_2(stride)), BLOCK_C=columns)
+    return Kernel(_hierarchical_merge_sum_kernel, dtype, J=J, STRIDE=stride, **block)
 
 
 @lru_cache(KINDS)
 def _kernel_of_level(D: int, dtype: torch.dtype, has_dr: bool, has_dbranch: bool) -> Kernel:
-    constants = dict(D=D, HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, **tile_of(dtype, D, **LEVEL_TILE))
-    return Kernel(_hierarchical_merge_level_bwd_kernel, **constants)
+    constants = dict(D=D, HAS_DR=has_dr, HAS_DBRANCH=has_dbranch, **matrix_config(D, **LEVEL_TILE))
+    return Kernel(_hierarchical_merge_level_bwd_kernel, dtype, **constants)
 
 
 @lru_cache
 def _kernel_of_weight(dtype: torch.dtype) -> Kernel:
-    tile = WEIGHT_TILE
-    return Kernel(_hierarchical_merge_weight_bwd_kernel, ACC=accumulator(dtype), **tile)
+    return Kernel(_hierarchical_merge_weight_bwd_kernel, dtype, **WEIGHT_CONFIG)
 
 
 def _hierarchical_merge_bwd(
@@ -202,9 +207,9 @@ def _hierarchical_merge_bwd(
     tiles = cdiv(N, kernel.constants["BLOCK_M"])
     share = cdiv(B * tiles, _token_tile(J)[2])
     programs = cdiv(B * tiles, max(1, share))
-    dws = {}  # of the columns of a level
+    dws = {}  # by level, the gradient of its columns of w
     a = dout.new_empty(dout.shape[0], J)
-    torch.mm(dout, w_out, out=a)  # its gradient, which the kernel replaces
+    torch.mm(dout, w_out, out=a)  # the gradient of a, which the kernel replaces by a
     dz, slope = torch.empty_like(a), norm.new_empty(B * N)
     db_in = norm.new_empty(programs, J)
     if a.numel():
@@ -216,7 +221,7 @@ def _hierarchical_merge_bwd(
         if group.stride > 1:
             dz_g, slope_g = _summed(dz, slope, norm, group)
         if needs_w_in:
-            dw = _weight_gradient(dz_g, rows_of(r, group.tokens, z.dtype), acc)
+            dw = _weight_gradient(dz_g, factor_of(r, group.tokens, z.dtype), acc)
             dws |= zip(group.levels, dw.split_with_sizes(group.widths, 1), strict=True)
         if needs_levels:
             dg = dz_g.new_empty(dz_g.shape[0], sum(group.widths))
@@ -228,7 +233,7 @@ def _hierarchical_merge_bwd(
                 )  # fmt: skip
     if needs_w_in:
         dw_in = dw if len(groups) == 1 else torch.cat([dws[i] for i in range(len(rs))], dim=1)
-        grid = cdiv(W, WEIGHT_TILE["BLOCK_C"]), cdiv(J, WEIGHT_TILE["BLOCK_R"])
+        grid = cdiv(W, WEIGHT_CONFIG["BLOCK_C"]), cdiv(J, WEIGHT_CONFIG["BLOCK_R"])
         dgamma = norm.new_empty(grid[1], W)
         _kernel_of_weight(acc)(grid, (dw_in, w_in, gamma, dgamma), J, W)
         dgamma = column_sums(dgamma)
@@ -238,7 +243,7 @@ def _hierarchical_merge_bwd(
 
 
 def _summed(dz: Tensor, slope: Tensor, norm: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """dz and slope of the tokens of each level token of a group, added up."""
+    """The sums of dz and of slope over the tokens of every level token of a group."""
     (B, N), J = norm.shape, dz.shape[1]
     rows = B * group.tokens
     out = dz.new_empty(rows, J), slope.new_empty(rows)
@@ -250,6 +255,7 @@ def _summed(dz: Tensor, slope: Tensor, norm: Tensor, group: Group) -> tuple[Tens
 
 
 def _level_bwd(r, dg, slope, dr, dx, dbranch, tokens: int):
+    """Fill dx, and dbranch if there is one; the first `tokens` tokens of a level count."""
     B, M, D = r.shape
     if not r.numel():
         return

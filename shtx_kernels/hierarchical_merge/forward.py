@@ -1,4 +1,8 @@
-"""Forward: a pass over each level, the products, a pass at token rate."""
+"""Forward: a pass over each level, the products, and a pass at token rate.
+
+Levels of one stride and length are a group. W is the width of all levels together, J the width of
+the hidden layer; z has the products of all groups, one after the other.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -8,16 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
-from .._products import cast, sum_dtype
 from .._register import is_plain
+from .._rounding import divide, sqrt
 from .._silu import sigmoid
+from ..launch import KINDS, Kernel, cdiv, next_power_of_2
+from ..products import cast, sum_dtype
 
-# of columns and elements at most; on an H200 the best of 14, all but one narrow shape's (J 256)
+# The most columns of a tile, and its numbers. On an H200 they are the best of 14 choices for all
+# shapes but a narrow one (J 256).
 LEVEL_TILE = dict(columns=256, elements=2048, num_warps=4)
 TOKEN_TILE = dict(columns=1024, elements=2048, num_warps=4)
 
-
+# not specialized: the kernel is compiled for the alignment of a contiguous level instead
 STRIDES_OF_LEVEL = ["stride_xb", "stride_xm", "stride_bb", "stride_bm"]
 
 
@@ -29,7 +35,7 @@ def _hierarchical_merge_level_fwd_kernel(
     D: tl.constexpr, HAS_BRANCH: tl.constexpr, FIRST: tl.constexpr, ALIGNED: tl.constexpr,
     ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """r of a level, and |r|^2 added to that of the levels before it, of the same group."""
+    """r of a level; |r|^2 is added to that of the levels before it in the same group."""
     pid = tl.program_id(0).to(tl.int64)
     pid_b = pid // tiles
     offs_m = pid % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,9 +62,9 @@ def _hierarchical_merge_level_fwd_kernel(
 
 @triton.jit
 def at_tokens(ptr, pid_b, offs_t, offs, B, N, WIDTH: tl.constexpr, STRIDES: tl.constexpr, ACC):
-    """Sum over the strides of row t // s of each, at tokens t [BLOCK_R, 1] and columns `offs`.
+    """The sum over all strides s of row t // s, at tokens t [BLOCK_R, 1] and columns `offs`.
 
-    ptr: rows (B, ceil(N / s)) of the strides one after the other, WIDTH wide.
+    ptr points to rows WIDTH wide: (B, ceil(N / s)) of them for every stride, one after the other.
     """
     mask = (offs_t < N) & (offs < WIDTH)
     total = tl.zeros(mask.shape, dtype=ACC)
@@ -76,8 +82,7 @@ def scale_of(norm, WIDTH: tl.constexpr):
     root = tl.full(norm.shape, WIDTH**0.5, norm.dtype)
     least = tl.full(norm.shape, 1e-12, norm.dtype)
     clamped = tl.maximum(norm, least, propagate_nan=tl.PropagateNan.ALL)
-    # division of fp32, and the square root below, are approximate by default
-    return root / clamped if norm.dtype == tl.float64 else tl.div_rn(root, clamped), norm > least
+    return divide(root, clamped), norm > least
 
 
 @triton.jit(do_not_specialize=["B", "N", "tiles"])
@@ -93,7 +98,7 @@ def _hierarchical_merge_fwd_kernel(
     row = pid_b * N + offs_t
     offs = tl.arange(0, 1)[None, :]
     square = at_tokens(square_ptr, pid_b, offs_t, offs, B, N, 1, STRIDES, ACC)
-    norm = tl.sqrt(square) if ACC == tl.float64 else tl.sqrt_rn(square)
+    norm = sqrt(square)
     tl.store(norm_ptr + row, norm, mask=offs_t < N)
     scale, _ = scale_of(norm, WIDTH)
     for j in range(0, J, BLOCK_C):
@@ -110,10 +115,11 @@ class Group(NamedTuple):
     stride: int
     levels: list[int]
     widths: list[int]
-    tokens: int  # of each level that count
+    tokens: int  # how many tokens of each level count
 
 
 def _group(shapes, strides) -> tuple[int, list[Group]]:
+    """Tokens of the shortest level at token rate, and the groups of levels."""
     N = min(shape[1] * stride for shape, stride in zip(shapes, strides, strict=True))
     members = []
     for level in range(len(shapes)):
@@ -136,47 +142,48 @@ _grouped = lru_cache(KINDS)(_group)
 
 
 def groups_of(levels, strides) -> tuple[int, list[Group]]:
-    """Tokens of the shortest level at token rate, and the groups in order of their rows."""
-    group = _grouped if is_plain(*levels) else _group  # sizes may be symbols
+    """Tokens of the shortest level at token rate, and the groups in the order of their rows."""
+    group = _grouped if is_plain(*levels) else _group  # sizes may be symbols, which no cache takes
     return group(tuple([x.shape for x in levels]), tuple(strides))
 
 
 def columns_of(w: Tensor, dims: list[int], levels: list[int]) -> Tensor:
-    """The columns of w of these levels, side by side: a view where they are so in w."""
+    """The columns of w that belong to these levels, side by side: a view of w if they are
+    neighbours in it.
+    """
     if levels[-1] - levels[0] + 1 == len(levels):
         return w[:, sum(dims[: levels[0]]) : sum(dims[: levels[-1] + 1])]
     parts = w.split(dims, dim=1)
     return torch.cat([parts[level] for level in levels], dim=1)
 
 
-def rows_of(r: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """What a product takes of the levels of a group: (B tokens, width)."""
+def factor_of(r: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """The levels of a group as the factor of a product: (B tokens, width)."""
     return cast(r[:, :tokens].flatten(0, 1), dtype)
 
 
-def tile_of(dtype: torch.dtype, width: int, columns: int, elements: int, num_warps: int) -> dict:
-    """What a kernel over rows so wide is compiled for."""
+def matrix_config(width: int, columns: int, elements: int, num_warps: int) -> dict:
+    """Sizes of a tile [BLOCK_R, BLOCK_C] of rows that are `width` wide."""
     columns = min(columns, next_power_of_2(width))
-    rows = elements // columns
-    return dict(ACC=accumulator(dtype), BLOCK_R=rows, BLOCK_C=columns, num_warps=num_warps)
+    return dict(BLOCK_R=elements // columns, BLOCK_C=columns, num_warps=num_warps)
 
 
 @lru_cache(KINDS)
 def _kernel_of_level(D: int, dtype: torch.dtype, has_branch: bool, first: bool) -> Kernel:
     return Kernel(
-        _hierarchical_merge_level_fwd_kernel, D=D, HAS_BRANCH=has_branch, FIRST=first,
-        ALIGNED=_power_of_two_in(D), **tile_of(dtype, D, **LEVEL_TILE),
+        _hierarchical_merge_level_fwd_kernel, dtype, D=D, HAS_BRANCH=has_branch, FIRST=first,
+        ALIGNED=_power_of_two_in(D), **matrix_config(D, **LEVEL_TILE),
     )  # fmt: skip
 
 
 @lru_cache(KINDS)
 def _kernel_of_tokens(W: int, J: int, strides: tuple[int, ...], dtype: torch.dtype) -> Kernel:
-    constants = dict(WIDTH=W, J=J, STRIDES=strides)
-    return Kernel(_hierarchical_merge_fwd_kernel, **constants, **tile_of(dtype, J, **TOKEN_TILE))
+    constants = dict(WIDTH=W, J=J, STRIDES=strides, **matrix_config(J, **TOKEN_TILE))
+    return Kernel(_hierarchical_merge_fwd_kernel, dtype, **constants)
 
 
 def new_outputs(levels, strides, w_in, w_out) -> tuple:
-    """Uninitialised: the levels of each group side by side, w_in gamma, z, norm, merged."""
+    """Uninitialised: the levels of each group side by side, w_in gamma, z, norm, and merged."""
     x, B, (N, groups) = levels[0], levels[0].shape[0], groups_of(levels, strides)
     J, W = w_in.shape
     rows = B * sum([group.tokens for group in groups])
@@ -190,12 +197,13 @@ def new_outputs(levels, strides, w_in, w_out) -> tuple:
 
 
 def _power_of_two_in(n: int) -> int:
+    """The greatest power of two up to 16 that divides n."""
     return min(n & -n, 16)
 
 
 def _aligned(x: Tensor | None) -> Tensor | None:
-    """x, in the alignment that a contiguous one has: the order in which a kernel sums a row follows
-    from how it loads it, and bits must not depend on the strides of x.
+    """x, copied unless it is aligned as a contiguous tensor is. The order in which a kernel sums a
+    row follows from how it loads the row, and the result must not depend on the strides of x.
     """
     if x is None or not x.numel():
         return x
@@ -225,7 +233,7 @@ def _hierarchical_merge_fwd(levels, strides, gamma, w_in, b_in, w_out, b_out, br
             numbers = *x.stride()[:2], *b.stride()[:2], r.stride(1), M, group.tokens, tiles
             kernel((B * tiles,), (x, b, r, square_g), *numbers)
         columns = columns_of(w, dims, group.levels)
-        torch.mm(rows_of(side_by_side, group.tokens, z.dtype), columns.T, out=z_g)
+        torch.mm(factor_of(side_by_side, group.tokens, z.dtype), columns.T, out=z_g)
     if a.numel():
         kernel = _kernel_of_tokens(W, J, tuple([group.stride for group in groups]), norm.dtype)
         tiles = cdiv(N, kernel.constants["BLOCK_R"])

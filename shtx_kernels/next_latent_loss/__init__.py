@@ -1,14 +1,15 @@
-"""How far the latents of a level are from those that an MLP foretells, R tokens one after another.
+"""How far the latents of a level are from those that an MLP predicts, R tokens in a row.
 
     z_0[t] = h[t],  z_r[t] = z_(r - 1)[t] + mlp(layer_norm([z_(r - 1)[t] ; summaries[t + r]]))
     l_r[t] = distance(z_r[t], h[t + r])
     sum_r = sum over valid[t + r] of steps[r] exp(-decay (l_1[t] + ... + l_(r - 1)[t])) l_r[t]
 
-for the K = M - R tokens t that have R after them. The one idea: halves stay halves. The norm is of
-two rows in two places and leaves two matrices, its weights are folded into the first layer, and
-what that layer makes of each half is added by cuBLAS: no row of 2 D numbers is written, forward or
-backward. The norm's weights get their gradients from that of the folded layer. One kernel is the
-residual, the row's loss, its weight, and their gradients. GELU belongs to its product where that is
+for the K = M - R tokens t of a sequence that have R tokens after them. The r-th step is rollout r,
+with one row for each such token. The one idea: halves stay halves. The norm reads its two halves in
+two places and leaves two matrices, its weights are folded into the first layer, and cuBLAS adds up
+that layer's products of both halves: no row of 2 D numbers is written, in forward or in backward.
+The norm's weights get their gradients from that of the folded layer. One kernel makes the residual,
+a row's loss, the weight of that, and their gradients. GELU is a part of its product if that is
 faster (_gelu.py). Reference: reference.next_latent_loss
 """
 
@@ -18,80 +19,38 @@ import torch
 from torch import Tensor
 
 from .._autograd import apply, first_order
-from .._gelu import gelu_pass, product_gelu, product_gelu_bwd
-from .._products import add_product, cast, narrow, product_dtype, sum_dtype
 from .._register import register
-from .._rows import MAX_D
-from .._sums import column_sums
+from .._rows import MAX_D, contiguous_rows
+from ..products import cast, narrow, product_dtype, sum_dtype
 from .kernels import DISTANCES, Rollout, programs
-
-
-def _fold(folded, first, bias, gamma, beta) -> Tensor:
-    """The first layer (H, 2 D) with the norm's weights in it, (2, H, D); returns its bias."""
-    first = cast(first, sum_dtype(folded.dtype))
-    folded.copy_((first * gamma).unflatten(1, (2, -1)).transpose(0, 1))
-    return cast((first * beta).sum(dim=1) + bias, folded.dtype)
-
-
-def _unfold(dfolded, dbias, first, gamma, beta) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the first layer, gamma and beta, of those of what they were folded to."""
-    first = cast(first, dfolded.dtype)
-    dfirst = dfolded.transpose(0, 1).flatten(1)  # of a layer without the norm's weights
-    dgamma, dbeta = (dfirst * first).sum(dim=0), (dbias[:, None] * first).sum(dim=0)
-    return dfirst * gamma + dbias[:, None] * beta, dgamma, dbeta
-
-
-def _mlp(y, weights, biases, hidden, out):
-    """out (rows, D) of y (2, rows, D), and the pre-activations of the layers before the last."""
-    u = hidden[0] if hidden else out
-    torch.addmm(biases[0], y[0], weights[0][0].T, out=u)
-    torch.addmm(u, y[1], weights[0][1].T, out=u)
-    if not hidden:
-        return
-    a = gelu_pass(u)
-    for weight, bias, u in zip(weights[1:-1], biases[1:-1], hidden[1:], strict=True):
-        a = product_gelu(a, weight, u, bias)
-    torch.addmm(biases[-1], a, weights[-1].T, out=out)
-
-
-def _mlp_bwd(dout, y, weights, hidden, dweights, dbiases, start) -> Tensor:
-    """The gradient of y. Those of weights and biases are added up, from the start on."""
-    for i in reversed(range(len(weights))):
-        dbias = column_sums(dout)
-        dbiases[i].copy_(dbias) if start else dbiases[i].add_(dbias)
-        if i:
-            a, du = product_gelu_bwd(dout, weights[i], hidden[i - 1])
-            add_product(dweights[i], dout.T, a, start)
-            dout = du
-    dy = torch.empty_like(y)
-    for half in range(2):
-        add_product(dweights[0][half], dout.T, y[half], start)
-        torch.mm(dout, weights[0][half], out=dy[half])
-    return dy
+from .mlp import fold, mlp, mlp_bwd, unfold
 
 
 def _new_outputs(weights, h, steps, dtype) -> tuple:
-    """Uninitialised: sums, and what backward needs."""
+    """Uninitialised: the sums, and everything that backward needs."""
     (B, M, D), R = h.shape, steps.shape[0]
     rows, acc = B * max(0, M - R), sum_dtype(h.dtype)
     new = lambda *shape, dtype: h.new_empty(shape, dtype=dtype)
     return (
         new(R, dtype=acc),
-        new(2, weights[0].shape[0], D, dtype=dtype),  # the folded layer
-        new(R, 2, rows, D, dtype=dtype),  # y: what the MLP is given
-        new(R, rows, D, dtype=dtype),  # out: what it gives
-        new(R - 1, rows, D, dtype=acc),  # latents but the first and the last
-        new(R, 2, rows, dtype=acc),  # stats of the norm
-        new(R - 1, rows, dtype=acc),  # past: losses of a row so far
-        [new(rows, w.shape[0], dtype=dtype) for _ in range(R) for w in weights[:-1]],  # hidden
+        new(2, weights[0].shape[0], D, dtype=dtype),  # the first layer with the norm folded in
+        new(R, 2, rows, D, dtype=dtype),  # y: the input of the MLP
+        new(R, rows, D, dtype=dtype),  # out: its output
+        new(R - 1, rows, D, dtype=acc),  # all latents but the first and the last
+        new(R, 2, rows, dtype=acc),  # statistics of the norm
+        new(R - 1, rows, dtype=acc),  # past: the sum of a row's losses so far
+        # hidden: the pre-activations of all layers but the last
+        [new(rows, w.shape[0], dtype=dtype) for _ in range(R) for w in weights[:-1]],
     )
 
 
 def _decay(decay: float | None, past: Tensor) -> Tensor | None:
+    """The decay as a tensor, None if no row is weighted by its past."""
     return None if decay is None or not len(past) else past.new_full((), decay)
 
 
 def _rollout(r, h, summaries, latents) -> Rollout:
+    """Rollout r, from 0 on: it starts from h, or from the latents of the one before."""
     B, R = len(h), len(latents) + 1
     z = latents[r - 1].unflatten(0, (B, -1)) if r else h
     return Rollout(z, summaries, h, R, r + 1)
@@ -102,7 +61,7 @@ def _next_latent_loss_fwd(
 ):
     outputs = _new_outputs(weights, h, steps, dtype)
     sums, folded, y, out, latents, stats, past, hidden = outputs
-    bias = _fold(folded, weights[0], biases[0], gamma, beta)
+    bias = fold(folded, weights[0], biases[0], gamma, beta)
     rows, D = out.shape[1:]
     if not rows:
         sums.zero_()
@@ -113,7 +72,7 @@ def _next_latent_loss_fwd(
     for r in range(R):
         rollout = _rollout(r, h, summaries, latents)
         rollout.norm(y[r], stats[r])
-        _mlp(y[r], weights, biases, hidden[r * inner : (r + 1) * inner], out[r])
+        mlp(y[r], weights, biases, hidden[r * inner : (r + 1) * inner], out[r])
         before = past[r - 1] if r and decay is not None else None
         kept = (latents[r], past[r]) if r < R - 1 else None
         rollout.step(kind, out[r], valid, steps, decay, before, kept, partial[r])
@@ -122,7 +81,7 @@ def _next_latent_loss_fwd(
 
 
 def _new_gradients(weights, gamma, h, summaries, needs_dsummaries) -> tuple:
-    """Uninitialised, those of weights in the dtype of sums; empty where not needed."""
+    """Uninitialised gradients, empty if not needed; those of weights are in the dtype of sums."""
     new = lambda shape: h.new_empty(shape, dtype=sum_dtype(h.dtype))
     dsummaries = summaries.new_empty(summaries.shape if needs_dsummaries else 0)
     dweights, dbiases = [new(w.shape) for w in weights], [new(w.shape[0]) for w in weights]
@@ -143,7 +102,7 @@ def _next_latent_loss_bwd(
     inner, decay = len(weights) - 1, _decay(decay, past)
     layers, dlayers = [folded, *weights[1:]], [y.new_empty(folded.shape, dtype=acc), *dweights[1:]]
     total = later = None
-    if needs_dsummaries:  # of several rollouts, which are added up
+    if needs_dsummaries:  # the gradients of several rollouts are added up in `total`
         total = dsummaries if R == 1 else torch.empty_like(dsummaries, dtype=acc)
         total[:, :R].zero_()
     for r in reversed(range(R)):
@@ -154,21 +113,21 @@ def _next_latent_loss_bwd(
         weighting = valid, steps, decay, before, dsums
         rollout.step_bwd(kind, out[r], *weighting, later, dnext, dout)
         kept = hidden[r * inner : (r + 1) * inner]
-        dy = _mlp_bwd(dout, y[r], layers, kept, dlayers, dbiases, start)
+        dy = mlp_bwd(dout, y[r], layers, kept, dlayers, dbiases, start)
         dz = latents.new_empty(B, K, D) if r else dh
         rollout.norm_bwd(stats[r], dy, dnext, dz, total, add=not start)
         later = dz
     dh[:, K:].zero_()
     if needs_dsummaries and R > 1:
         dsummaries.copy_(total)
-    unfolded = _unfold(dlayers[0], dbiases[0], weights[0], gamma, beta)
+    unfolded = unfold(dlayers[0], dbiases[0], weights[0], gamma, beta)
     for t, value in zip((dweights[0], dgamma, dbeta), unfolded, strict=True):
         t.copy_(value)
     return gradients
 
 
 def _product_flops(weights, h, steps) -> int:
-    """Of the MLP in all rollouts."""
+    """FLOPs of the MLP in all rollouts."""
     B, M, _ = h
     return 2 * steps[0] * B * max(0, M - steps[0]) * sum(map(prod, weights))
 
@@ -206,7 +165,8 @@ class _NextLatentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, summaries, valid, gamma, beta, steps, kind, decay, dtype, *layers):
         ctx.dtypes = [t.dtype for t in (gamma, beta, *layers)]
-        first, bias, *inner = layers  # the norm's weights are folded into the first while wide
+        first, bias, *inner = layers
+        # the first layer is not narrowed yet, as the norm's weights are folded into it before
         weights = [first, *(narrow(w, dtype) for w in inner[::2])]
         biases = [bias, *(cast(b, dtype) for b in inner[1::2])]
         inputs = gamma, beta, h, summaries, valid, steps
@@ -237,10 +197,6 @@ def _check(name: str, t: Tensor, shape: tuple, like: Tensor):
         )
 
 
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def next_latent_loss(
     h: Tensor,
     summaries: Tensor,
@@ -255,25 +211,25 @@ def next_latent_loss(
     """How far z_r = z_(r - 1) + mlp(layer_norm([z_(r - 1) ; summaries[t + r]])), from z_0 = h[t],
     is from h[t + r], for r of 1 to R.
 
-    Rows add up as `reference.rollouts` says; h gets gradients through z_0 alone, and weights of
-    steps and of rows none. Under autocast, products are in its dtype; latents, norms, distances and
-    sums are fp32 (fp64 for fp64).
+    Rows add up as `reference.rollouts` says; h gets gradients through z_0 alone, and the weights of
+    steps and of rows get none. Products are in autocast's dtype under autocast; latents, norms,
+    distances and sums are fp32 (fp64 for fp64).
 
     Args:
         h: (B, M, D), a level; D at most 8192, all may be strided.
-        summaries: (B, M, D), of the tokens behind each of the level.
-        valid: (B, M) bool, whether a token counts where it is foretold.
-        norm: gamma and beta (2 D,), eps 1e-5.
+        summaries: (B, M, D), a summary of the tokens of each level token.
+        valid: (B, M) bool, whether the prediction of a token counts.
+        norm: gamma and beta (2 D,); eps is 1e-5.
         layers: weight (out, in) and bias (out,) of each layer of the MLP, from 2 D to D, with GELU
             by erf in between.
-        steps: (R,), the weights of steps, R at least 1.
-        distance: "mse", "smooth_l1" (beta 1), or "mse_and_cosine_sim", which is 0.1 of
-            the first and 0.9 (1 - cosine); means over D.
-        decay: None: rows keep their weight.
+        steps: (R,), the weights of the steps, R at least 1.
+        distance: "mse", "smooth_l1" (beta 1), or "mse_and_cosine_sim", which is 0.1 of the first
+            plus 0.9 (1 - cosine); the first two are means over D.
+        decay: how fast a row loses weight with its losses so far; None: not at all.
 
     Returns:
-        The sums (R,) and the counts (R,) of rows that are valid, one of each step; 0 with zero
-        gradients where M is at most R.
+        The sums (R,) and the counts (R,) of valid rows, one of each for every step; 0 with zero
+        gradients if M is at most R.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is not as above.
@@ -314,7 +270,13 @@ def next_latent_loss(
         raise ValueError(f"distance must be one of {names}, got {distance!r}")
     decay = None if decay is None else float(decay)
     R, flat = len(steps), [t for layer in layers for t in layer]
-    args = _rows(h), _rows(summaries), valid.contiguous(), *norm, steps.contiguous()
+    args = (
+        contiguous_rows(h),
+        contiguous_rows(summaries),
+        valid.contiguous(),
+        *norm,
+        steps.contiguous(),
+    )
     options = DISTANCES.index(distance), decay, product_dtype(h)
     sums = apply(_NextLatentLoss, *args, *options, *flat)
     K = max(0, M - R)

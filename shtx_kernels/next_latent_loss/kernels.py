@@ -1,8 +1,8 @@
-"""What is not a product: the norm of a latent with a summary, the step to the next latent, and how
-far that is off, forward and backward.
+"""Everything but the products: the norm of a latent with a summary, the step to the next latent,
+and the distance of that from the latent that it predicts, forward and backward.
 
-Row i of a rollout is token t = i % K of sequence i // K. Its summary, and the latent that it
-foretells, are those of token t + lead.
+Row i of a rollout is token t = i % K of sequence i // K; z is its latent and u its summary. The
+summary, and the latent that is predicted, are those of token t + lead.
 """
 
 from functools import lru_cache
@@ -12,27 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import KINDS, Kernel, accumulator, cdiv
-from .._products import sum_dtype
-from .._rows import columns, row_sum, tile
+from .._rounding import divide, sqrt
+from .._rows import columns, row_config, row_sum
+from ..launch import KINDS, Kernel, cdiv
+from ..products import sum_dtype
 
-TILE = 2048  # elements of a program's tile
-WARP_TILE = 512  # elements of it that a warp holds
+TILE = 2048  # numbers of a tile
+WARP_TILE = 512  # numbers of a tile that a warp holds
+# options of the norm's kernels: backward subtracts products, so all must be rounded alike
+ALIKE = dict(enable_fp_fusion=False)
 DISTANCES = ("mse", "smooth_l1", "mse_and_cosine_sim")
 SMOOTH, COSINE = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def _moments(z, u, mask, D: tl.constexpr):
-    """Mean of rows that are halves, and one over their deviation."""
+    """The mean of rows with halves z and u, and one over their standard deviation."""
     mean = (row_sum(z) + row_sum(u)) / (2 * D)
     z, u = tl.where(mask, z - mean, 0.0), tl.where(mask, u - mean, 0.0)
     eps = tl.full([1, 1, 1], 1e-5, z.dtype)  # a bare constant is fp32 in Triton 3.6
     square = (row_sum(z * z) + row_sum(u * u)) / (2 * D) + eps
     one = tl.full([1, 1, 1], 1.0, z.dtype)
-    # sqrt and division of fp32 are approximate by default, and backward subtracts near equals
-    deviation = tl.sqrt(square) if z.dtype == tl.float64 else tl.sqrt_rn(square)
-    return mean, one / deviation if z.dtype == tl.float64 else tl.div_rn(one, deviation)
+    # in full precision, as backward subtracts nearly equal numbers
+    return mean, divide(one, sqrt(square))
 
 
 @triton.jit(do_not_specialize=["rows", "K", "lead"])
@@ -41,7 +43,9 @@ def _next_latent_norm_fwd_kernel(
     D: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """y (2, rows, D): latents and summaries, normalized together; stats (2, rows)."""
+    """y (2, rows, D) has latents and summaries, normalized together; stats (2, rows) has the mean
+    of every row and the number by which it is scaled.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
     offs_d = columns(ROUNDS, LANES)
     mask = (row < rows) & (offs_d < D)  # [BLOCK_M, ROUNDS, LANES]
@@ -63,7 +67,7 @@ def _next_latent_norm_bwd_kernel(
     D: tl.constexpr, ACC: tl.constexpr, HAS_DU: tl.constexpr, ADD_DU: tl.constexpr,
     BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of latents, to which that of the next latent is added, and of summaries."""
+    """The gradients of latents, with that of the next latents added, and of summaries."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
     offs_d = columns(ROUNDS, LANES)
     mask = (row < rows) & (offs_d < D)  # [BLOCK_M, ROUNDS, LANES]
@@ -92,7 +96,7 @@ def _next_latent_norm_bwd_kernel(
 
 @triton.jit
 def _distance(z, y, D: tl.constexpr, KIND: tl.constexpr):
-    """Of rows z from rows y, and its gradient at z."""
+    """The distance of rows z from rows y, and its gradient with respect to z."""
     off = z - y
     if KIND == SMOOTH:
         size = tl.abs(off)
@@ -126,10 +130,11 @@ def _next_latent_step_kernel(
     HAS_LATER: tl.constexpr, KEEPS: tl.constexpr, BACKWARD: tl.constexpr, HAS_DOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The next latent is z + out: the loss of its rows, or the gradient of it.
+    """The next latent is z + out: the loss of its rows, or its gradient.
 
-    Forward, KEEPS: stores next latents, and the losses of rows so far; always sums of programs.
-    Backward, `later` is what the next rollout says of its gradient.
+    Forward stores one sum of losses per program; with KEEPS, it also stores the next latents, and
+    the sum of every row's losses so far. In backward, `later` is the gradient from the next
+    rollout.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)[:, None, None]
@@ -166,33 +171,17 @@ def _next_latent_step_kernel(
             tl.store(rows_ptr + row, loss, mask=exists)
 
 
-def _constants(D: int, acc: torch.dtype) -> dict:
-    return dict(D=D, ACC=accumulator(acc), **tile(D, TILE, WARP_TILE))
-
-
 @lru_cache(KINDS)
-def _norm_of(D: int, acc: torch.dtype) -> Kernel:
-    # backward cancels products: all must be rounded alike
-    return Kernel(_next_latent_norm_fwd_kernel, enable_fp_fusion=False, **_constants(D, acc))
-
-
-@lru_cache(KINDS)
-def _norm_bwd_of(D: int, acc: torch.dtype, has_du: bool, add_du: bool) -> Kernel:
-    constants = dict(HAS_DU=has_du, ADD_DU=add_du, enable_fp_fusion=False, **_constants(D, acc))
-    return Kernel(_next_latent_norm_bwd_kernel, **constants)
-
-
-@lru_cache(KINDS)
-def _step_of(D: int, acc: torch.dtype, kind: int, **options) -> Kernel:
-    return Kernel(_next_latent_step_kernel, KIND=kind, **options, **_constants(D, acc))
+def _kernel_of(kernel, D: int, acc: torch.dtype, **options) -> Kernel:
+    return Kernel(kernel, acc, D=D, **options, **row_config(D, TILE, WARP_TILE))
 
 
 class Rollout:
-    """One of the rollouts of a call: where its rows are, and what is launched of them.
+    """One of the rollouts of a call: where its rows are, and the launches that read them.
 
     Attributes:
-        latents: (B, M, D) or (B, K, D), of which the first K tokens of a sequence are taken.
-        lead: how many tokens later those are that they foretell.
+        latents: (B, M, D) or (B, K, D), of which the first K tokens of each sequence are the rows.
+        lead: how many tokens ahead of a row the token is that it predicts.
     """
 
     def __init__(self, latents: Tensor, summaries: Tensor, h: Tensor, rollouts: int, lead: int):
@@ -202,48 +191,54 @@ class Rollout:
         self.rows, self.acc = self.B * self.K, sum_dtype(h.dtype)
 
     def launch(self, kernel: Kernel, tensors: tuple, *numbers: int):
+        """Launch a kernel of this page, whose first numbers are the strides of latents."""
         kernel((programs(self.rows, self.D),), tensors, *self.latents.stride()[:2], *numbers)
 
     def norm(self, y: Tensor, stats: Tensor):
-        """Normalized latents and summaries, y (2, rows, D), and stats (2, rows) for backward."""
+        """Fill y (2, rows, D) with normalized latents and summaries, and stats (2, rows)."""
         tensors = self.latents, self.summaries, y, stats
         strides = self.summaries.stride()[:2]
-        kernel = _norm_of(self.D, self.acc)
+        kernel = _kernel_of(_next_latent_norm_fwd_kernel, self.D, self.acc, **ALIKE)
         self.launch(kernel, tensors, *strides, self.rows, self.K, self.lead)
 
     def norm_bwd(self, stats, dy, dnext, dz, dsummaries: Tensor | None, add: bool):
-        """dz (B, M or K, D), where the first K tokens are written, and dsummaries (B, M, D)."""
+        """Fill the first K tokens of dz (B, M or K, D), and with `add` add to dsummaries (B, M, D),
+        else write it.
+        """
         has_du = dsummaries is not None
         du = dsummaries if has_du else dz
         tensors = self.latents, self.summaries, stats, dy, dnext, dz, du
         strides = *self.summaries.stride()[:2], dz.stride(0)
-        kernel = _norm_bwd_of(self.D, self.acc, has_du, has_du and add)
+        options = dict(HAS_DU=has_du, ADD_DU=has_du and add, **ALIKE)
+        kernel = _kernel_of(_next_latent_norm_bwd_kernel, self.D, self.acc, **options)
         self.launch(kernel, tensors, *strides, self.rows, self.K, self.M, self.lead)
 
-    def _step(self, kernel, out, valid, steps, decay, past, *others: Tensor):
+    def _step(self, options: dict, out, valid, steps, decay, past, *others: Tensor):
+        kernel = _kernel_of(_next_latent_step_kernel, self.D, self.acc, **options)
         weights = steps, steps if decay is None else decay, out if past is None else past
         tensors = self.latents, out, self.h, valid, *weights, *others
         strides = self.h.stride()[:2]
         self.launch(kernel, tensors, *strides, self.rows, self.K, self.M, self.lead)
 
     def step(self, kind, out, valid, steps, decay, past, kept: tuple | None, sums):
-        """sums of programs; kept: next latents (rows, D) and losses of rows so far (rows,)."""
-        options = dict(HAS_PAST=past is not None, HAS_LATER=False, KEEPS=kept is not None)
-        options |= dict(BACKWARD=False, HAS_DOUT=False)
-        kernel = _step_of(self.D, self.acc, kind, **options)
+        """Fill `sums`, one per program, and `kept`: the next latents (rows, D), and the sum of
+        every row's losses so far (rows,).
+        """
+        options = dict(KIND=kind, HAS_PAST=past is not None, HAS_LATER=False)
+        options |= dict(KEEPS=kept is not None, BACKWARD=False, HAS_DOUT=False)
         unused = sums
         others = unused, unused, *(kept or (unused, unused)), sums, unused, unused
-        self._step(kernel, out, valid, steps, decay, past, *others)
+        self._step(options, out, valid, steps, decay, past, *others)
 
     def step_bwd(self, kind, out, valid, steps, decay, past, dsums, later, dnext, dout):
-        """The gradient of the next latent, in the dtypes of dnext and dout, which may be one."""
-        options = dict(HAS_PAST=past is not None, HAS_LATER=later is not None, KEEPS=False)
-        options |= dict(BACKWARD=True, HAS_DOUT=dout is not dnext)
-        kernel = _step_of(self.D, self.acc, kind, **options)
+        """Fill dnext and dout, which may be one tensor, with the gradient of the next latents."""
+        options = dict(KIND=kind, HAS_PAST=past is not None, HAS_LATER=later is not None)
+        options |= dict(KEEPS=False, BACKWARD=True, HAS_DOUT=dout is not dnext)
         unused = dnext
         others = dsums, unused if later is None else later, unused, unused, unused, dnext, dout
-        self._step(kernel, out, valid, steps, decay, past, *others)
+        self._step(options, out, valid, steps, decay, past, *others)
 
 
 def programs(rows: int, D: int) -> int:
-    return cdiv(rows, tile(D, TILE, WARP_TILE)["BLOCK_M"])
+    """How many programs the rows of a rollout take."""
+    return cdiv(rows, row_config(D, TILE, WARP_TILE)["BLOCK_M"])

@@ -1,27 +1,29 @@
-"""One token of every sequence of a batch: the model as a recurrence over positions.
+"""The ops of one token of every sequence of a batch: the model as a recurrence over positions.
 
-What the past leaves behind lies in rings: (B, S, ...) of which slot m % S holds the row of level
-token m; zeros before the start. The token at position p (B,) makes level token p // stride where p
-is a multiple of the stride; elsewhere the level has nothing to do, and its rows stay. Every op
-writes to its `out`. It takes what it has to do for all levels at once.
+The past is kept in rings (B, S, ...), whose slot m % S holds level token m; before the start, slots
+are zero. The token at position p (B,) makes level token p // stride if p is a multiple of the
+stride; else the level has nothing to do, and its rings stay as they are. Every op writes to its
+`out`, and does its part of the work for all levels at once.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, arange
 
-from .._groups import Attention, Lookup, Norm, Part, Projection
-from . import _widen, rms_norm
+from ..decode_arguments import Attention, Lookup, Norm, Part, Projection
+from .norms import rms_norm
+from .widen import widen
 
 __all__ = ["attend", "embed", "merge", "norm", "project", "sample"]
 
 
 def read(ring: Tensor, token: Tensor) -> Tensor:
-    """Rows (B, ...) of the level tokens (B,)."""
+    """What a ring holds of the level tokens (B,): (B, ...)."""
     return ring[arange(len(ring), device=ring.device), token % ring.shape[1]]
 
 
 def write(ring: Tensor, position: Tensor, stride: int, rows: Tensor) -> None:
+    """Put rows (B, ...) into the slots of the level tokens that the positions (B,) make."""
     token, due = position // stride, position % stride == 0
     due = due.view(-1, *[1] * (rows.ndim - 1))
     rows = torch.where(due, rows.to(ring.dtype), read(ring, token))
@@ -29,19 +31,21 @@ def write(ring: Tensor, position: Tensor, stride: int, rows: Tensor) -> None:
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
+    """The function of torch.nn.functional with that name, applied to x; x itself for None."""
     return x if activation is None else getattr(F, activation)(x)
 
 
 def normalize(x: Tensor, norm: str | None, gamma: Tensor, beta: Tensor | None) -> Tensor:
+    """The "layer" or "rms" norm of x (..., D); x itself for None."""
     if norm == "layer":
         return F.layer_norm(x, x.shape[-1:], gamma.to(x), beta.to(x), eps=1e-5)
     return rms_norm(x, gamma.to(x)) if norm == "rms" else x
 
 
 def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:
-    """out = activation(bias + sum over taps t of table[t, id]), of the ids up to `position`.
+    """out = activation(bias + sum over taps t of table[t, id of tap t]), for ids up to `position`.
 
-    ids (B,) at `position` go into the ring history (B, C); what lies left of the start adds
+    ids (B,), at `position`, are put into the ring history (B, C). Taps before the start add
     nothing.
     """
     write(history, position, 1, ids)
@@ -50,23 +54,24 @@ def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup])
         total = 0
         for t in range(taps):
             token = position - (taps - 1) + t
-            rows = _widen(table[t, read(history, token)])
+            rows = widen(table[t, read(history, token)])
             total = total + rows * (token >= 0)[:, None]
         total = total if bias is None else total + bias.to(total)
         write(out, position, stride, activate(total, activation))
 
 
 def norm(position: Tensor, norms: list[Norm]) -> None:
-    """out = layer_norm(x)."""
+    """out = layer_norm(x), for each level."""
     for x, gamma, beta, out, stride in norms:
-        rows = normalize(_widen(read(x, position // stride)), "layer", gamma, beta)
+        rows = normalize(widen(read(x, position // stride)), "layer", gamma, beta)
         write(out, position, stride, rows)
 
 
 def project(position: Tensor, projections: list[Projection]) -> None:
     """out = activation(weight norm(token_shift(x)) + bias) + residual.
 
-    With taps, x is a ring of positions, whose last `taps` rows stand side by side.
+    With taps, x is a ring of positions, and the rows of the last `taps` positions are multiplied
+    side by side.
     """
     for p in projections:
         token = position // p.stride
@@ -78,8 +83,8 @@ def project(position: Tensor, projections: list[Projection]) -> None:
         if p.dilation:
             half = (x.shape[-1] + 1) // 2
             x = torch.cat((x[:, :half], read(p.x, token - p.dilation)[:, half:]), dim=-1)
-        x = normalize(_widen(x), p.norm, p.gamma, p.beta).to(p.weight.dtype)
-        y = _widen(F.linear(x, p.weight))
+        x = normalize(widen(x), p.norm, p.gamma, p.beta).to(p.weight.dtype)
+        y = widen(F.linear(x, p.weight))
         y = activate(y if p.bias is None else y + p.bias.to(y), p.activation)
         if p.residual is not None:
             y = y + read(p.residual, token).to(y)
@@ -87,10 +92,11 @@ def project(position: Tensor, projections: list[Projection]) -> None:
 
 
 def attend(position: Tensor, attentions: list[Attention]) -> None:
-    """Causal attention of the token in each row of qkv (B, 1, 3 H E) to the keys of its residue
-    class in the ring kv (B, S, 2, H, E), which it joins.
+    """Causal attention of a token of every sequence, qkv (B, 1, 3 H E), to the keys of its residue
+    class in the ring kv (B, S, 2, H, E), into which its own key and value are put.
 
-    rotation (S / dilation, 2, E / 2): cosine and sine, times xpos decay, of every distance.
+    rotation (S / dilation, 2, E / 2) has the cosine and sine of every distance, times the decay of
+    xpos.
     """
     for qkv, kv, out, rotation, stride, dilation in attentions:
         q, k, v = qkv[:, 0].unflatten(-1, (3, *kv.shape[-2:])).unbind(1)
@@ -98,9 +104,9 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
         distance = arange(len(rotation), device=kv.device)
         token = (position // stride)[:, None] - distance * dilation
         batch = arange(len(kv), device=kv.device)[:, None]
-        k, v = _widen(kv[batch, token % kv.shape[1]]).unbind(2)  # (B, L, H, E)
+        k, v = widen(kv[batch, token % kv.shape[1]]).unbind(2)  # (B, L, H, E)
         cos, sin = rotation[:, :, None].to(k).unbind(1)  # (L, 1, E / 2)
-        (k1, k2), (q1, q2) = k.chunk(2, dim=-1), _widen(q)[:, None].chunk(2, dim=-1)
+        (k1, k2), (q1, q2) = k.chunk(2, dim=-1), widen(q)[:, None].chunk(2, dim=-1)
         scores = (q1 * k1 + q2 * k2) * cos + (q1 * k2 - q2 * k1) * sin
         scores = scores.sum(dim=-1) * kv.shape[-1] ** -0.5
         scores = scores.masked_fill((token < 0)[..., None], float("-inf"))
@@ -111,14 +117,14 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
 def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """out = silu(weight rms_norm(levels side by side) + bias), gamma being in the weight.
 
-    Of a level that is not due, what its last token gave: `kept`, (B, J + 1), has its product, and
-    the square of its norm.
+    A level that makes no token now adds what its last token added: `kept` (B, J + 1) has the
+    product of that token, and the square of its norm.
     """
     total, width = 0, 0
     for x, kept, stride in parts:
         x = read(x, position // stride)
         columns = weight[:, width : width + x.shape[-1]]
-        product, square = _widen(F.linear(x, columns)), _widen(x).square().sum(dim=-1, keepdim=True)
+        product, square = widen(F.linear(x, columns)), widen(x).square().sum(dim=-1, keepdim=True)
         share = torch.cat((product, square), dim=1)
         if kept is not None:
             write(kept[:, None], position, stride, share)
@@ -140,14 +146,14 @@ def sample(
 ) -> None:
     """out = argmax of softmax(logits / temperature) / noise: an id as likely as the softmax says.
 
-    logits (B, V), out (B,); noise is a ring of positions (B, S, V), exponential. Kept are the top_k
-    best, and of these the fewest whose probabilities add up to top_p; who equals the last kept is
-    kept, too. Greedy at temperature 0.
+    logits (B, V), out (B,); noise is a ring of positions (B, S, V), exponentially distributed. Ids
+    are drawn from the top_k best, and of these from the fewest whose probabilities add up to top_p;
+    ids as likely as the last of them count as well. At temperature 0, out is the best id.
     """
     if temperature == 0:
         out.copy_(logits.argmax(dim=-1))
         return
-    scores = _widen(logits) / max(temperature, 1e-10)
+    scores = widen(logits) / max(temperature, 1e-10)
     if top_k < scores.shape[-1]:
         least = scores.topk(top_k).values[:, -1:]
         scores = scores.masked_fill(scores < least, float("-inf"))

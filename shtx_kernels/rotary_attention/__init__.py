@@ -1,14 +1,14 @@
 """Rotary embedding and causal attention, from packed qkv to packed heads.
 
-    token p = r + dilation i is number i of residue class r; a class is a sequence of its own
+    token p = r + dilation i is token i of residue class r, which is a sequence of its own
     q'_i = R(i) q_i, k'_j = R(j) k_j: channels (c, c + E/2) turn by the angle i 10000^(-2c/E),
            or, interleaved, channels (2c, 2c + 1)
     xpos:  q'_i *= z^(i/512), k'_j *= z^(-j/512), z_c = (2c + 0.4 E) / (1.4 E)
     out_i = sum_j softmax_j(scale q'_i k'_j) v_j   over i - window <= j <= i
 
 The one idea: only i - j counts, so a tile is rotated as seen from its own first token, where angles
-are small and xpos factors near one, at any length. One small table of cos and sin serves all tiles;
-the distance of two tiles turns a block's angles by one more row of it. Nothing else is in memory: a
+are small and the factors of xpos near one, at any length. One small table of cos and sin serves all
+tiles: one more row of it turns a tile by its distance from another. Nothing else is in memory: a
 residue class is a stride, and the gradient is rotated back on its way into the packed layout.
 Reference: reference.rotary_attention
 """
@@ -19,74 +19,35 @@ import torch
 from torch import Tensor
 
 from .._autograd import apply, first_order
-from .._launch import KINDS, Kernel, accumulator, cdiv, next_power_of_2
-from .._products import matmul_precision, sum_dtype
-from .._register import is_plain, register
+from .._register import register
+from ..launch import KINDS, Kernel, cdiv, next_power_of_2
+from ..products import matmul_precision, sum_dtype
 from . import library, tiles
 from .backward import (
     _rotary_attention_bwd_dkdv_kernel,
     _rotary_attention_bwd_dq_kernel,
     _rotary_attention_bwd_tile_kernel,
-)  # fmt: skip
-from .forward import (
-    LOCAL,
-    STEP,
-    _rotary_attention_fwd_kernel,
-    _rotary_attention_fwd_tile_kernel,
-)  # fmt: skip
+)
+from .forward import _rotary_attention_fwd_kernel, _rotary_attention_fwd_tile_kernel
+from .rotations import MAX_TILE, make_table
 
 MAX_E = 256
-MAX_BLOCK = 128  # rows of a tile
 LOG2_E = 1.4426950408889634  # the softmax is in base 2
-
-# by all that a table depends on. None is dropped, as CUDA graphs may read it: there are at most one
-# for each even E, power of two, accumulator and device, of 4 MiB for a million tokens of E 16
-_tables: dict[tuple, Tensor] = {}
-
-
-def _make_table(E: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, E): log2(z) / 512 | 0, then cos | sin of tokens 0 to LOCAL - 1 and every STEP-th."""
-    wide = dict(dtype=torch.float64, device=device)
-    channel = torch.arange(0, E, 2, **wide)
-    decay = ((channel + 0.4 * E) / (1.4 * E)).log2() / 512
-    t = torch.cat((torch.arange(LOCAL.value, **wide), torch.arange(0, reach, STEP.value, **wide)))
-    angle = t[:, None] * 10000 ** (-channel / E)
-    top = torch.cat((decay, torch.zeros_like(decay)))[None]
-    return torch.cat((top, torch.cat((angle.cos(), angle.sin()), dim=1))).to(dtype)
-
-
-def make_table(qkv: Tensor, E: int, n: int) -> Tensor:
-    """The table for classes of n tokens. Compiled graphs make their own, as do fake tensors."""
-    dtype = sum_dtype(qkv.dtype)
-    reach = n + MAX_BLOCK  # the farthest that two tiles can be apart
-    if not is_plain(qkv):
-        return _make_table(E, reach, dtype, qkv.device)
-    key = E, next_power_of_2(reach), dtype, qkv.device
-    table = _tables.get(key)
-    if table is None:
-        with torch.inference_mode(False):  # it may be saved for a backward
-            table = _make_table(*key)
-        if qkv.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return table  # it is the graph's, which fills it anew in every replay
-            torch.cuda.current_stream(qkv.device).synchronize()  # other streams may use it next
-        table = _tables.setdefault(key, table)
-    return table
 
 
 def _sizes(qkv: Tensor, heads: int, dilation: int) -> tuple[int, int, int, int]:
-    """B, M, E, and n, the tokens of the longest residue class."""
+    """B, M, E, and the number n of tokens of the longest residue class."""
     B, M, width = qkv.shape
     return B, M, width // (3 * heads), cdiv(M, dilation)
 
 
 @lru_cache(KINDS)
 def _kernel_of(
-    kernel, dtype, heads, E, window, dilation, xpos: bool, near: bool, precision: str, **config
+    kernel, dtype, heads, E, window, dilation, xpos: bool, interleaved: bool, precision, **config
 ):
     return Kernel(
-        kernel, DILATION=dilation, H=heads, E=E, WINDOW=window, XPOS=int(xpos), NEAR=near,
-        ACC=accumulator(dtype), IP=precision, BLOCK_C=max(8, next_power_of_2(E // 2)),
+        kernel, dtype, DILATION=dilation, H=heads, E=E, WINDOW=window, XPOS=int(xpos),
+        INTERLEAVED=interleaved, IP=precision, BLOCK_C=max(8, next_power_of_2(E // 2)),
         BLOCK_E=max(16, next_power_of_2(E)), **config,
     )  # fmt: skip
 
@@ -101,13 +62,13 @@ def _rotary_attention_fwd(qkv, table, heads, window, dilation, xpos, interleaved
         return out, lse, []
     factor, sizes = scale * LOG2_E, (E, window, qkv.itemsize, qkv.device)
     config = tiles.forward_by_tiles(*sizes)
-    if config is not None:  # q and k have a root of the factor each
-        kernel, rows, factor = _rotary_attention_fwd_tile_kernel, config["BLOCK"], factor**0.5
+    if config is not None:  # q and k are multiplied by the root of the factor each
+        kernel, size, factor = _rotary_attention_fwd_tile_kernel, "BLOCK", factor**0.5
     else:
         config = tiles.forward(*sizes) | dict(SHORT=0 < window <= tiles.SHORT)
-        kernel, rows = _rotary_attention_fwd_kernel, config["BLOCK_M"]
+        kernel, size = _rotary_attention_fwd_kernel, "BLOCK_M"
     options = qkv.dtype, heads, E, window, dilation, xpos, interleaved, matmul_precision()
-    count = cdiv(n, rows)
+    count = cdiv(n, config[size])
     numbers = *qkv.stride()[:2], M, n, count, factor
     grid = (B * heads * dilation * count,)
     _kernel_of(kernel, *options, **config)(grid, (qkv, table, out, lse), *numbers)
@@ -127,8 +88,8 @@ def _rotary_attention_bwd(
     tensors = saved, table, out, lse, dout, dqkv
     strides = *saved.stride()[:2], *dout.stride()[:2]
 
-    def run(kernel, config, rows, factor):
-        count = cdiv(n, config[rows])
+    def run(kernel, config, size, factor):
+        count = cdiv(n, config[size])
         grid = (B * heads * dilation * count,)
         _kernel_of(kernel, *options, **config)(grid, tensors, *strides, M, n, count, factor)
 
@@ -157,7 +118,9 @@ def _fake_bwd(saved, table, out, lse, dout, heads, window, dilation, xpos, inter
 
 
 def _product_flops(out, window, dilation) -> int:
-    """Of queries with keys: of all, or of buckets as wide as the window with two of them."""
+    """FLOPs of a product of queries with keys: of all with all, or of every bucket of queries,
+    which is as wide as the window, with two buckets of keys.
+    """
     B, M, K = out
     n = -(-M // dilation)
     pairs = n * n if window < 0 else -(-n // window) * 2 * window * window
@@ -196,7 +159,7 @@ class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     @first_order("rotary_attention")
     def backward(ctx, dout):
-        # the gradient of a sum is expanded, its last dimension too
+        # the gradient of a sum is expanded, even in its last dimension
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         dqkv = _backward(*ctx.saved_tensors, dout, *ctx.options)
         return dqkv, *[None] * 7
@@ -223,7 +186,7 @@ def rotary_attention(
             positions and window count those tokens alone.
         xpos: whether dot products decay with the distance (scale base 512).
         interleaved: whether rotary pairs channels 2 c and 2 c + 1, rather than c and c + E / 2.
-        scale: of the dot products, positive; E ** -0.5 by default.
+        scale: the positive factor of the dot products; E ** -0.5 by default.
 
     Returns:
         (B, M, H E) in the dtype of qkv, contiguous. For fp32, products are in TF32 where
@@ -251,9 +214,9 @@ def rotary_attention(
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
     dilation = min(dilation, max(1, qkv.shape[1]))
-    if min(qkv.shape[1], MAX_BLOCK * dilation) * max(qkv.stride(1), qkv.shape[2]) >= 2**31:
+    if min(qkv.shape[1], MAX_TILE * dilation) * max(qkv.stride(1), qkv.shape[2]) >= 2**31:
         raise ValueError(
-            f"dilation must keep {MAX_BLOCK} tokens of a class within 2^31 elements,"
+            f"dilation must keep {MAX_TILE} tokens of a class within 2^31 elements,"
             f" got {dilation} with strides {qkv.stride()}"
         )
     if scale is not None and not scale > 0:

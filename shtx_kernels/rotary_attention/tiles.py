@@ -1,26 +1,27 @@
-"""What kernels are compiled with, by head width E, window (-1: all keys), bytes of a number
-and device.
+"""What kernels are compiled with, by head width E, window (-1 for all keys), bytes of a number and
+device.
 
-The fastest on an H200: those of `forward` and the backward by keys and queries in `python -m
-benchmarks.search`, whose outcome is in benchmarks/results/search/h200.json; those by tiles in a
-sweep of prototypes, which is not. Wider numbers and heads take what fits.
+All are the fastest on an H200. Those of `forward` and of the backward by keys and by queries come
+from `python -m benchmarks.search`, whose outcome is in benchmarks/results/search/h200.json. Those
+by tiles come from a sweep of prototypes, whose outcome was not kept. Wider numbers and heads have
+the tiles that fit.
 """
 
 import torch
 
-from .._launch import next_power_of_2
 from .._target import capability
+from ..launch import next_power_of_2
 
-SHORT = 128  # most tokens of a window whose blocks or halos are unrolled
+SHORT = 128  # the widest window whose tiles of keys, or halos, are unrolled
 
 
 def _hopper(device: torch.device) -> bool:
-    """Whether products take operands from shared memory: that leaves registers for larger tiles."""
+    """Whether products read operands in shared memory, which leaves registers for larger tiles."""
     return capability(device) >= 90
 
 
 def forward_by_tiles(E: int, window: int, itemsize: int, device: torch.device) -> dict | None:
-    """None where the window is wide, or a tile takes too many registers."""
+    """None if the window is too wide, or a tile would take too many registers."""
     if itemsize > 2 or E > 64 or not 0 < window <= 64:
         return None
     if E <= 16 and window <= 16:
@@ -30,6 +31,7 @@ def forward_by_tiles(E: int, window: int, itemsize: int, device: torch.device) -
 
 
 def forward(E: int, window: int, itemsize: int, device: torch.device) -> dict:
+    """Tiles of the forward in which a program goes through tiles of keys."""
     if itemsize > 2 or E > 128:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
     if not 0 < window <= SHORT:
@@ -42,18 +44,19 @@ def forward(E: int, window: int, itemsize: int, device: torch.device) -> dict:
 
 
 def backward_by_tiles(E: int, window: int, itemsize: int, device: torch.device) -> dict | None:
-    """None where the window is wide, or a tile takes too many registers."""
+    """None if the window is too wide, or a tile would take too many registers."""
     if itemsize > 2 or E > 64 or not 0 < window <= SHORT:
         return None
-    halo = 16 if window <= 16 else 32  # windows up to 16 are untimed
+    halo = 16 if window <= 16 else 32  # windows up to 16 were not timed
     if E <= 32:
         return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
-    if not _hopper(device):  # untimed: what spills nothing
+    if not _hopper(device):  # not timed: it spills nothing
         return dict(BLOCK=32, HALO=halo, num_warps=4, num_stages=1)
     return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1, maxnreg=168)
 
 
 def backward_by_keys(E: int, window: int, itemsize: int, device: torch.device) -> dict:
+    """Tiles of the backward in which a program goes through tiles of queries, or of keys."""
     if itemsize > 2 or E > 128:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
     block = 64 if E <= 64 else 32

@@ -1,5 +1,5 @@
-"""What the ops of one token are handed: for each level, where its share of a stage reads from and
-writes to. A ring is (B, S, ...), whose slot m % S has the row of level token m.
+"""Arguments of the ops that generate a token: where one level's share of an op's work reads from
+and writes to. A ring is (B, S, ...), whose slot m % S holds level token m.
 """
 
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Lookup(NamedTuple):
-    """Of `embed`."""
+    """One level's arguments to `embed`."""
 
     table: Tensor  # (C, V, D)
     bias: Tensor | None  # (D,)
@@ -18,7 +18,7 @@ class Lookup(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Of `norm`."""
+    """One level's arguments to `norm`."""
 
     x: Tensor  # ring (B, S, D)
     gamma: Tensor  # (D,)
@@ -28,24 +28,24 @@ class Norm(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Of `project`."""
+    """One level's arguments to `project`; O is the width of the result."""
 
     x: Tensor  # ring (B, S, D)
     weight: Tensor  # (O, D), or (O, taps D)
     out: Tensor  # ring (B, S, O)
     stride: int
-    dilation: int = 0  # of the token shift; 0: none
+    dilation: int = 0  # how far back the token shift reads; 0: there is none
     norm: str | None = None  # "rms", "layer"
     gamma: Tensor | None = None  # (D,)
     beta: Tensor | None = None  # (D,)
     bias: Tensor | None = None  # (O,)
     activation: str | None = None  # "gelu", "silu"
     residual: Tensor | None = None  # ring (B, S, O); may be `out`
-    taps: int = 0
+    taps: int = 0  # how many positions of x are multiplied side by side; 0: one, without taps
 
 
 class Attention(NamedTuple):
-    """Of `attend`."""
+    """One level's arguments to `attend`."""
 
     qkv: Tensor  # (B, 1, 3 H E)
     kv: Tensor  # ring (B, S, 2, H, E), S a multiple of dilation
@@ -56,8 +56,8 @@ class Attention(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Of `merge`."""
+    """One level's arguments to `merge`; J is the width of the merge's first product."""
 
     x: Tensor  # ring (B, S, D)
-    kept: Tensor | None  # (B, J + 1), of a level with a stride
+    kept: Tensor | None  # (B, J + 1), for a level with a stride
     stride: int

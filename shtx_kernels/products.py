@@ -1,4 +1,4 @@
-"""What ops with products share: their dtype, precision, narrow weights, sums in a wider dtype."""
+"""Products of matrices: dtypes and precision, narrow copies of weights, sums in a wider dtype."""
 
 import threading
 from collections.abc import Iterator
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_here = threading.local()  # narrow copies of weights, within `narrow_weights`
+from .internals import copy_all
+
+_here = threading.local()  # holds this thread's narrow copies of weights within `narrow_weights`
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products of x are made: autocast's where it is on, but for fp64."""
+    """The dtype in which products of x are made: autocast's where it is on, except for fp64."""
     device = x.device.type
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -22,8 +24,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def matmul_precision() -> str:
     """How products of fp32 are made on a GPU: "ieee", or "tf32" where the user allows that.
 
-    It is what both torch.set_float32_matmul_precision and torch.backends.*.fp32_precision say;
-    PyTorch's getter of the first raises once the second was used.
+    Both torch.set_float32_matmul_precision and torch.backends.*.fp32_precision count. PyTorch's
+    getter of the first raises once the second was used.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -32,15 +34,15 @@ def narrow_copies(weights: list[Parameter], dtype: torch.dtype) -> dict:
     """A copy in `dtype` of each weight, made in one call, for `narrow_weights`."""
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     with torch.no_grad():
-        torch._foreach_copy_(copies, weights)
+        copy_all(copies, weights)
     keys = ((id(weight), dtype) for weight in weights)
     return dict(zip(keys, zip(weights, copies, strict=True), strict=True))
 
 
 @contextmanager
 def narrow_weights(copies: dict) -> Iterator[None]:
-    """Within, in this thread, ops take the narrow copies of weights from `copies`; what is missing
-    there is made once, and added. The weights must stay as they are until `copies` is gone.
+    """Within, in this thread, ops take the narrow copies of weights from `copies`. A copy that is
+    missing there is made once, and added. The weights must not change while `copies` is in use.
     """
     before, _here.copies = getattr(_here, "copies", None), copies
     try:
@@ -50,11 +52,12 @@ def narrow_weights(copies: dict) -> Iterator[None]:
 
 
 def narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`."""
+    """The weight in `dtype`: its copy within `narrow_weights`, else a new one."""
     if weight.dtype == dtype or torch.compiler.is_compiling():
         return weight.to(dtype)
     copies = getattr(_here, "copies", None)
-    if copies is None or type(weight) is not Parameter:  # what is computed is another one each time
+    # a weight that was computed, not stored, is another tensor in every call
+    if copies is None or type(weight) is not Parameter:
         return weight.to(dtype)
     key = id(weight), dtype
     if key not in copies:
@@ -63,21 +66,21 @@ def narrow(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; in less time than x.to takes where that is x."""
+    """x.to(dtype), in less time if x has that dtype already."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which numbers of `dtype` are added up."""
+    """The dtype in which numbers of `dtype` are added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, start: bool):
-    """total = a b at the start, total += a b later, added in the dtype of total.
+    """total = a b with `start`, else total += a b, summed in the dtype of total.
 
-    Products with `out` are not autocast's, which would narrow the sums.
+    Autocast leaves products with `out` alone; it would narrow the sums of others.
     """
-    if not total.is_cuda:  # a CPU has no product with a wider sum
+    if not total.is_cuda:  # on a CPU, PyTorch has no product whose sums are wider than its factors
         a, b = cast(a, total.dtype), cast(b, total.dtype)
     if a.dtype == total.dtype:
         torch.mm(a, b, out=total) if start else torch.addmm(total, a, b, out=total)

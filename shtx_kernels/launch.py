@@ -3,8 +3,8 @@
 Triton binds the arguments of every launch by name, asks each what a kernel may assume of it, and
 looks the kernel up by a text of all that. Here a `Kernel` has its constants from the start, and
 finds what was compiled by what is left: the device, dtypes and alignments of tensors, and integers.
-What is rare goes Triton's way: the first launch of a kind, hooks of profilers, compiling ahead, the
-interpreter, GPUs of AMD, and versions of Triton other than those tested.
+Everything rare goes Triton's way: the first launch of a kind, hooks of profilers, compiling ahead,
+the interpreter, AMD's GPUs, and versions of Triton other than those tested.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,32 +13,31 @@ from contextvars import ContextVar
 from itertools import compress
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime._async_compile import active_mode
 
-# versions whose JITFunction.run is known to end as `Kernel` does
-TESTED = triton.__version__.startswith(("3.6.", "3.9.")) and torch.version.hip is None
-LEAST, MOST = -(2**31), 2**31 - 1  # integers that kernels take in 32 bits
-KINDS = 512  # of launches of a kernel, that are remembered
+from .internals import is_watched, launcher_of, launches_are_known, parameters_of
+
+LEAST, MOST = -(2**31), 2**31 - 1  # the integers that kernels take in 32 bits
+KINDS = 512  # how many kinds of launches of a kernel are remembered
 
 _compile_only = ContextVar("compile_only", default=False)
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least that is at least n, which is at least 1."""
+    """The least power of two that is at least n, for n of at least 1."""
     return 1 << (n - 1).bit_length()
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """In which kernels add up numbers of `dtype`."""
+    """The dtype in which kernels add up numbers of `dtype`."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -54,52 +53,33 @@ def compile_only() -> Iterator[None]:
 
 def launch(kernel, grid: tuple, *args, **constants):
     """Triton's own launch, on the device of the first argument; returns what was compiled."""
-    like = getattr(args[0], "base", args[0])  # of a descriptor
+    like = getattr(args[0], "base", args[0])  # the first argument may be a descriptor of a tensor
     with torch.cuda.device_of(like):
-        if knobs.runtime.interpret:
-            return kernel[grid](*args, **constants)
-        return kernel.run(*args, grid=grid, warmup=_compile_only.get(), **constants)
-
-
-def _is_watched() -> bool:
-    """Whether others are to see launches, or they are to compile alone."""
-    if _compile_only.get() or active_mode.get() is not None:
-        return True
-    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):  # a function, or a chain of some
-            return True
-    return False
-
-
-def _launcher_of(compiled) -> tuple:
-    """What launches a compiled kernel, what it takes between the stream and the kernel's arguments,
-    and whether it takes those as one tuple: what Triton's launcher calls once it has allocated what
-    a kernel asks for, or that launcher itself.
-    """
-    run, metadata, hooks = compiled.run, compiled.packed_metadata, (None, None, None)
-    allocates = lambda: run.global_scratch_size or run.profile_scratch_size
-    if type(run).__name__ != "CudaLauncher" or allocates() or getattr(run, "gsan_enabled", False):
-        return run, (compiled.function, metadata, *hooks), False
-    options = compiled.function, run.launch_cooperative_grid, run.launch_pdl
-    scratch = None, None
-    if hasattr(run, "kernel_signature"):  # Triton 3.9
-        types = run.arg_annotations, run.kernel_signature
-        return run.launch, (*options, metadata, *hooks, *scratch, *types), True
-    return run.launch, (*options, *scratch, metadata, *hooks), False
+        if _compile_only.get() and not knobs.runtime.interpret:
+            return kernel.warmup(*args, grid=grid, **constants)
+        return kernel[grid](*args, **constants)
 
 
 class Kernel:
-    """A kernel with its constants, whose parameters are tensors, numbers and constants, in this
-    order. A number must be an int always, or a float.
+    """A kernel with its constants. Its parameters are tensors, numbers and constants, in this
+    order. A number must always be an int, or always a float.
     """
 
-    def __init__(self, kernel, **constants):
+    def __init__(self, kernel, dtype: torch.dtype | None = None, **constants):
+        """
+        Args:
+            kernel: what triton.jit has made.
+            dtype: the dtype of what a kernel with a constant ACC adds up.
+            constants: all other constants, and options of Triton's compiler.
+        """
+        if dtype is not None:
+            constants["ACC"] = accumulator(dtype)
         self.kernel, self.constants = kernel, constants
         self.found = {}  # what was compiled, by the kind of launch
-        self.direct = TESTED and not knobs.runtime.interpret
+        self.direct = launches_are_known() and not knobs.runtime.interpret
         if self.direct:
-            self.special = [not p.do_not_specialize for p in kernel.params if not p.is_constexpr]
-            self.last = [constants[p.name] for p in kernel.params if p.is_constexpr]
+            self.special, names = parameters_of(kernel)
+            self.last = [constants[name] for name in names]
 
     def __call__(
         self, grid: tuple, tensors: Sequence[Tensor], *numbers, descriptors: Sequence = ()
@@ -107,12 +87,12 @@ class Kernel:
         """Launch it on the device of the tensors, in its current stream.
 
         Args:
-            grid: programs along one to three axes.
-            tensors: all on one device.
-            numbers: that follow.
-            descriptors: of tensors, which stand before the tensors.
+            grid: the programs along one to three axes.
+            tensors: the tensors, all on one device.
+            numbers: the numbers, which come after the tensors.
+            descriptors: descriptors of tensors, which come before the tensors.
         """
-        if not self.direct or _is_watched() or self.kernel.pre_run_hooks:
+        if not self.direct or _compile_only.get() or is_watched(self.kernel):
             self._launch(grid, tensors, numbers, descriptors)
             return
         device, active = tensors[0].get_device(), driver.active
@@ -129,7 +109,7 @@ class Kernel:
             if len(self.found) >= KINDS:
                 self.found.clear()
             if compiled is not None:  # a hook may have kept Triton from compiling it
-                self.found[kind] = _launcher_of(compiled)
+                self.found[kind] = launcher_of(compiled)
             return
         launch, options, packed = found
         arguments = *descriptors, *pointers, *numbers, *self.last
@@ -139,7 +119,7 @@ class Kernel:
         )  # fmt: skip
 
     def _kind(self, device: int, tensors, pointers, numbers, descriptors) -> tuple:
-        """All that Triton compiles for, beyond the constants."""
+        """Everything that Triton compiles for, except the constants."""
         aligned = fits = True
         for pointer in pointers:
             if pointer % 16:

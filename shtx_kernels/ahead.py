@@ -1,4 +1,4 @@
-"""Kernels that compile side by side, ahead of the launches that need them."""
+"""Kernels are compiled side by side, ahead of the launches that need them."""
 
 import os
 from collections.abc import Callable
@@ -9,15 +9,15 @@ import torch
 
 
 def compile_ahead(function: Callable) -> None:
-    """Compile the kernels that a call of `function` launches, in a thread for each core.
+    """Compile the kernels that a call of `function` launches, in one thread for each core.
 
-    It is called with launches that do nothing, so that what it makes or writes is garbage. What
-    fails, in it or in a compiler, is left for the call that counts. Where Triton interprets, there
-    is nothing to compile, and no call.
+    `function` is called with launches that do nothing, so what it makes or writes is garbage. An
+    error in it or in a compiler is left to the call whose results count. Triton's interpreter
+    compiles nothing, so under it `function` is not called.
     """
     import triton
 
-    from ._launch import compile_only
+    from .launch import compile_only
 
     if triton.knobs.runtime.interpret:
         return
