@@ -12,6 +12,7 @@ import pytest
 from running import TINY, write_text
 
 from shtx.cli import main
+from shtx.train import visible
 from shtx.train.config import parse
 from shtx.train.describe import Documents
 from shtx.train.encode import pieces_of
@@ -21,7 +22,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 
 @pytest.fixture
-def text(tmp_path):
+def book(tmp_path):
     return write_text(tmp_path / "text")
 
 
@@ -41,11 +42,11 @@ def entropy(content, order):
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1000, 1])
-def test_entropy(text, tmp_path, monkeypatch, capsys, chunk):
+def test_entropy(book, tmp_path, monkeypatch, capsys, chunk):
     """Whatever the stream is cut into."""
     monkeypatch.setattr("shtx.train.sources.BLOCK", 700)
     monkeypatch.setattr("shtx.train.describe.CHUNK", chunk)
-    content = text.read_bytes()[:3000] + bytes(np.random.default_rng(0).bytes(2000))
+    content = book.read_bytes()[:3000] + bytes(np.random.default_rng(0).bytes(2000))
     (tmp_path / "mixed").write_bytes(content)
     figures = described(capsys, tmp_path / "mixed")
     expected = [entropy(content, order) for order in range(4)]
@@ -53,7 +54,7 @@ def test_entropy(text, tmp_path, monkeypatch, capsys, chunk):
     assert figures["entropy_bytes"] == [5000, 4999, 4998, 4997]
 
 
-def test_grams_are_bounded(text, tmp_path, monkeypatch, capsys):
+def test_grams_are_bounded(book, tmp_path, monkeypatch, capsys):
     """It says over which bytes an order was counted."""
     monkeypatch.setattr("shtx.train.describe.MOST_GRAMS", 500)
     monkeypatch.setattr("shtx.train.describe.CHUNK", 1 << 12)
@@ -66,15 +67,15 @@ def test_grams_are_bounded(text, tmp_path, monkeypatch, capsys):
     assert "bits per byte over the first 4,096 bytes" in capsys.readouterr().out
 
 
-def test_of_several_files(text, tmp_path, capsys):
+def test_of_several_files(book, tmp_path, capsys):
     (tmp_path / "packed.gz").write_bytes(gzip.compress(b"one\n\n\n\ntwo\n\n"))
-    content = text.read_bytes() + b"\n\none\n\n\n\ntwo\n\n"
-    arguments = text, tmp_path / "packed.gz", "--separator", r"\n\n", "--split", ".9", ".05", ".05"
+    content = book.read_bytes() + b"\n\none\n\n\n\ntwo\n\n"
+    arguments = book, tmp_path / "packed.gz", "--separator", r"\n\n", "--split", ".9", ".05", ".05"
     figures = described(capsys, *arguments)
     assert (figures["bytes"], figures["documents"]) == (len(content), 3)
     assert figures["sha256"] == sha256(content).hexdigest()
     assert [file["kind"] for file in figures["files"]] == ["plain", "gz"]
-    assert [file["bytes"] for file in figures["files"]] == [text.stat().st_size, 12]
+    assert [file["bytes"] for file in figures["files"]] == [book.stat().st_size, 12]
     part = len(content) // 20
     assert figures["split"] == {
         "train": [0, len(content) - 2 * part],
@@ -115,7 +116,7 @@ PREPARE = "prepare", "--tokenizer"
         ([*PREPARE, "t.json", "--out", "x.bin", "empty"], "there is no text to make tokens of"),
     ],
 )
-def test_bad_flags(text, tokenizer, tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_flags(book, tokenizer, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "is.bin").write_bytes(b"")
     (tmp_path / "latin").write_bytes("café".encode("latin-1"))
@@ -130,14 +131,14 @@ def test_bad_flags(text, tokenizer, tmp_path, monkeypatch, capsys, arguments, me
 
 
 @pytest.fixture
-def tokenizer(text, tmp_path):
+def tokenizer(book, tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        text.read_text().splitlines(keepends=True),
+        book.read_text().splitlines(keepends=True),
         trainers.BpeTrainer(
             vocab_size=400,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -149,15 +150,15 @@ def tokenizer(text, tmp_path):
     return tokenizer
 
 
-def test_prepared_tokens(text, tokenizer, tmp_path, capsys, monkeypatch):
-    """Those of the whole text, whatever the pieces; a run on them knows its bits per byte."""
+def test_prepared_tokens(book, tokenizer, tmp_path, capsys, monkeypatch):
+    """Those of the whole book, whatever the pieces; a run on them knows its bits per byte."""
     monkeypatch.setattr("shtx.train.encode.PIECE", 1000)
     out = tmp_path / "tokens.bin"
-    content = text.read_text() + "é\n\n  x"
-    text.write_text(content)
-    (tmp_path / "more.gz").write_bytes(gzip.compress(text.read_bytes()))
+    content = book.read_text() + "é\n\n  x"
+    book.write_text(content)
+    (tmp_path / "more.gz").write_bytes(gzip.compress(book.read_bytes()))
     arguments = "--tokenizer", tmp_path / "t.json", "--separator", "<end>", "--out", out
-    prepare = ["data", "prepare", text, tmp_path / "more.gz", *arguments]
+    prepare = ["data", "prepare", book, tmp_path / "more.gz", *arguments]
     assert main(list(map(str, prepare))) == 0
     both = f"{content}<end>{content}"
     expected = tokenizer.encode(both).ids
@@ -181,12 +182,28 @@ def test_prepared_tokens(text, tokenizer, tmp_path, capsys, monkeypatch):
     assert main(["data", str(out)]) == 0
     assert "bytes per token" in capsys.readouterr().out
 
-    assert (
-        main(["train", *TINY, "--steps", "1", "--data", str(out), "--out", str(tmp_path / "run")])
-        == 0
-    )
+    train = ["train", *TINY, "--steps", "1", "--data", str(out), "--out", str(tmp_path / "run")]
+    assert main(train) == 0
     row = next(row for row in read(tmp_path / "run" / "metrics.jsonl") if "lr" in row)
     assert row["bits_per_byte"] == row["bits_per_token"] / beside["bytes_per_token"]
+    capsys.readouterr()
+    generate = ["generate", "--checkpoint", str(tmp_path / "run"), "--length", "8", "--seed", "0"]
+    assert main([*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line 5é"]) == 0
+    told = capsys.readouterr().out
+    ids = tokenizer.encode("line 5é").ids
+    assert main([*generate, "--prompt", " ".join(map(str, ids))]) == 0
+    ids = [int(word) for word in capsys.readouterr().out.split()]
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    written = tmp_path / "out.txt"
+    command = [*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line 5é"]
+    assert main([*command, "--out", str(written)]) == 0
+    assert written.read_text() == whole
+    capsys.readouterr()
+    assert told.startswith("line 5é") and visible(whole).startswith(told.rstrip("\n"))
+    other = json.loads(tokenizer.to_str()) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "t.json").write_text(json.dumps(other))
+    assert main([*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line"]) == 1
+    assert "t.json: is not the one that made the tokens of the run" in capsys.readouterr().err
     assert parse(["--data", str(out)])[0].model.num_tokens == beside["num_tokens"]
 
 
@@ -201,8 +218,14 @@ def test_pieces_end_before_the_end_of_a_line(monkeypatch):
         assert piece[0] == "\n" and text[text.index(piece) - 1].isalnum()
 
 
-def test_prepare_names_its_extra(text, tmp_path, monkeypatch, capsys):
+def test_tokenizer_of_a_run_on_bytes(run, capsys):
+    command = ["generate", "--checkpoint", str(run), "--prompt", "x", "--tokenizer", "t.json"]
+    assert main(command) == 1
+    assert "--tokenizer t.json: the run was trained on bytes" in capsys.readouterr().err
+
+
+def test_prepare_names_its_extra(book, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shtx.train.encode.find_spec", lambda name: None)
     arguments = ["--tokenizer", "t.json", "--out", str(tmp_path / "x.bin")]
-    assert main(["data", "prepare", str(text), *arguments]) == 1
+    assert main(["data", "prepare", str(book), *arguments]) == 1
     assert 'tokenizers not installed: pip install "shtx[tokenizers]"' in capsys.readouterr().err

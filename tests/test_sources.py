@@ -14,6 +14,7 @@ import tarfile
 import warnings
 import zipfile
 from hashlib import sha256
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_hidden_files_are_left_out_and_told(parts):
     (parts / ".git").mkdir()
     (parts / ".git" / "config").write_bytes(A)
     (parts / ".hidden").write_bytes(A)
-    with pytest.warns(UserWarning, match="--data .*texts: 2 hidden files of it are left out"):
+    with pytest.warns(UserWarning, match="--data .*texts: hidden files are left out: 2"):
         assert len(expand([parts], "--data")) == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -167,7 +168,7 @@ PACKED = {
 def test_members_are_documents(tmp_path, out, name):
     """In the order of the archive, without the hidden ones."""
     (tmp_path / name).write_bytes(PACKED[name]({"z": A, ".x/y": b"hidden", "b": B, "c/d": b""}))
-    with pytest.warns(UserWarning, match=f"{name}: 1 hidden files of it are left out"):
+    with pytest.warns(UserWarning, match=f"{name}: hidden files are left out: 1"):
         corpus = prepared([tmp_path / name], out, separator=b"|")
     assert content_of(corpus) == A + b"|" + B + b"|"
     assert [path.name for path in out.iterdir()] == ["data.bin"]
@@ -182,6 +183,10 @@ def test_packed_and_plain_files_become_one(parts, tmp_path, out, name, pack):
     corpus = prepared([parts / "a.txt", tmp_path / name, parts / "b"], out, separator=b"\n")
     assert content_of(corpus) == b"\n".join([A, TEXT, B])
     assert corpus.store.paths == [out / "data.bin"]
+    (out / "data.bin").write_bytes(b"")
+    with pytest.raises(DataChanged, match="--data .*run/data.bin: the bytes changed"):
+        corpus.check()
+    corpus = prepared([parts / "a.txt", tmp_path / name, parts / "b"], out, separator=b"\n")
     (tmp_path / name).unlink()  # what was unpacked is enough
     again = prepared([tmp_path / name], out, expected=corpus.identity)
     assert again.identity == corpus.identity
@@ -234,6 +239,18 @@ def test_zst_names_its_extra(tmp_path, out, monkeypatch):
         prepared([tmp_path / "x"], out)
 
 
+def test_zst_of_pythons_own(tmp_path, out, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    own = SimpleNamespace(
+        ZstdDecompressor=lambda: zstandard.ZstdDecompressor().decompressobj(),
+        ZstdError=zstandard.ZstdError,
+    )
+    monkeypatch.setitem(sys.modules, "compression", SimpleNamespace(zstd=own))
+    (tmp_path / "x.zst").write_bytes(zst_of(TEXT))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert content_of(prepared([tmp_path / "x.zst"], out)) == TEXT
+
+
 def test_any_file_that_changes_is_found(parts, out):
     corpus = prepared([parts], out)
     whole = content_of(corpus)
@@ -256,7 +273,8 @@ def test_order_of_batches_is_that_of_one_process(parts, out):
         expected = one.batch(seed, step, 12)
         for world in (1, 2, 3, 4):
             for _ in range(2):  # and whatever was drawn before
-                shares = [corpus.batch(seed, step, 12, rank, world) for rank in range(world)]
+                ranks = [pickle.loads(pickle.dumps(corpus)) for _ in range(world)]
+                shares = [c.batch(seed, step, 12, rank, world) for rank, c in enumerate(ranks)]
                 assert (np.concatenate(shares) == expected).all()
     assert (corpus.windows(9) == one.windows(9)).all()
 

@@ -15,6 +15,7 @@ from shtx.train.config import parse, settings_of
 from shtx.train.data import Source, prepare
 from shtx.train.metrics import read
 from shtx.train.tokens import Description, Tokens
+from shtx.train.warmup import noise
 
 V = 300
 IDS = np.random.default_rng(2).integers(0, V, 5000)
@@ -75,6 +76,12 @@ def with_id(id, at):
     return ids.astype(np.uint16)
 
 
+def test_most_files_of_ids(file, out, monkeypatch):
+    monkeypatch.setattr("shtx.train.data.MAX_OPEN", 0)
+    with pytest.raises(TrainError, match="--data: at most 0 token files, got 1"):
+        prepared(file, out)
+
+
 BAD = {
     "beyond.bin": (with_id(V, 4321), "token 4,321 has id 300: ids must be in \\[0, 300\\)"),
     "beyond.npy": (with_id(999, 4999), "token 4,999 has id 999: ids must be in"),
@@ -126,6 +133,25 @@ def test_position_beyond_the_first_block(tmp_path, out, monkeypatch):
 def test_bad_flags(arguments, message):
     with pytest.raises(TrainError, match=message):
         parse(["--preset", "cpu", *arguments])
+
+
+def test_what_warmup_trains_on():
+    config, _ = parse(["--preset", "cpu", "--data", "x.bin", "--num-tokens", "70000"])
+    corpus = noise(config)
+    assert 50_000 < corpus.train[:].max() < 70_000
+    config, _ = parse(["--preset", "cpu"])
+    assert noise(config).train[:].dtype == np.uint8
+
+
+def test_described(file, capsys):
+    """By the vocabulary that a flag names; of the bytes nothing is said."""
+    assert main(["data", str(file), "--num-tokens", str(V)]) == 0
+    out = capsys.readouterr().out
+    shares = np.unique(IDS, return_counts=True)[1] / len(IDS)
+    assert f"entropy of order 0: {-(shares * np.log2(shares)).sum():.4f} bits per token" in out
+    assert "5,000 tokens, sha256" in out and "nobody knows how many bytes per token" in out
+    assert main(["data", str(file), "--num-tokens", "299"]) == 1
+    assert "has id 299: ids must be in [0, 299)" in capsys.readouterr().err
 
 
 # what is beside a file

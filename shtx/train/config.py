@@ -22,7 +22,7 @@ from shtx.train.data import Source, check_split
 from shtx.train.home import RUN, origin, settings
 from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
-from shtx.train.tokens import Tokens, description_of, smallest_dtype
+from shtx.train.tokens import Tokens, description_of, tokens_of
 
 IDENTITY = {"bytes": int, "sha256": str}  # of data, and of what is beside it in OTHERS
 OTHERS = {"val": "val_data", "test": "test_data"}  # of an identity, and their settings
@@ -161,6 +161,8 @@ class Config:
     """Of the token ids; None: uint16 where --num-tokens allows it."""
     bytes_per_token: tyro.conf.Suppress[float | None] = None
     """In the mean over --data, where `shtx data prepare` has left it."""
+    tokenizer: tyro.conf.Suppress[str | None] = None
+    """The sha256 of the tokenizer that made the token ids, where `shtx data prepare` has."""
     raw: bool = False
     """Take the bytes of files as they are, packed or not."""
     preset: Literal["cpu", "gpu", "enwik8"]
@@ -242,13 +244,8 @@ class Config:
 
     def _check_data(self) -> None:
         unescape(self.separator)
-        vocabulary = self.model.num_tokens
-        if vocabulary is None and self.token_dtype:
-            raise TrainError(f"--token-dtype {self.token_dtype} takes --num-tokens")
-        if vocabulary is not None:
-            most = 2**16 if self.token_dtype == "uint16" else 2**32
-            if not 1 <= vocabulary <= most:
-                raise TrainError(f"--num-tokens must be 1 to {most:,}, got {vocabulary:,}")
+        if self.tokens is not None:
+            vocabulary = self.model.num_tokens
             if not self.data:
                 raise TrainError(f"--num-tokens {vocabulary} takes --data with token ids")
             for name in ("raw", "separator"):
@@ -259,7 +256,10 @@ class Config:
         check_split(self.split)
         given = " ".join(map(str, self.split))
         if self.val_data:
-            raise TrainError(f"--split {given}: --val-data takes the place of a part of --data")
+            raise TrainError(
+                f"--split {given}: --val-data takes the place of a part of --data; --split None"
+                " leaves that whole"
+            )
         if self.test_data and len(self.split) == 3:
             raise TrainError(f"--split {given}: its third share and --test-data are both the test")
 
@@ -279,9 +279,7 @@ class Config:
     @property
     def tokens(self) -> Tokens | None:
         """What the data holds, if it is token ids."""
-        if (vocabulary := self.model.num_tokens) is None:
-            return None
-        return Tokens(vocabulary, self.token_dtype or smallest_dtype(vocabulary))
+        return tokens_of(self.model.num_tokens, self.token_dtype)
 
     @property
     def unit(self) -> Unit:
@@ -530,6 +528,7 @@ def described(config: Config) -> Config:
         model=replace(config.model, num_tokens=tokens.num_tokens),
         token_dtype=tokens.dtype,
         bytes_per_token=found.bytes / found.count,
+        tokenizer=found.tokenizer,
     )
 
 

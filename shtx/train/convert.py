@@ -16,7 +16,7 @@ from torch import Tensor
 from shtx.convert import convert
 from shtx.train import TrainError
 from shtx.train.checkpoint import decode, load, whole
-from shtx.train.config import of
+from shtx.train.config import settings_of
 from shtx.train.files import publish, read
 from shtx.versions import version_of
 
@@ -95,7 +95,7 @@ def write_folder(source: Path, out: Path) -> int:
     if out.exists():
         raise TrainError(f"--out {out}: is there already")
     checkpoint = whole(load(source.absolute()))
-    settings, weights = of(checkpoint).model, checkpoint.weights
+    settings, weights = settings_of(checkpoint).model, checkpoint.weights
     config = HierarchicalConfig(settings.kind.version, **settings.arguments())
     model = HierarchicalTransformerForCausalLM(config).to(weights["token_emb.weight"].dtype)
     model.model.load_state_dict(weights)

@@ -187,7 +187,7 @@ def prepare(
             kept = out / f"{name}.bin"
             if store.paths == [temporary := _temporary(kept)]:
                 publish(temporary, kept)
-                store.paths = [kept]
+                store.moved(kept)
     finally:
         for name in FLAGS:
             _temporary(out / f"{name}.bin").unlink(missing_ok=True)

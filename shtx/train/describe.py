@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -15,7 +15,7 @@ from shtx.train.data import SPLIT, check_split, split_sizes
 from shtx.train.files import BLOCK
 from shtx.train.sources import blocks_in, expand, kinds_of, unescape
 from shtx.train.store import Store
-from shtx.train.tokens import SUFFIXES, Description, description_of
+from shtx.train.tokens import SUFFIXES, Description, Tokens, description_of, tokens_of
 
 DESCRIPTION = """\
 What is in files, as `shtx train --data` takes them: how they are packed, bytes, documents, entropy,
@@ -44,6 +44,11 @@ class Options:
     is put between two files, too. None: documents are not counted."""
     split: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE...")] = SPLIT
     """Shares for training, for validation and, if there is a third one, for the test."""
+    num_tokens: int | None = None
+    """Vocabulary of files of token ids, .bin or .npy; None: bytes, or what `shtx data prepare` has
+    left beside a file."""
+    token_dtype: Literal["uint16", "uint32"] | None = None
+    """Of the token ids; None: uint16 where --num-tokens allows it."""
     raw: bool = False
     """Take the bytes of files as they are, packed or not."""
     json: bool = False
@@ -165,8 +170,9 @@ def main(argv: list[str]) -> int:
     if not options.files:
         raise TrainError("give a FILE at least")
     check_split(options.split)
-    described = description_of(options.files, "FILE") if not options.raw else None
-    figures = of_tokens(options, described) if described else of_bytes(options)
+    described = None if options.raw else description_of(options.files, "FILE")
+    tokens = tokens_of(options.num_tokens, options.token_dtype) or described and described.tokens
+    figures = of_tokens(options, tokens, described) if tokens else of_bytes(options)
     if options.json:
         print(json.dumps(figures, indent=1))
     else:
@@ -196,18 +202,18 @@ def of_bytes(options: Options) -> dict:
     return {"files": listed, "unit": "byte", **counts.figures(), "split": parts}
 
 
-def of_tokens(options: Options, described: Description) -> dict:
+def of_tokens(options: Options, tokens: Tokens, described: Description | None) -> dict:
     paths = expand(options.files, "FILE", SUFFIXES)
-    store = Store(paths, tokens=described.tokens, flag="FILE")
-    counts = np.zeros(described.tokens.num_tokens, np.int64)
+    store = Store(paths, tokens=tokens, flag="FILE")
+    counts = np.zeros(tokens.num_tokens, np.int64)
     for _, _, block in store.blocks():
-        ids, times = np.unique(np.frombuffer(block, described.tokens.dtype), return_counts=True)
+        ids, times = np.unique(np.frombuffer(block, tokens.dtype), return_counts=True)
         counts[ids] += times
     shares = counts[counts > 0] / len(store)
     listed = [
         {
             "path": str(path),
-            "kind": f"token ids of {described.tokens.dtype}",
+            "kind": f"token ids of {tokens.dtype}",
             "size": path.stat().st_size,
             "tokens": piece.size // store.itemsize,
         }
@@ -218,9 +224,9 @@ def of_tokens(options: Options, described: Description) -> dict:
         "unit": "token",
         "tokens": len(store),
         "sha256": store.identity["sha256"],
-        "num_tokens": described.tokens.num_tokens,
+        "num_tokens": tokens.num_tokens,
         "tokens_that_occur": len(shares),
-        "bytes_per_token": described.bytes / described.count,
+        "bytes_per_token": described and described.bytes / described.count,
         "entropy_bits_per_token": [float(-(shares * np.log2(shares)).sum())],
         "entropy_tokens": [len(store)],
         "split": parts_of(len(store), options.split),
@@ -246,9 +252,10 @@ def lines(figures: dict) -> Iterator[str]:
     if "documents" in figures:
         yield f"{figures['documents']:,} documents"
     if unit == "token":
+        known = figures["bytes_per_token"]
         yield (
             f"{figures['tokens_that_occur']:,} of {figures['num_tokens']:,} tokens occur,"
-            f" {figures['bytes_per_token']:.3f} bytes per token"
+            f" {f'{known:.3f}' if known else 'nobody knows how many'} bytes per token"
         )
     entropies = zip(figures[f"entropy_bits_per_{unit}"], figures[f"entropy_{units}"], strict=True)
     for order, (bits, counted) in enumerate(entropies):

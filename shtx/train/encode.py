@@ -81,9 +81,8 @@ def main(argv: list[str]) -> int:
                     count += len(ids)
         if not count:
             raise TrainError("FILE: there is no text to make tokens of")
-        made_by = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
         # first what is beside the file: without it the file would be taken for bytes
-        Description(tokens, count, size, made_by).write(options.out)
+        Description(tokens, count, size, sha256_of(tokenizer)).write(options.out)
         files.publish(temporary, options.out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,6 +108,10 @@ def load_tokenizer(name: str):
     except Exception as error:  # of whatever kind: it is raised by code in Rust
         what = " ".join(str(error).split())[:200]
         raise TrainError(f"--tokenizer {name}: cannot be loaded: {what}") from error
+
+
+def sha256_of(tokenizer) -> str:
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def text_of(given: tuple[Path, ...], separator: bytes) -> Iterator[str]:

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ import tyro
 from shtx import __version__
 from shtx.train import TrainError, files, visible
 from shtx.train.config import Config, settings_of
-from shtx.train.data import Corpus, Source, prepare, reopen
+from shtx.train.data import Corpus, prepare, reopen
 from shtx.train.home import origin
 from shtx.train.metrics import BYTE, Unit, save_figure
 from shtx.train.progress import Display
@@ -49,7 +49,8 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
-    """Files, directories or patterns, plain or packed, as `shtx train` takes them."""
+    """Files, directories or patterns, plain or packed, as `shtx train` takes them; the --separator
+    of the run comes between them."""
     split: Literal["train", "val", "test"] | None = None
     """In place of --data, what the run trained on, validated on, or has never looked at."""
     raw: bool = False
@@ -117,7 +118,8 @@ def main(argv: list[str]) -> int:
     unit = unit_of(options, config)
     with tempfile.TemporaryDirectory() as folder:
         if options.split is None:
-            source = Source(options.data, raw=options.raw, tokens=config.tokens)
+            source = replace(config.source, data=options.data, raw=options.raw)
+            source = replace(source, val=(), test=(), split=None)
             corpus = prepare(source, Path(folder), 0)
             data = part_of(corpus, options.part)
         else:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from shtx.train import TrainError, visible
-from shtx.train.config import settings_of
+from shtx.train.config import Config, settings_of
+from shtx.train.encode import load_tokenizer, sha256_of
 from shtx.train.files import publish
 from shtx.train.run import find_device
 from shtx.train.trainer import load_model
@@ -37,10 +38,12 @@ class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
     prompt: str | None = None
-    """What the text begins with, in UTF-8; for a model of token ids, some of them with spaces
-    between them, and what is shown are token ids, too."""
+    """What the text begins with, in UTF-8; for a model of token ids without --tokenizer, some of
+    them with spaces between them, and what is shown are token ids, too."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file that has the prompt, in place of --prompt; - is standard input."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH|NAME")] = None
+    """The tokenizer of a model of token ids, as `shtx data prepare` takes it."""
     length: int = 512
     """Bytes, or tokens, to sample."""
     num_samples: int = 1
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> int:
     text, files = read_prompt(options), new_files(options)
     device = find_device(options.device, "--device cpu needs none")
     model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
-    unit = Bytes() if settings_of(checkpoint).tokens is None else Tokens(model.num_tokens)
+    unit = unit_of(options, settings_of(checkpoint))
     prompt = unit.read("--prompt", text)
     stops = [unit.read("--stop", os.fsencode(stop)) for stop in options.stop]
     samples = [Sample(stops) for _ in range(options.num_samples)]
@@ -132,6 +135,21 @@ def new_files(options: Options) -> list[Path]:
     return paths
 
 
+def unit_of(options: Options, config: Config) -> "Bytes | Tokens | Tokenized":
+    if config.tokens is None:
+        if options.tokenizer:
+            raise TrainError(f"--tokenizer {options.tokenizer}: the run was trained on bytes")
+        return Bytes()
+    if options.tokenizer is None:
+        return Tokens(config.tokens.num_tokens)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if config.tokenizer not in (None, sha256_of(tokenizer)):
+        raise TrainError(
+            f"--tokenizer {options.tokenizer}: is not the one that made the tokens of the run"
+        )
+    return Tokenized(tokenizer)
+
+
 class Bytes:
     """What a model of bytes reads and writes: text, as far as it can be shown."""
 
@@ -173,6 +191,34 @@ class Tokens:
     def show(self, chunks: Iterable[list[int]]) -> None:
         for number, id in enumerate(chain.from_iterable(chunks)):
             print(" " * (number > 0) + str(id), end="", flush=True)
+        print()
+
+
+class Tokenized:
+    """What a model of token ids reads and writes by its tokenizer: text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def read(self, flag: str, text: bytes) -> list[int]:
+        try:
+            ids = self.tokenizer.encode(text.decode(), add_special_tokens=False).ids
+        except UnicodeDecodeError as error:
+            raise TrainError(f"{flag} must be UTF-8 text for a tokenizer: {error}") from error
+        if not ids:
+            raise TrainError(f"{flag} must have at least one token")
+        return ids
+
+    def write(self, ids: list[int]) -> bytes:
+        return self.tokenizer.decode(ids, skip_special_tokens=False).encode()
+
+    def show(self, chunks: Iterable[list[int]]) -> None:
+        """Print each character as soon as it is whole."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        for id in chain.from_iterable(chunks):
+            print(visible(stream.step(self.tokenizer, id) or ""), end="", flush=True)
         print()
 
 

@@ -129,7 +129,7 @@ def is_hidden(path: Path | PurePosixPath) -> bool:
 
 def _tell_hidden(name: str, count: int) -> None:
     if count:
-        warnings.warn(f"{name}: {count:,} hidden files of it are left out", stacklevel=2)
+        warnings.warn(f"{name}: hidden files are left out: {count:,}", stacklevel=2)
 
 
 def packing(head: bytes) -> str | None:

@@ -94,6 +94,11 @@ class Store:
     def __reduce__(self):
         return Store, (self.paths, self.separator, self.tokens, self.flag, self.identity)
 
+    def moved(self, path: Path) -> None:
+        """The only file has this name by now."""
+        self.paths = [path]
+        self.pieces[0].file.path = path
+
     def __len__(self) -> int:
         """Bytes, or token ids."""
         return self.size // self.itemsize

@@ -103,6 +103,18 @@ def smallest_dtype(num_tokens: int) -> str:
     return "uint16" if num_tokens <= 2**16 else "uint32"
 
 
+def tokens_of(num_tokens: int | None, dtype: str | None) -> Tokens | None:
+    """What --num-tokens and --token-dtype tell; None without either."""
+    if num_tokens is None:
+        if dtype:
+            raise TrainError(f"--token-dtype {dtype} takes --num-tokens")
+        return None
+    most = 2**16 if dtype == "uint16" else 2**32
+    if not 1 <= num_tokens <= most:
+        raise TrainError(f"--num-tokens must be 1 to {most:,}, got {num_tokens:,}")
+    return Tokens(num_tokens, dtype or smallest_dtype(num_tokens))
+
+
 def layout(path: Path, tokens: Tokens, flag: str) -> tuple[int, int]:
     """Where in a file its ids begin, and how many bytes they are.
 
