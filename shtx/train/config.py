@@ -22,6 +22,8 @@ from shtx.train.home import RUN, origin, settings
 
 IDENTITY = {"bytes": int, "sha256": str}  # of data
 MAX_DEPTH = 10_000
+# what runs had before these were settings, where that is not the default
+BEFORE = {"betas": (0.9, 0.95), "decayed": "all"}
 # what a resumed run may change: what it learns does not depend on it, or it is told
 FREE = (
     *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "device"),
@@ -37,6 +39,8 @@ Examples:
   shtx train --preset gpu --precision bf16-mixed --batch-size 4
   shtx train --hierarchies 1 2 8 --hierarchical-stride 1 2 8 --window-sizes 32 64 None
   shtx train --objective next-latent --num-rollouts 2
+  shtx train --schedule wsd --warmup 200 --min-lr 1e-5
+  shtx train --optimizer muon --level-lr 1 0.5
   shtx train --resume runs/enwik8 --steps 40000
   torchrun --nproc-per-node 8 -m shtx train --batch-size 64
 """
@@ -141,12 +145,29 @@ class Config:
     accumulate: int = 1
     """Micro-batches that each process splits its sequences into: less memory, the same step."""
     lr: float
-    """Peak learning rate: a short warmup leads to it, --schedule away from it."""
-    schedule: Literal["cosine", "constant", "minimum"] = "cosine"
-    """How the learning rate falls to a fiftieth. cosine: all the way to --steps. constant: in the
-    last fifth alone. minimum: a cosine whose end stays where it is when --resume raises --steps."""
+    """Peak learning rate: --warmup leads to it, --schedule away from it."""
+    schedule: Literal["cosine", "wsd", "constant", "minimum"] = "cosine"
+    """How the learning rate falls to --min-lr. cosine: all the way to --steps. wsd: in the last
+    fifth alone, which older versions called constant, and so resume. constant: never. minimum: a
+    cosine whose end stays where it is when --resume raises --steps."""
     curve: tyro.conf.Suppress[int | None] = None
     """Steps of the schedule; None: all."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises to --lr; None: a twentieth of all."""
+    min_lr: float | None = None
+    """Where the learning rate ends; None: a fiftieth of --lr."""
+    weight_decay: float = 0.1
+    """Of matrices; norms, biases and embeddings have none."""
+    decayed: tyro.conf.Suppress[Literal["matrices", "all"]] = "matrices"
+    """What --weight-decay is of; runs of older versions: all."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of blocks and AdamW for the rest, of one learning rate."""
+    level_lr: tuple[float, ...] = (1.0,)
+    """What multiplies the learning rate of each level's own weights."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW: how much of its mean gradient and of its mean square a step keeps."""
+    grad_clip: float | None = 1.0
+    """Greatest norm of all gradients together; None: any."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
     """Of matrix products; weights are fp32."""
     shard: Literal["none", "optimizer", "full"] = "none"
@@ -195,6 +216,8 @@ class Config:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.precision == "fp16-mixed" and self.shard != "none":
             raise TrainError(f"--shard must be none for fp16-mixed, got {self.shard}")
+        if self.precision == "fp16-mixed" and self.optimizer != "adamw":
+            raise TrainError(f"--optimizer must be adamw for fp16-mixed, got {self.optimizer}")
         if idle := self.model.without_effect():
             raise TrainError(
                 f"{flag(idle[0])} has no effect with --objective {self.model.objective}:"
@@ -204,6 +227,25 @@ class Config:
             raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise TrainError(f"--lr must be positive and finite, got {self.lr}")
+        if self.warmup is not None and not 0 <= self.warmup < 2**63:
+            raise TrainError(f"--warmup must be at least 0 or None, got {self.warmup}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise TrainError(f"--min-lr must be 0 to --lr {self.lr}, got {self.min_lr}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise TrainError(
+                f"--weight-decay must be at least 0 and finite, got {self.weight_decay}"
+            )
+        levels = len(self.model.hierarchies)
+        fits = len(self.level_lr) in (1, levels)
+        if not fits or not all(0 <= m < math.inf for m in self.level_lr):
+            raise TrainError(
+                f"--level-lr must be one number, or {levels}, one for each of --hierarchies, at"
+                f" least 0 and finite, got {self.level_lr}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise TrainError(f"--betas must be two numbers in [0, 1), got {self.betas}")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise TrainError(f"--grad-clip must be above 0 or None, got {self.grad_clip}")
         if not 0 <= self.seed < 2**63:
             raise TrainError(f"--seed must be in [0, 2^63), got {self.seed}")
 
@@ -229,7 +271,9 @@ class Config:
             TrainError: a setting is malformed, or is not at its default and unknown here, or
                 missing and without a default.
         """
-        values = dict(values)
+        if "decayed" not in values and values.get("schedule") == "constant":
+            values = values | {"schedule": "wsd"}
+        values = {name: as_json(value) for name, value in BEFORE.items()} | values
         ignored = values.pop("defaults", [])
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(ignored, list):
@@ -253,14 +297,19 @@ class Config:
             for name, value in given.items():
                 if not _fits(value, hints[name]):
                     raise TrainError(f"{source}: damaged: {name} cannot be {value!r}")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
+        tuples = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
         paths = {k: v and Path(v) for k, v in values.items() if k in ("data", "out", "resume")}
-        return cls(**values | paths | {"model": Model(**tuples)})
+        return cls(**tuples(values) | paths | {"model": Model(**tuples(model))})
+
+
+def as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _at_default(settings) -> list[str]:
     """Settings that another version can do without, if it does not know them."""
-    return [f.name for f in fields(settings) if getattr(settings, f.name) == f.default]
+    needless = {f.name: BEFORE.get(f.name, f.default) for f in fields(settings)}
+    return [name for name, value in needless.items() if getattr(settings, name) == value]
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -271,7 +320,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return isinstance(value, str) and value in arguments
     if kind is tuple:
-        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+        sized = (
+            arguments[-1] is Ellipsis or isinstance(value, list) and len(value) == len(arguments)
+        )
+        return isinstance(value, list) and sized and all(_fits(v, arguments[0]) for v in value)
     accepted = {float: (int, float), Path: (str,)}.get(hint, (hint,))
     return type(value) in accepted
 

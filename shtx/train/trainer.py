@@ -22,9 +22,9 @@ from shtx.train import TrainError, shards
 from shtx.train.checkpoint import Checkpoint, load, whole
 from shtx.train.config import Config, of
 from shtx.train.data import Corpus
+from shtx.train.optimizers import MOMENTS, optimizers_of
 from shtx.train_step import AUTOCAST
 
-CLIP = 1.0  # gradient norm
 WARMUP, DECAY = 0.05, 0.2  # of the steps
 MINIMUM = 0.02  # of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes
@@ -109,15 +109,18 @@ def refuse_untrainable(model: Trunk) -> None:
 def learning_rate(config: Config, step: int) -> float:
     """Of update `step`, counted from 0: a linear warmup, then what --schedule says."""
     steps = config.curve or config.steps
-    warmup = max(1, round(WARMUP * steps))
+    warmup = max(1, round(WARMUP * steps)) if config.warmup is None else config.warmup
+    least = MINIMUM if config.min_lr is None else config.min_lr / config.lr
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
         decay = max(1, round(DECAY * steps))
         done = max(0.0, (step + 1 - (steps - decay)) / decay)
-        return config.lr * (1 - (1 - MINIMUM) * min(1.0, done))
+        return config.lr * (1 - (1 - least) * min(1.0, done))
     angle = math.pi * min(1.0, (step - warmup) / (steps - warmup)) if steps > warmup else math.pi
-    return config.lr * ((1 + MINIMUM) / 2 + (1 - MINIMUM) / 2 * math.cos(angle))
+    return config.lr * ((1 + least) / 2 + (1 - least) / 2 * math.cos(angle))
 
 
 class Trainer:
@@ -144,17 +147,14 @@ class Trainer:
         self.config, self.corpus, self.model = config, corpus, model
         self.rank, self.world, self.device = rank, world, model.device
         self.sharded = any(map(is_sharded, model.parameters()))
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
         self.train_step = TrainStep(
-            *(model, self.optimizer),
+            *(model, optimizers_of(config, model)),
             precision="fp32" if config.precision == "tf32" else config.precision,
-            grad_clip=CLIP,
+            grad_clip=config.grad_clip or math.inf,  # whose norm is told either way
             accumulate=config.accumulate,
             shard_optimizer=config.shard == "optimizer",
         )
-        self.scaler = self.train_step.scaler
+        self.optimizers, self.scaler = self.train_step.optimizers, self.train_step.scaler
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST.get(self.config.precision)
@@ -178,8 +178,8 @@ class Trainer:
             (3,) on the device: loss, cross entropy in nats, gradient norm.
         """
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        for group in self.optimizers.param_groups:
+            group["lr"] = learning_rate(config, step) * group["lr_scale"]
         loss, (ce, *_) = self.train_step(self.ids(self.batch(step)))
         return torch.stack((loss, ce, self.train_step.grad_norm))
 
@@ -250,7 +250,7 @@ class Trainer:
         """Of a sharded model: the tensors that a checkpoint keeps, of which this process has parts,
         and the optimizer's groups.
         """
-        state = self.optimizer.state_dict()
+        state = self.optimizers.state_dict()
         return shards.flat(self.model.state_dict(), state["state"]), state["param_groups"]
 
     def is_finite(self) -> bool:
@@ -261,7 +261,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; a TrainError if it is not one of these settings."""
-        groups = self.optimizer.param_groups
+        groups = self.optimizers.param_groups
         ours = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         if not self.sharded:
             checkpoint = whole(checkpoint)
@@ -271,18 +271,20 @@ class Trainer:
             self.model.load_state_dict(checkpoint.weights)
             self.train_step.load_optimizer_state_dict(checkpoint.state["optimizer"])
             self.scaler.load_state_dict(checkpoint.state["scaler"])
-            for p, state in self.optimizer.state.items():
-                if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
-                    raise ValueError("moments that are not of the weights' shape")
+            for optimizer in self.optimizers.all:
+                for p, state in optimizer.state.items():
+                    if any(state[name].shape != p.shape for name in MOMENTS[type(optimizer)]):
+                        raise ValueError("moments that are not of the weights' shape")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             what = " ".join(str(error).split())[:300]
             raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
-        for group, options in zip(self.optimizer.param_groups, ours, strict=True):
+        for group, options in zip(self.optimizers.param_groups, ours, strict=True):
             group.update(options)  # those of another device are no good here
 
     def _with_parts(self, checkpoint: Checkpoint) -> Checkpoint:
         """A checkpoint whose tensors are as the sharded model has them."""
-        state, parameters = self.model.state_dict(), list(self.model.parameters())
+        state = self.model.state_dict()
+        parameters = [p for group in self.optimizers.param_groups for p in group["params"]]
         if checkpoint.weights is None:
             given, sizes = None, shards.sizes(checkpoint.path)
             groups = checkpoint.config["param_groups"]
