@@ -572,11 +572,11 @@ def fsdp_may_have_gone_forward_before(rank):
 # on GPUs
 
 
-def trained(rank, accumulate=1, wrap=lambda model: model, **options):
+def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **options):
     """What thirty steps come to: the last loss, and the weights of both ranks."""
     model = build(seed=rank, impl="fused").cuda()
     options = dict(grad_clip=0.5, accumulate=accumulate) | options
-    step = TrainStep(wrap(model), adamw(model), **options)
+    step = TrainStep(wrap(model), optimizers(model), **options)
     for n in range(30):
         ids = uneven(rank).roll(n, 1).cuda()
         torch.cuda.set_sync_debug_mode("error" if step._graphs and n > 1 else "default")
@@ -604,6 +604,13 @@ def graphs_are_those_of_ddp_and_of_a_sharded_optimizer(rank):
     ours = trained(rank)
     assert all(map(torch.equal, ours, trained(rank, wrap=wrap)))
     assert all(map(torch.equal, ours, trained(rank, shard_optimizer=True)))
+
+
+def graphs_of_several_optimizers_are_the_eager_steps(rank):
+    for shard in (False, True):
+        options = dict(optimizers=both, shard_optimizer=shard)
+        ours = trained(rank, **options)
+        assert all(map(torch.equal, ours, trained(rank, cuda_graph=False, **options)))
 
 
 def graphs_equal_one_process(rank):
@@ -697,6 +704,7 @@ CPU_CASES = [
 GPU_CASES = [
     graphs_are_the_eager_steps,
     graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
+    graphs_of_several_optimizers_are_the_eager_steps,
     graphs_equal_one_process,
     captured_shares_may_differ_in_shape,
     ddp_takes_the_gradients_of_cuda_graphs,
