@@ -48,6 +48,21 @@ def test_steps_of_pytorch(adjust_lr_fn, nesterov, is_tensor):
         assert torch.equal(states[0][index]["momentum_buffer"], values["momentum_buffer"])
 
 
+@pytest.mark.parametrize("kind, waits", [(Muon, False), (torch.optim.Muon, True)])
+def test_nothing_waits_for_the_learning_rate(kind, waits):
+    """A tensor on meta has no value that could be asked for, as a captured one has none yet."""
+    parameters = [torch.nn.Parameter(p.to("meta")) for p in matrices()]
+    optimizer = kind(parameters, lr=LR)
+    optimizer.param_groups[0]["lr"] = torch.tensor(LR, device="meta")
+    for p in parameters:
+        p.grad = torch.empty_like(p)
+    if waits:
+        with pytest.raises(RuntimeError, match="meta"):
+            optimizer.step()
+    else:
+        optimizer.step()
+
+
 def test_matrices_without_a_gradient_stay():
     ours = matrices()
     optimizer = Muon(ours, lr=LR)
