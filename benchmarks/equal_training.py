@@ -122,8 +122,8 @@ class Runs:
                 "impl": impl,
                 "precision": precision,
                 "seed": seed,
-                "loss": [loss for loss, _, _ in rows],
-                "bits_per_byte": [ce / math.log(2) for _, ce, _ in rows],
+                "loss": [loss for loss, *_ in rows],
+                "bits_per_byte": [ce / math.log(2) for _, ce, *_ in rows],
             }
         )
         return trainer

@@ -45,7 +45,13 @@ def test_metrics(run):
     metrics = read(run / "metrics.jsonl")
     losses = [row for row in metrics if "loss" in row]
     assert [row["step"] for row in losses] == list(range(1, 13))
-    assert losses[0].keys() == {"step", "lr", "loss", "bits_per_byte", "tokens_per_second"}
+    told = {"step", "lr", "loss", "bits_per_byte", "tokens_per_second", "tokens", "grad_norm"}
+    assert losses[0].keys() == told | {"reconstruction_loss", "hierarchical_ar_loss", "peak_memory"}
+    for row in losses:
+        auxiliary = 0.1 * row["reconstruction_loss"] + 0.25 * row["hierarchical_ar_loss"]
+        assert row["bits_per_byte"] * math.log(2) + auxiliary == pytest.approx(row["loss"])
+        assert row["tokens"] == row["step"] * 4 * 32 and row["grad_norm"] > 0
+        assert 1e7 < row["peak_memory"] < 1e11
     assert all(0 < row["bits_per_byte"] * math.log(2) < row["loss"] for row in losses)
     validations = {
         row["step"]: row["val_bits_per_byte"] for row in metrics if "val_bits_per_byte" in row
@@ -78,7 +84,7 @@ def test_output(text, tmp_path, capsys):
     assert lines[0].startswith("shtx 0.1.0, torch ") and "fp32, reference ops" in lines[0]
     assert lines[3].startswith("step 0/12: validation ") and lines[3].endswith(" bits per byte")
     step = lines[5]
-    assert step.startswith("step 5/12: loss ") and step.endswith(" tokens/s")
+    assert step.startswith("step 5/12: loss ") and " tokens/s, 0:0" in step
     assert " nats, " in step and " bits per byte, " in step
     sample = [output[output.index("sample after a prompt of 32 bytes:") :] for output in outputs]
     assert sample[0].replace("/a", "/b") == sample[1]
@@ -458,17 +464,17 @@ def test_not_finite(text, tmp_path, monkeypatch, capsys, poisoned, complaint):
     step = Trainer.step
 
     def poison(self, number):
-        loss, ce, norm = step(self, number)
+        loss, ce, norm, *parts = step(self, number)
         if number == 7:  # the eighth, after which a checkpoint is due
             loss, norm = (loss * math.nan, norm) if poisoned == "loss" else (loss, norm * math.inf)
-        return torch.stack((loss, ce, norm))
+        return torch.stack((loss, ce, norm, *parts))
 
     monkeypatch.setattr(Trainer, "step", poison)
     assert train(text, tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert error.startswith("shtx train: error: step 8: loss ") and complaint in error
     assert error.count("\n") == 1
-    assert load(tmp_path / "run").step == 4
+    assert load(tmp_path / "run").step == 6  # the best validation's
     assert rows(tmp_path / "run")[-1]["step"] == 7
 
 
@@ -484,7 +490,7 @@ def test_weights_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, 
     monkeypatch.setattr(Trainer, "step", poison)
     assert train(text, tmp_path / "run") == 1
     assert "step 8: a weight is not finite: stopped" in capsys.readouterr().err
-    assert load(tmp_path / "run").step == 4
+    assert load(tmp_path / "run").step == 6  # the best validation's
 
 
 def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
@@ -492,7 +498,7 @@ def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
     trainer = Trainer(config, Corpus(text, 32), build(config, torch.device("cpu")))
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
     before = trainer.model.to_logits.weight.clone()
-    loss, _, norm = trainer.step(0)
+    loss, _, norm, *_ = trainer.step(0)
     assert loss.isfinite() and not norm.isfinite()
     assert trainer.scaler.get_scale() == 2.0**39
     assert trainer.model.to_logits.weight.equal(before)
@@ -636,7 +642,7 @@ def test_disk_is_looked_at_before_training(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     assert train(text, tmp_path / "run") == 1
     assert capsys.readouterr().err == (
-        f"shtx train: error: --out {tmp_path / 'run'}: checkpoints need 0.001 GB more, 0.001 GB"
+        f"shtx train: error: --out {tmp_path / 'run'}: checkpoints need 0.002 GB more, 0.001 GB"
         " are free on its disk\n"
     )
     assert not (tmp_path / "run").exists()
@@ -729,6 +735,14 @@ def test_two_processes_are_one(text, tmp_path):
 def test_what_fp16_has_not():
     with pytest.raises(TrainError, match="--shard must be none for fp16-mixed, got optimizer"):
         parse([*TINY, "--precision", "fp16-mixed", "--shard", "optimizer"])
+
+
+def test_muon_has_no_parts(monkeypatch):
+    flags = ("--optimizer", "muon", "--shard", "full")
+    place(parse([*TINY, *flags])[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainError, match="--shard must be none or optimizer, got full"):
+        place(parse([*TINY, *flags])[0])
 
 
 def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -17,7 +18,8 @@ from shtx import HierarchicalTransformer, __version__
 from shtx.model import Trunk
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.train import TrainError
-from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
+from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find, find_steps, load, peek, step_of
+from shtx.train.files import parse_json, read
 from shtx.train.home import RUN, origin, settings
 
 IDENTITY = {"bytes": int, "sha256": str}  # of data
@@ -28,7 +30,8 @@ BEFORE = {"betas": (0.9, 0.95), "decayed": "all"}
 FREE = (
     *("steps", "schedule", "curve", "data", "raw", "out", "resume", "resume_fallback", "device"),
     *("impl", "model", "log_every", "eval_every", "eval_sequences", "save_every"),
-    *("activation_checkpointing", "accumulate", "shard"),
+    *("activation_checkpointing", "accumulate", "shard", "config"),
+    *("keep", "keep_best", "sample_every", "log"),
 )
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
@@ -41,6 +44,9 @@ Examples:
   shtx train --objective next-latent --num-rollouts 2
   shtx train --schedule wsd --warmup 200 --min-lr 1e-5
   shtx train --optimizer muon --level-lr 1 0.5
+  shtx train --ema 0.999 --log tensorboard
+  shtx train --init-from runs/enwik8 --data other.txt --lr 1e-4
+  shtx train --config runs/enwik8/run.json --seed 1
   shtx train --resume runs/enwik8 --steps 40000
   torchrun --nproc-per-node 8 -m shtx train --batch-size 64
 """
@@ -166,6 +172,9 @@ class Config:
     """What multiplies the learning rate of each level's own weights."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW: how much of its mean gradient and of its mean square a step keeps."""
+    ema: float | None = None
+    """How much of an average of the weights a step keeps, as 0.999: checkpoints have it, too, and
+    validations and samples are of it. None: no average."""
     grad_clip: float | None = 1.0
     """Greatest norm of all gradients together; None: any."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
@@ -185,6 +194,12 @@ class Config:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where metrics, checkpoints and the plot go; by default runs/ and the time, or where the run
     that is resumed is."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Settings in JSON, over those of --preset and under flags: a run's run.json, or some of the
+    settings in there."""
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Begin with the weights of this run's newest checkpoint, or of this checkpoint, and with
+    nothing else of it; the model's settings are its own where they are not given."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Continue the run in this directory from its newest checkpoint, or from this checkpoint of it,
     giving up the later ones; with another --out there, leaving the run as it is. The settings are
@@ -199,7 +214,15 @@ class Config:
     eval_sequences: int
     """Validation sequences, evenly spaced."""
     save_every: int
-    """Steps between checkpoints, of which the newest two are kept."""
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
+    keep_best: bool = True
+    """Save and keep that of the best validation, too."""
+    sample_every: int | None = None
+    """Steps between samples; None: one at the end."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """What else gets the rows of metrics.jsonl: event files under --out, or Weights & Biases."""
     model: tyro.conf.OmitArgPrefixes[Model]
 
     def __post_init__(self):
@@ -211,6 +234,8 @@ class Config:
             "save_every",
             "log_every",
             "eval_sequences",
+            "keep",
+            *(["sample_every"] if self.sample_every is not None else []),
         ):
             if not 1 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
@@ -244,6 +269,8 @@ class Config:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise TrainError(f"--betas must be two numbers in [0, 1), got {self.betas}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise TrainError(f"--ema must be in [0, 1) or None, got {self.ema}")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise TrainError(f"--grad-clip must be above 0 or None, got {self.grad_clip}")
         if not 0 <= self.seed < 2**63:
@@ -251,21 +278,27 @@ class Config:
 
     def to_json(self) -> dict:
         """What a resumed run needs; its place is not part of it."""
-        data = str(self.data.resolve()) if self.data else None
-        return asdict(replace(self, out=None, resume=None, resume_fallback=False)) | {
-            "data": data,
+        paths = {name: getattr(self, name) for name in ("data", "init_from")}
+        here = dict(out=None, resume=None, resume_fallback=False, config=None)
+        return asdict(replace(self, **here)) | {
+            **{name: path and str(path.resolve()) for name, path in paths.items()},
             "defaults": _at_default(self) + _at_default(self.model),
         }
 
     @classmethod
     def from_json(
-        cls, values: dict, source: Path = Path("settings"), version: str = __version__
+        cls,
+        values: dict,
+        source: Path | str = "settings",
+        version: str = __version__,
+        fault: str = "damaged: ",
     ) -> "Config":
         """The settings that `to_json` of this version or of another gave.
 
         Args:
             values: JSON.
             source, version: the file they are from, and the version that wrote it.
+            fault: what a malformed setting is of the file.
 
         Raises:
             TrainError: a setting is malformed, or is not at its default and unknown here, or
@@ -296,9 +329,10 @@ class Config:
             hints = get_type_hints(part)
             for name, value in given.items():
                 if not _fits(value, hints[name]):
-                    raise TrainError(f"{source}: damaged: {name} cannot be {value!r}")
+                    raise TrainError(f"{source}: {fault}{name} cannot be {value!r}")
         tuples = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
-        paths = {k: v and Path(v) for k, v in values.items() if k in ("data", "out", "resume")}
+        named = "data", "init_from", "out", "resume", "config"
+        paths = {k: v and Path(v) for k, v in values.items() if k in named}
         return cls(**tuples(values) | paths | {"model": Model(**tuples(model))})
 
 
@@ -335,7 +369,8 @@ PRESETS = {
         precision="fp32",
         steps=700,
         batch_size=8,
-        lr=6e-3,
+        lr=8e-3,
+        optimizer="muon",
         eval_every=175,
         eval_sequences=512,
         save_every=350,
@@ -377,14 +412,17 @@ class Asked:
     preset: str | None
     resume: Path | None
     out: Path | None
+    config: Path | None
+    init_from: Path | None
     resume_fallback: bool
 
 
 def look(argv: list[str]) -> Asked:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
-    for name in ("--resume", "--out"):
-        first.add_argument(name, nargs="?", type=lambda path: Path(os.path.abspath(path)))
+    for name in ("resume", "out", "config", "init_from"):
+        names = dict.fromkeys((flag(name), f"--{name}"))
+        first.add_argument(*names, nargs="?", type=lambda path: Path(os.path.abspath(path)))
     first.add_argument("--resume-fallback", "--resume_fallback", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     return Asked(**vars(chosen))
@@ -410,8 +448,11 @@ def parse(
     cli = partial(tyro.cli, Config, args=argv, prog=prog, description=description)
 
     if asked.resume is None:
-        base = PRESETS.get(asked.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
-        return cli(default=base), None
+        return cli(default=_base(asked)), None
+    if asked.config is not None:
+        raise TrainError(
+            f"--config {asked.config}: is for a run that begins; --resume has the run's settings"
+        )
 
     begun = settings(asked.resume) if step_of(asked.resume) is None else None
     if begun and not find_steps(asked.resume / CHECKPOINTS):  # it ended before its first one
@@ -438,6 +479,40 @@ def parse(
     elif config.schedule != "minimum":
         config = replace(config, curve=None)
     return config, checkpoint
+
+
+def _base(asked: Asked) -> Config:
+    """Where the settings of a run that begins come from, where flags do not say."""
+    given = read_settings(asked.config) if asked.config else {}
+    preset = asked.preset or given.get("preset")
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    base = PRESETS.get(preset if isinstance(preset, str) else default) or PRESETS[default]
+    if asked.init_from is not None:
+        base = replace(base, model=of(peek(find(asked.init_from))).model)
+    if not given:
+        return base
+    source = f"--config {asked.config}"
+    if "defaults" not in given:  # some settings, by hand
+        model = given.get("model", {})
+        whole = json.loads(json.dumps(base.to_json()))
+        known = {f.name for f in (*fields(Model), *fields(Config))}
+        unknown = [n for n in (*given, *model) if n not in known] if isinstance(model, dict) else []
+        if unknown:
+            raise TrainError(f"{source}: there is no setting {', '.join(unknown)}")
+        inner = whole["model"] | model if isinstance(model, dict) else model
+        given = whole | given | {"model": inner, "preset": base.preset}
+    return Config.from_json(given, source, fault="")
+
+
+def read_settings(path: Path) -> dict:
+    """The settings in a file that a run has written, or somebody by hand."""
+    try:
+        given = parse_json(path, read(path))
+    except FileNotFoundError:
+        raise TrainError(f"--config {path}: no such file") from None
+    except (TrainError, OSError) as error:
+        raise TrainError(f"--config {path}: must be a file of a JSON object") from error
+    return given["run"] if isinstance(given.get("run"), dict) else given
 
 
 def of(checkpoint: Checkpoint) -> Config:

@@ -43,6 +43,8 @@ Examples:
 class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
+    ema: bool = False
+    """Take the averaged weights, of a run with --ema."""
     data: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """A raw file, or a .gz, .bz2, .xz or .zip, as `shtx train` takes it."""
     raw: bool = False
@@ -155,7 +157,9 @@ def main(argv: list[str]) -> int:
             if path.exists():
                 raise TrainError(f"--out {path}: is there already")
     device = find_device(options.device, "--device cpu needs none")
-    model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    model, checkpoint = load_model(
+        Path(os.path.abspath(options.checkpoint)), device, ema=options.ema
+    )
     refuse_untrainable(model)
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride

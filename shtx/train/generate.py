@@ -28,6 +28,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
+    ema: bool = False
+    """Take the averaged weights, of a run with --ema."""
     prompt: str
     """What the text begins with, in UTF-8."""
     length: int = 512
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     if options.length < 0:
         raise TrainError(f"--length must be at least 0, got {options.length}")
     device = find_device(options.device, "--device cpu needs none")
-    model, _ = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    model, _ = load_model(Path(os.path.abspath(options.checkpoint)), device, ema=options.ema)
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     prompt = os.fsencode(options.prompt)
     try:

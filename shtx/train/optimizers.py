@@ -8,8 +8,6 @@ from torch.optim import AdamW, Optimizer
 
 from shtx.model import Trunk
 from shtx.muon import Muon
-from shtx.plan import is_sharded
-from shtx.train import TrainError
 from shtx.train.config import Config
 
 LISTS = "compressors|post_token_emb_norms|norms|to_hierarchical_preds|chunk_summarizers"
@@ -23,8 +21,6 @@ def optimizers_of(config: Config, model: Trunk) -> list[Optimizer]:
 
     A group has an "lr_scale", by which the learning rate of its levels is multiplied.
     """
-    if config.optimizer == "muon" and any(map(is_sharded, model.parameters())):
-        raise TrainError("--optimizer muon takes whole matrices: --shard must be none or optimizer")
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     scales = config.level_lr * (1 if len(config.level_lr) > 1 else len(model.levels))
     groups = {AdamW: {}, Muon: {}}

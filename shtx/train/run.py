@@ -12,15 +12,22 @@ import torch.distributed as dist
 from shtx import __version__, ops
 from shtx.model import Trunk
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint, set_aside
+from shtx.train.checkpoint import Checkpoint, best_of, set_aside
 from shtx.train.config import PRESETS, Config, look, of, parse
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
+from shtx.train.loggers import refuse_what_is_not_installed
 from shtx.train.loop import fit
 from shtx.train.metrics import plot
 from shtx.train.progress import Display, printable
 from shtx.train.stop import Stop, Stopped
-from shtx.train.trainer import Trainer, build, learning_rate, refuse_untrainable
+from shtx.train.trainer import (
+    Trainer,
+    build,
+    learning_rate,
+    refuse_untrainable,
+    take_weights,
+)
 
 LARGE = 1 << 28  # bytes, which take a moment to read
 
@@ -40,9 +47,13 @@ def main(argv: list[str]) -> int:
         if first and path:
             home = stack.enter_context(Home(path, "--resume"))
         config, checkpoint = parse(argv)
+        if first:
+            refuse_what_is_not_installed(config.log)
         device, rank, world = place(config)
-        model = build(config, device, copies=4, world=world)
+        model = build(config, device, copies=4 + (config.ema is not None), world=world)
         refuse_untrainable(model)
+        if config.init_from and checkpoint is None:
+            take_weights(model, config.init_from)
         if first and home is None:
             home = stack.enter_context(Home(config.out))
             home.refuse_what_is_not_ours()
@@ -150,6 +161,10 @@ def place(config: Config) -> tuple[torch.device, int, int]:
             f"--batch-size must be a multiple of the {world} processes times --accumulate"
             f" {config.accumulate}, got {config.batch_size}"
         )
+    if world > 1 and config.shard == "full" and config.optimizer == "muon":
+        raise TrainError(
+            "--optimizer muon steps whole matrices: --shard must be none or optimizer, got full"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -191,8 +206,9 @@ def open_run(
         expected, former = checkpoint.config["data"], origin(config.resume, checkpoint)
     here = former == home.path  # the run goes on where it was
     former = None if here else former
-    numbers = 3 * sum(p.numel() for p in model.parameters())  # weights and AdamW's moments
-    home.need_room(4 * numbers)
+    copies = 3 + (config.ema is not None)  # weights, AdamW's moments and averages
+    numbers = copies * sum(p.numel() for p in model.parameters())
+    home.need_room(4 * numbers, config.keep + config.keep_best)
     if config.data and config.data.is_file() and (size := config.data.stat().st_size) >= LARGE:
         display.say(f"reading {size / 1e9:.1f} GB of {config.data}")
     data = config.data, home.path, config.model.seq_len
@@ -212,6 +228,7 @@ def open_run(
         shutil.copyfile(former / METRICS, home.metrics)
     id = checkpoint.config.get("id") if here else new_id()
     home.begin(config.to_json(), id, checkpoint.path if checkpoint and not here else None)
+    home.best = best_of(checkpoint.config) if here else None
     return corpus
 
 

@@ -3,7 +3,8 @@
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from shtx import TrainStep
+from shtx import HierarchicalTransformer, TrainStep
 from shtx.fsdp import fully_shard_model
 from shtx.initial import fill
 from shtx.model import Trunk
+from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.plan import is_sharded
 from shtx.train import TrainError, shards
-from shtx.train.checkpoint import Checkpoint, load, whole
+from shtx.train.checkpoint import Checkpoint, find, load, whole
 from shtx.train.config import Config, of
 from shtx.train.data import Corpus
 from shtx.train.optimizers import MOMENTS, optimizers_of
@@ -28,6 +31,11 @@ from shtx.train_step import AUTOCAST
 WARMUP, DECAY = 0.05, 0.2  # of the steps
 MINIMUM = 0.02  # of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes
+# what a model's loss has in it besides the cross entropy of the next byte
+PARTS = {
+    HierarchicalTransformer: ("reconstruction_loss", "hierarchical_ar_loss"),
+    NextLatentTransformer: ("next_latent_loss", "reconstruction_loss"),
+}
 
 
 def build(config: Config, device: torch.device, copies: int = 1, world: int = 1) -> Trunk:
@@ -64,24 +72,57 @@ def build(config: Config, device: torch.device, copies: int = 1, world: int = 1)
     return fully_shard_model(model) if sharded else model.to(device)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[Trunk, Checkpoint]:
+def load_model(
+    path: Path, device: torch.device, step: int | str | None = None, ema: bool = False
+) -> tuple[Trunk, Checkpoint]:
     """The model of a checkpoint, with impl="auto", and the checkpoint.
 
     Args:
-        path: the directory of a run, for its newest checkpoint, or that of a checkpoint.
+        path: the directory of a run, or that of a checkpoint.
         device: where the model will be.
+        step: which checkpoint of a run, see `find`; None: the newest.
+        ema: take the averaged weights, of a run with --ema.
 
     Raises:
         TrainError: in one line why there is none.
     """
-    checkpoint = whole(load(path))
+    checkpoint = whole(load(path if step is None else find(path, step)))
+    weights = checkpoint.weights
+    if ema:
+        if not (average := checkpoint.state.get("ema")):
+            raise TrainError(f"{checkpoint.path}: has no averaged weights: its run had no --ema")
+        weights = weights | average
     model = build(replace(of(checkpoint), impl="auto"), device)
     try:
-        model.load_state_dict(checkpoint.weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         what = " ".join(str(error).split())[:300]
         raise TrainError(f"{checkpoint.path}: does not fit its settings: {what}") from error
     return model, checkpoint
+
+
+@torch.no_grad()
+def take_weights(model: Trunk, path: Path) -> None:
+    """Give a model that begins the weights of a checkpoint.
+
+    Args:
+        model: from `build`.
+        path: the directory of a run, for its newest checkpoint, or that of a checkpoint.
+
+    Raises:
+        TrainError: it has other weights; the first one is named.
+    """
+    weights, ours = whole(load(path)).weights, model.state_dict()
+    shapes = [{k: tuple(t.shape) for k, t in tensors.items()} for tensors in (weights, ours)]
+    different = [n for n in shapes[1] | shapes[0] if shapes[0].get(n) != shapes[1].get(n)]
+    if different:
+        there, here = (given.get(different[0], "missing") for given in shapes)
+        raise TrainError(
+            f"--init-from {path}: {len(different)} weights are others: {different[0]} is {there}"
+            f" there and {here} here"
+        )
+    for name, place in ours.items():
+        fill(place, weights[name])
 
 
 def memory_of(device: torch.device) -> int:
@@ -134,6 +175,8 @@ class Trainer:
 
     Attributes:
         sharded: whether this process has a part of the model.
+        average: by name, the averaged weights of --ema, or this process's parts; else nothing.
+        part_names: of what `step` returns besides loss, cross entropy and gradient norm.
     """
 
     def __init__(
@@ -154,6 +197,12 @@ class Trainer:
             accumulate=config.accumulate,
             shard_optimizer=config.shard == "optimizer",
         )
+        named = model.named_parameters() if config.ema is not None else ()
+        self.average = {name: p.detach().clone() for name, p in named}
+        self.part_names = PARTS[config.model.kind]
+        if config.model.objective == "next-latent":
+            levels = config.model.hierarchies
+            self.part_names += tuple(f"next_latent_loss_{compression}" for compression in levels)
         self.optimizers, self.scaler = self.train_step.optimizers, self.train_step.scaler
 
     def autocast(self) -> torch.autocast:
@@ -175,17 +224,61 @@ class Trainer:
         """One update, number `step`, counted from 0.
 
         Returns:
-            (3,) on the device: loss, cross entropy in nats, gradient norm.
+            (3 + parts,) on the device: loss, cross entropy in nats, gradient norm, and the other
+            parts of the loss, see `part_names`.
         """
         config = self.config
         for group in self.optimizers.param_groups:
             group["lr"] = learning_rate(config, step) * group["lr_scale"]
-        loss, (ce, *_) = self.train_step(self.ids(self.batch(step)))
-        return torch.stack((loss, ce, self.train_step.grad_norm))
+        loss, (ce, *parts) = self.train_step(self.ids(self.batch(step)))
+        if self.average:
+            # of the first steps, which the average would remember for long, it forgets more
+            kept = min(config.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(*self._averages_and_weights(), 1 - kept)
+        return torch.stack((loss, ce, self.train_step.grad_norm, *tree_leaves(parts)))
+
+    def _averages_and_weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What this process has of them."""
+        mine = lambda t: t.to_local() if is_sharded(t) else t
+        weights = dict(self.model.named_parameters())
+        return [mine(t) for t in self.average.values()], [mine(weights[n]) for n in self.average]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model has the averaged weights, if there are any."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
 
     @torch.no_grad()
-    def evaluate(self, stopped: Callable[[], int] = lambda: 0) -> float | None:
-        """Bits per byte of the validation sequences; None where one process was `stopped`."""
+    def _swap(self) -> None:
+        """Weights and averages change places, where CUDA graphs have them."""
+        for average, weight in zip(*self._averages_and_weights(), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def evaluate(
+        self,
+        stopped: Callable[[], int] = lambda: 0,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> float | None:
+        """Bits per byte of the validation sequences; None where one process was `stopped`.
+
+        Args:
+            stopped: whether a signal came.
+            progress: is told how many of --eval-sequences are done.
+        """
+        with self.averaged():
+            return self._evaluate(stopped, progress)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, stopped: Callable[[], int], progress: Callable[[int], None]
+    ) -> float | None:
         self.model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         count = self.config.eval_sequences
@@ -207,6 +300,7 @@ class Trainer:
                 nats += F.cross_entropy(
                     logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
                 )
+            progress(min(count, first + self.world * share))
         if self.world > 1:
             dist.all_reduce(nats)
         self.model.train()
@@ -216,7 +310,7 @@ class Trainer:
         """The start of the validation data, and how the model goes on."""
         prompt = self.corpus.val[: min(PROMPT, self.config.model.seq_len)]
         torch.manual_seed(self.config.seed)
-        with self.autocast():
+        with self.averaged(), self.autocast():
             ids = self.model.generate(self.ids(prompt.copy())[None], SAMPLE)
         return prompt.tobytes(), bytes(ids[0].tolist())
 
@@ -244,14 +338,16 @@ class Trainer:
         first has it.
         """
         optimizer = self.train_step.optimizer_state_dict()
-        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        state = {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        return state | ({"ema": self.average} if self.average else {})
 
     def parts(self) -> tuple[dict[str, Tensor], list[dict]]:
         """Of a sharded model: the tensors that a checkpoint keeps, of which this process has parts,
         and the optimizer's groups.
         """
         state = self.optimizers.state_dict()
-        return shards.flat(self.model.state_dict(), state["state"]), state["param_groups"]
+        tensors = shards.flat(self.model.state_dict(), state["state"], self.average)
+        return tensors, state["param_groups"]
 
     def is_finite(self) -> bool:
         """Whether all weights are, of all processes."""
@@ -271,6 +367,11 @@ class Trainer:
             self.model.load_state_dict(checkpoint.weights)
             self.train_step.load_optimizer_state_dict(checkpoint.state["optimizer"])
             self.scaler.load_state_dict(checkpoint.state["scaler"])
+            for name, average in self.average.items():
+                kept = checkpoint.state["ema"][name]
+                if kept.shape != average.shape:
+                    raise ValueError("averages that are not of the weights' shape")
+                average.copy_(kept)
             for optimizer in self.optimizers.all:
                 for p, state in optimizer.state.items():
                     if any(state[name].shape != p.shape for name in MOMENTS[type(optimizer)]):
@@ -290,15 +391,16 @@ class Trainer:
             groups = checkpoint.config["param_groups"]
         else:
             optimizer = checkpoint.state["optimizer"]
-            given, groups = (
-                shards.flat(checkpoint.weights, optimizer["state"]),
-                optimizer["param_groups"],
-            )
+            groups, average = optimizer["param_groups"], checkpoint.state.get("ema", {})
+            given = shards.flat(checkpoint.weights, optimizer["state"], average)
             sizes = {name: (t.shape, t.dtype) for name, t in given.items()}
         parts = {}
         for name, (size, dtype) in sizes.items():
             kind, _, rest = name.partition(".")
-            like = state[rest] if kind == "model" else parameters[int(rest.partition(".")[0])]
+            if kind == "optimizer":
+                like = parameters[int(rest.partition(".")[0])]
+            else:
+                like = (state if kind == "model" else self.average)[rest]
             if size == like.shape:
                 parts[name] = torch.empty_like(like, dtype=dtype)
             else:  # the number of steps
@@ -308,6 +410,7 @@ class Trainer:
         else:
             for name, part in parts.items():
                 fill(part, given[name])
-        weights, values = shards.nested(parts)
+        weights, values, average = shards.nested(parts)
         optimizer = {"state": values, "param_groups": groups}
-        return replace(checkpoint, weights=weights, state={"optimizer": optimizer, "scaler": {}})
+        state = {"optimizer": optimizer, "scaler": {}, "ema": average}
+        return replace(checkpoint, weights=weights, state=state)

@@ -123,8 +123,8 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/trainer.py",
-        "torch.manual_seed(self.config.seed)\n        with self.autocast():",
-        "with self.autocast():",
+        "torch.manual_seed(self.config.seed)\n        with self.averaged(), self.autocast():",
+        "with self.averaged(), self.autocast():",
         "tests/test_train.py::test_sample_repeats",
     ),
     # runs and their files
@@ -166,8 +166,8 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/checkpoint.py",
-        "[: ours.index(newest) + 1][-KEEP:]",
-        "[-KEEP:]",
+        "before = ours[: ours.index(newest) + 1]",
+        "before = ours",
         "tests/test_checkpoint.py::test_resuming_an_older_step_gives_up_the_later_ones",
     ),
     Mutation(
