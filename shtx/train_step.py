@@ -87,8 +87,9 @@ class TrainStep:
             cannot be captured, steps run eagerly, with a warning.
         process_group: of the processes that step together; None: that of a DistributedDataParallel
             or FSDP2 model, else all; False: this process steps alone.
-        shard_optimizer: each process keeps the optimizer's state of a share of the parameters, and
-            updates these. `optimizer_state_dict` has all of it.
+        shard_optimizer: each process keeps the optimizers' state of a share of the parameters, each
+            of which is whole, and updates these. `optimizer_state_dict` has all of it. A model
+            under FSDP2 takes optimizers of parts of parameters: AdamW, not Muon.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.

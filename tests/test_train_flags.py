@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -194,6 +195,28 @@ def test_a_resumed_run_knows_its_best(text, tmp_path, monkeypatch):
     assert steps_of(tmp_path / "run") == ["step-000006", "step-000018"]
     assert resume(tmp_path / "run", "--steps", "24") == 0
     assert steps_of(tmp_path / "run") == ["step-000024"]
+
+
+def test_the_best_is_what_a_run_was_stopped_at(text, tmp_path, monkeypatch):
+    """Its validation is made up for when the run goes on, which saves no step twice."""
+    bits_that(monkeypatch, [8.0, None])
+    step = Trainer.step
+
+    def stop(self, number):
+        if number == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stop)
+        assert train(text, tmp_path / "run", "--save-every", "12") == 128 + signal.SIGTERM
+    assert steps_of(tmp_path / "run") == ["step-000006"]
+    written = (find(tmp_path / "run") / "config.json").stat().st_mtime_ns
+    bits_that(monkeypatch, [3.0, 4.0])
+    assert resume(tmp_path / "run", "--keep", "1") == 0
+    assert find(tmp_path / "run", "best").name == "step-000006"
+    kept = tmp_path / "run" / "checkpoints" / "step-000006" / "config.json"
+    assert kept.stat().st_mtime_ns == written
 
 
 def test_a_run_elsewhere_has_no_best_yet(text, tmp_path, monkeypatch):

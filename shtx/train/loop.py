@@ -123,9 +123,10 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
 
     trainer.compile()
     lacking = first and metrics.lacks_validation(done, config.eval_every)
-    better = (done == 0 or trainer.agree(int(lacking))) and validate()
+    if done == 0 or trainer.agree(int(lacking)):
+        validate()  # if it is the best, it is saved already, and stays
     elsewhere = done > 0 and first and not home.holds_checkpoints()  # what is resumed
-    if trainer.agree(int(better or elsewhere)):
+    if trainer.agree(int(elsewhere)):
         keep()
     with Stop() as stop:
         ended = lambda: stop.signum or display.output.signum
