@@ -127,6 +127,37 @@ LISTED = [
         "with self.averaged(), self.autocast():",
         "tests/test_train.py::test_sample_repeats",
     ),
+    # what a run can be told
+    Mutation(
+        "shtx/train/optimizers.py",
+        'is_matrix or config.decayed == "all"',
+        "True",
+        "tests/test_train.py::test_matrices_alone_decay",
+    ),
+    Mutation(
+        "shtx/train/trainer.py",
+        "        with self.averaged():\n            return self._evaluate",
+        "        if True:\n            return self._evaluate",
+        "tests/test_train_flags.py::test_validations_and_samples_are_of_the_average_and_leave_the_weights",
+    ),
+    Mutation(
+        "shtx/train/loop.py",
+        "done > 0 and bits < least",
+        "done > 0",
+        "tests/test_train_flags.py::test_the_best_is_kept_beside_the_newest",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        " + [path for path in before if step_of(path) == best]",
+        "",
+        "tests/test_train_flags.py::test_the_best_is_kept_beside_the_newest",
+    ),
+    Mutation(
+        "shtx/muon.py",
+        '1 - lr * group["weight_decay"]',
+        "1.0",
+        "tests/test_muon.py::test_steps_of_pytorch",
+    ),
     # runs and their files
     Mutation(
         "shtx/train/checkpoint.py",
@@ -331,6 +362,12 @@ TESTS = {
     "shtx/train/loop.py": "test_train test_ends test_home",
     "shtx/train/trainer.py": "test_train test_hostile",
     "shtx/train/stop.py": "test_ends",
+    "shtx/train/optimizers.py": "test_train",
+    "shtx/train/speed.py": "test_train_flags",
+    "shtx/train/loggers.py": "test_train_flags",
+    "shtx/optimizers.py": "test_muon",
+    "shtx/muon.py": "test_muon",
+    "shtx/loading.py": "test_loading",
     "shtx_kernels/_groups.py": "test_decode_ops",
     "shtx_kernels/_cross_entropy.py": "test_linear_cross_entropy test_reconstruction_loss",
     "shtx_kernels/_gelu.py": "test_feed_forward test_next_latent_loss",
