@@ -37,7 +37,7 @@ from shtx.train import TrainError
 from shtx.train.config import PRESETS, Config, Model
 from shtx.train.data import Source, prepare
 from shtx.train.run import place
-from shtx.train.trainer import CLIP, Trainer, build
+from shtx.train.trainer import Trainer, build
 
 FIRST_STEPS, FIRST_BOUND = 32, 1e-4
 HELD_OUT = 8  # batches
@@ -124,8 +124,8 @@ class Runs:
                 "impl": impl,
                 "precision": precision,
                 "seed": seed,
-                "loss": [loss for loss, _, _ in rows],
-                "bits_per_byte": [ce / math.log(2) for _, ce, _ in rows],
+                "loss": [loss for loss, *_ in rows],
+                "bits_per_byte": [ce / math.log(2) for _, ce, *_ in rows],
             }
         )
         return trainer
@@ -178,10 +178,12 @@ def repeats(runs: Runs) -> dict:
     trainer = runs.trainer("fused", HALF)
     trainer.step(0)  # makes the state of the optimizer
     state = [*trainer.model.parameters()]
-    state += [t for values in trainer.optimizer.state.values() for t in values.values()]
+    (optimizer,) = trainer.optimizers.all
+    state += [t for values in optimizer.state.values() for t in values.values()]
     before = [t.detach().clone() for t in state]
     # anew: the first call is eager, the second one captures
-    trainer.train_step = TrainStep(trainer.model, trainer.optimizer, precision=HALF, grad_clip=CLIP)
+    clip = trainer.config.grad_clip
+    trainer.train_step = TrainStep(trainer.model, optimizer, precision=HALF, grad_clip=clip)
     different, first = 0, None
     for _ in range(runs.options.repeats):
         with torch.no_grad():

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shtx.levels import Level
+    from shtx.loading import load
     from shtx.model import HierarchicalTransformer
     from shtx.train_step import TrainStep
     from shtx.upstream import from_upstream
 
-__all__ = ["HierarchicalTransformer", "Level", "TrainStep", "from_upstream"]
+__all__ = ["HierarchicalTransformer", "Level", "TrainStep", "from_upstream", "load"]
 __version__ = "0.1.0"
 
 MODULES = {
@@ -17,6 +18,7 @@ MODULES = {
     "Level": "levels",
     "TrainStep": "train_step",
     "from_upstream": "upstream",
+    "load": "loading",
 }
 
 

@@ -1,4 +1,4 @@
-"""An optimizer of which each rank has a share: the state of some parameters, which it updates.
+"""Optimizers of which each rank has a share: the state of some parameters, which it updates.
 
 Every parameter belongs to one rank, the largest first to the rank that has least so far. Parameters
 of a rank lie side by side in its row of one tensor, so that one call gathers what all have updated.
@@ -8,22 +8,23 @@ from itertools import chain
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
 
+from shtx.optimizers import Optimizers
 from shtx.parallel import Replicas
 
 ALIGNED = 64  # elements: where the next parameter may begin
 
 
 class Shares:
-    """Takes an optimizer's parameters apart, and puts together what became of them.
+    """Takes the parameters of optimizers apart, and puts together what became of them.
 
     Args:
-        optimizer: keeps the share of this rank, in the groups that it had; parameters move.
+        optimizer: one or several, which keep the share of this rank, in the groups that they had;
+            parameters move.
         replicas: who has a share.
     """
 
-    def __init__(self, optimizer: Optimizer, replicas: Replicas):
+    def __init__(self, optimizer: Optimizers, replicas: Replicas):
         self.optimizer, self.replicas = optimizer, replicas
         self.rank, size = replicas.group.rank(), len(replicas.ranks)
         self.parameters = [list(group["params"]) for group in optimizer.param_groups]
@@ -39,9 +40,10 @@ class Shares:
             p.data = place.copy_(p.detach())
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if self.owner.get(p) == self.rank]
-        for p in self.owner.keys() & optimizer.state.keys():
-            if self.owner[p] != self.rank:
-                del optimizer.state[p]
+        for state in optimizer.states:
+            for p in self.owner.keys() & state.keys():
+                if self.owner[p] != self.rank:
+                    del state[p]
 
     def gather(self) -> None:
         """Fetch what the other ranks have updated."""

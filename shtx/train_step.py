@@ -11,7 +11,7 @@ Of several processes, each has a share of the batch; see shtx.parallel.
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +26,7 @@ from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
 from shtx.levels import integer
 from shtx.losses import means_of_columns
 from shtx.ops import FUSED, compile_ahead
+from shtx.optimizers import Optimizers
 from shtx.parallel import Alone, Replicas, ranks_of, take_over, unwrap
 from shtx.plan import Layer, Plan, check_in_memory, is_sharded
 from shtx.shares import Shares
@@ -69,14 +70,16 @@ class TrainStep:
         model: a HierarchicalTransformer, compiled or not, on its device; or in a
             DistributedDataParallel, in whose place this sums gradients from then on, or sharded by
             FSDP2's fully_shard, whose steps run without a CUDA graph.
-        optimizer: of the model's parameters. For a CUDA graph its groups must have fused=True or
-            capturable=True. Learning rates may change between calls, in any way; fused and
+        optimizer: of the model's parameters, or several, each of some of them, which update one
+            after the other from gradients that are clipped together. For a CUDA graph their groups
+            must have fused=True or capturable=True, as AdamW's and those of shtx.muon.Muon can.
+            Learning rates may change between calls, in any way; fused and
             capturable groups read them in fp32 on CUDA, with a CUDA graph or without. Any other
             change, of a group, of the model, of an attribute of this object or of PyTorch's modes,
             costs an eager step and a capture.
         precision: "bf16-mixed" (autocast; fp32 parameters), "fp16-mixed" (the same; gradients are
-            scaled, and a step in which one overflows changes nothing but the scale), "fp32", or
-            "bf16" (bf16 parameters).
+            scaled, and a step in which one overflows changes nothing but the scale; of a single
+            optimizer), "fp32", or "bf16" (bf16 parameters).
         grad_clip: greatest norm of all gradients together; None: any.
         accumulate: micro-batches that the batch of ids is split into, for less memory. Loss and
             gradients are those of the whole batch, whatever labels each of them ignores.
@@ -85,8 +88,9 @@ class TrainStep:
             cannot be captured, steps run eagerly, with a warning.
         process_group: of the processes that step together; None: that of a DistributedDataParallel
             or FSDP2 model, else all; False: this process steps alone.
-        shard_optimizer: each process keeps the optimizer's state of a share of the parameters, and
-            updates these. `optimizer_state_dict` has all of it.
+        shard_optimizer: each process keeps the optimizers' state of a share of the parameters, each
+            of which is whole, and updates these. `optimizer_state_dict` has all of it. A model
+            under FSDP2 takes optimizers of parts of parameters: AdamW, not Muon.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -100,7 +104,7 @@ class TrainStep:
     def __init__(
         self,
         model: Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: "torch.optim.Optimizer | Sequence[torch.optim.Optimizer]",
         *,
         precision: str = "bf16-mixed",
         grad_clip: float | None = None,
@@ -109,11 +113,12 @@ class TrainStep:
         process_group: "dist.ProcessGroup | Literal[False] | None" = None,
         shard_optimizer: bool = False,
     ):
-        if not isinstance(model, Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(model, Module):
             raise TypeError(
-                "TrainStep takes a model and its optimizer, in this order, got"
-                f" {type(model).__name__} and {type(optimizer).__name__}"
+                "TrainStep takes a model and its optimizer or several of them, in this order, got"
+                f" {type(model).__name__} for the model"
             )
+        self.optimizers = Optimizers(optimizer)
         check_in_memory(model)
         self.model, self.optimizer = model, optimizer
         self.precision, self.grad_clip, self.accumulate = precision, grad_clip, accumulate
@@ -138,7 +143,7 @@ class TrainStep:
         self._ranks.copy_first()
         self._shares = None
         if shard_optimizer and isinstance(self._ranks, Replicas):
-            self._shares = Shares(optimizer, self._ranks)
+            self._shares = Shares(self.optimizers, self._ranks)
         if self._graphs is not None:  # where the process group outlives this, or the interpreter
             weakref.finalize(self, self._graphs.kept.clear)
 
@@ -161,10 +166,15 @@ class TrainStep:
                 'precision must not be "fp16-mixed" where a rank has a part of the parameters'
                 " (shard_optimizer, fully_shard): what overflows elsewhere would go unseen"
             )
+        if precision == "fp16-mixed" and len(self.optimizers.all) > 1:
+            raise ValueError(
+                'precision must not be "fp16-mixed" with several optimizers, got'
+                f" {len(self.optimizers.all)}: what overflows for one would step for another"
+            )
         trained = {p for p in model.parameters() if p.requires_grad}
         if not trained:
             raise ValueError("model must have a parameter that requires a gradient, got none")
-        if not any(p in trained for group in self.optimizer.param_groups for p in group["params"]):
+        if not any(p in trained for group in self.optimizers.param_groups for p in group["params"]):
             raise ValueError(
                 "optimizer must have parameters of the model that require a gradient, got none of"
                 f" the {len(trained)}: it was made of another model's, or before they were replaced"
@@ -176,9 +186,9 @@ class TrainStep:
         settings = {name: getattr(self, name) for name in names}
         settings["cuda_graph"] = self._graphs is not None
         settings["loss_weights"] = self._core.loss_weights
-        settings["optimizer"] = type(self.optimizer).__name__
+        settings["optimizer"] = [type(optimizer).__name__ for optimizer in self.optimizers.all]
         group_of = {}
-        for i, group in enumerate(self.optimizer.param_groups):
+        for i, group in enumerate(self.optimizers.param_groups):
             group_of |= dict.fromkeys(group["params"], i)
             plain = {k: v for k, v in group.items() if isinstance(v, (int, float, str, tuple))}
             settings[f"group {i} of the optimizer"] = plain
@@ -273,13 +283,15 @@ class TrainStep:
         self.model.zero_grad()
         try:
             loss, parts = self._forward_backward(ids, labels)
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers.all:
+                self.scaler.unscale_(optimizer)
             norm = None
             if self.grad_clip is not None:
                 norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
                 norm = norm.full_tensor() if self._sharded else norm
             with self._tensors_in_groups():
-                self.scaler.step(self.optimizer)
+                for optimizer in self.optimizers.all:
+                    self.scaler.step(optimizer)
             self.scaler.update()
             if self._shares is not None:
                 self._shares.gather()
@@ -338,20 +350,21 @@ class TrainStep:
     # the optimizer
 
     def optimizer_state_dict(self) -> dict | None:
-        """The optimizer's state_dict as one process would have it; with shard_optimizer all ranks
-        have to call this, and the first alone gets it.
+        """The optimizer's state_dict as one process would have it, of several that of one with all
+        of their groups; with shard_optimizer all ranks have to call this, and the first alone gets
+        it.
         """
-        return (self._shares or self.optimizer).state_dict()
+        return (self._shares or self.optimizers).state_dict()
 
     def load_optimizer_state_dict(self, state_dict: dict) -> None:
         """Load what `optimizer_state_dict` gave, of any number of ranks, on every rank."""
-        (self._shares or self.optimizer).load_state_dict(state_dict)
+        (self._shares or self.optimizers).load_state_dict(state_dict)
 
     def _write_learning_rates(self) -> None:
         """To the device, ahead of the step: within a graph it would be the same number for ever."""
         if self._device.type != "cuda":
             return
-        groups, tensors = self.optimizer.param_groups, self._learning_rates
+        groups, tensors = self.optimizers.param_groups, self._learning_rates
         tensors += [torch.zeros((), device=self._device) for _ in groups[len(tensors) :]]
         for group, tensor in zip(groups, tensors, strict=True):
             tensor.fill_(group["lr"])
@@ -360,7 +373,7 @@ class TrainStep:
     def _tensors_in_groups(self) -> Iterator[None]:
         """Learning rates as tensors, for an update alone: schedulers and checkpoints see theirs."""
         before = []
-        for group, tensor in zip(self.optimizer.param_groups, self._learning_rates, strict=False):
+        for group, tensor in zip(self.optimizers.param_groups, self._learning_rates, strict=False):
             if _reads_tensors(group):
                 before.append((group, dict(group)))
                 group["lr"] = tensor
@@ -383,15 +396,16 @@ class TrainStep:
             )
             return False
         needed = "fused=True or capturable=True"
-        fits = all(map(_reads_tensors, self.optimizer.param_groups))
-        if self.scaler.is_enabled():  # only a fused update finds out for itself what overflowed
-            needed = 'fused=True with precision="fp16-mixed"'
-            fits = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        if not fits:
-            raise ValueError(
-                f"optimizer must have {needed} for a CUDA graph, got"
-                f" {type(self.optimizer).__name__} without; cuda_graph=False takes any"
-            )
+        for optimizer in self.optimizers.all:
+            fits = all(map(_reads_tensors, optimizer.param_groups))
+            if self.scaler.is_enabled():  # only a fused update finds out what overflowed
+                needed = 'fused=True with precision="fp16-mixed"'
+                fits = getattr(optimizer, "_step_supports_amp_scaling", False)
+            if not fits:
+                raise ValueError(
+                    f"optimizer must have {needed} for a CUDA graph, got"
+                    f" {type(optimizer).__name__} without; cuda_graph=False takes any"
+                )
         return True
 
     # the graphs
@@ -438,11 +452,12 @@ class TrainStep:
         varying = ("params", "lr", "initial_lr")
         groups = [
             {name: comparable(value) for name, value in group.items() if name not in varying}
-            for group in self.optimizer.param_groups
+            for group in self.optimizers.param_groups
         ]
-        stepped = [list(map(id, group["params"])) for group in self.optimizer.param_groups]
+        stepped = [list(map(id, group["params"])) for group in self.optimizers.param_groups]
         # load_state_dict puts another state in the place of the one whose memory graphs update
-        options = self.precision, self.grad_clip, self.accumulate, id(self.optimizer.state)
+        options = self.precision, self.grad_clip, self.accumulate
+        options = *options, *map(id, self.optimizers.states)
         scaler = self.scaler
         if scaler.is_enabled():
             growth = scaler.get_growth_factor(), scaler.get_backoff_factor()

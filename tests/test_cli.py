@@ -85,6 +85,8 @@ def test_train_help(capsys):
         " --dim --depth --seq-len --dim-head --heads --ff-mult --hierarchies --window-sizes"
         " --hierarchical-stride --hierarchy-merge-all --predict-hierarchy"
         " --predict-use-all-hierarchy --recon-loss-weight --hierarchical-ar-loss-weight"
+        " --schedule --warmup --min-lr --weight-decay --betas --grad-clip --optimizer --level-lr"
+        " --ema --init-from --keep --keep-best --sample-every --config --log"
     ).split():
         assert f"{flag} " in text or f"{flag}," in text, flag
 

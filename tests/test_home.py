@@ -239,7 +239,7 @@ def test_files_of_others_stay(run, tmp_path, capsys):
     }
     assert os.readlink(checkpoints / "step-000012.kept") == str(moved)
     assert sorted(path.name for path in checkpoints.glob("step-0000[12]?")) == [
-        *("step-000016", "step-000020"),
+        *("step-000018", "step-000020"),
     ]
 
 
@@ -262,7 +262,7 @@ def test_run_of_an_older_version(run, tmp_path, monkeypatch):
     assert rows(part) == rows(run)
     for step in ("14", "20"):  # and as the run that it has become
         assert resume("part", "--steps", step) == 0
-    assert sorted(os.listdir(part / "checkpoints")) == ["step-000016", "step-000020"]
+    assert sorted(os.listdir(part / "checkpoints")) == ["step-000018", "step-000020"]
 
 
 def test_run_that_ended_before_its_first_checkpoint(text, run, tmp_path, monkeypatch):

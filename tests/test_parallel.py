@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import without_a_gpu, without_launches
 from test_graphed_loss import emulate
+from test_muon import both
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +25,7 @@ from training import OPTIONS, adamw, replay_a_step
 from shtx import HierarchicalTransformer, TrainStep, parallel
 from shtx.fsdp import fully_shard_model
 from shtx.graphs import NEVER, Graphs, Structure
+from shtx.muon import Muon
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.ops import why_not_fused
 from shtx.parallel import Replicas, Summing
@@ -145,6 +147,40 @@ def an_optimizer_may_be_sharded(rank):
         TrainStep(models[0], ours, **options)  # of which a rank has a share alone
     for model in models[1:]:
         assert all(map(torch.equal, models[0].parameters(), model.parameters()))
+
+
+def several_optimizers_may_be_sharded(rank):
+    """A matrix of Muon's is whole where it belongs; its products with others may be in one call."""
+    models = [build(), build(), build()]
+    options = dict(precision="fp32", grad_clip=0.5)
+    step = TrainStep(models[0], both(models[0]), shard_optimizer=True, **options)
+    other_step = TrainStep(models[1], both(models[1]), **options)
+    for _ in range(3):
+        loss, expected = step(uneven(rank))[0], other_step(uneven(rank))[0]
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    first, second = weights_of_all(models[0])
+    assert torch.equal(first, second)
+    kept = sum(
+        t.numel() for state in step.optimizers.states for v in state.values() for t in v.values()
+    )
+    all_of_it = [other_step.optimizer_state_dict(), step.optimizer_state_dict()]
+    numbers = sum(t.numel() for v in all_of_it[0]["state"].values() for t in v.values())
+    assert kept <= 0.7 * numbers
+    dist.broadcast_object_list(all_of_it)
+    assert all_of_it[0]["param_groups"] == all_of_it[1]["param_groups"]
+    assert all_of_it[0]["state"].keys() == all_of_it[1]["state"].keys()
+
+    models[2].load_state_dict(models[0].state_dict())
+    later = TrainStep(models[2], both(models[2]), shard_optimizer=True, **options)
+    later.load_optimizer_state_dict(all_of_it[1])
+    assert torch.equal(later(uneven(rank))[0], step(uneven(rank))[0])
+    assert all(map(torch.equal, models[0].parameters(), models[2].parameters()))
+
+
+def muon_takes_whole_matrices(rank):
+    model = shard(build())
+    with pytest.raises(ValueError, match="params must be whole, got one of which this process has"):
+        Muon([model.layers[0][0].ff.net[1].weight])
 
 
 def ddp_is_the_same(rank):
@@ -539,11 +575,11 @@ def fsdp_may_have_gone_forward_before(rank):
 # on GPUs
 
 
-def trained(rank, accumulate=1, wrap=lambda model: model, **options):
+def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **options):
     """What thirty steps come to: the last loss, and the weights of both ranks."""
     model = build(seed=rank, impl="fused").cuda()
     options = dict(grad_clip=0.5, accumulate=accumulate) | options
-    step = TrainStep(wrap(model), adamw(model), **options)
+    step = TrainStep(wrap(model), optimizers(model), **options)
     for n in range(30):
         ids = uneven(rank).roll(n, 1).cuda()
         torch.cuda.set_sync_debug_mode("error" if step._graphs and n > 1 else "default")
@@ -571,6 +607,13 @@ def graphs_are_those_of_ddp_and_of_a_sharded_optimizer(rank):
     ours = trained(rank)
     assert all(map(torch.equal, ours, trained(rank, wrap=wrap)))
     assert all(map(torch.equal, ours, trained(rank, shard_optimizer=True)))
+
+
+def graphs_of_several_optimizers_are_the_eager_steps(rank):
+    for shard in (False, True):
+        options = dict(optimizers=both, shard_optimizer=shard)
+        ours = trained(rank, **options)
+        assert all(map(torch.equal, ours, trained(rank, cuda_graph=False, **options)))
 
 
 def graphs_equal_one_process(rank):
@@ -636,6 +679,8 @@ CPU_CASES = [
     shares_may_be_of_unequal_size,
     ranks_agree_to_the_bit,
     an_optimizer_may_be_sharded,
+    several_optimizers_may_be_sharded,
+    muon_takes_whole_matrices,
     ddp_is_the_same,
     ddp_alone_without_auxiliary_losses,
     micro_batches_are_summed_once,
@@ -662,6 +707,7 @@ CPU_CASES = [
 GPU_CASES = [
     graphs_are_the_eager_steps,
     graphs_are_those_of_ddp_and_of_a_sharded_optimizer,
+    graphs_of_several_optimizers_are_the_eager_steps,
     graphs_equal_one_process,
     captured_shares_may_differ_in_shape,
     ddp_takes_the_gradients_of_cuda_graphs,

@@ -46,7 +46,13 @@ def test_metrics(run):
     metrics = read(run / "metrics.jsonl")
     losses = [row for row in metrics if "loss" in row]
     assert [row["step"] for row in losses] == list(range(1, 13))
-    assert losses[0].keys() == {"step", "lr", "loss", "bits_per_byte", "tokens_per_second"}
+    told = {"step", "lr", "loss", "bits_per_byte", "tokens_per_second", "tokens", "grad_norm"}
+    assert losses[0].keys() == told | {"reconstruction_loss", "hierarchical_ar_loss", "peak_memory"}
+    for row in losses:
+        auxiliary = 0.1 * row["reconstruction_loss"] + 0.25 * row["hierarchical_ar_loss"]
+        assert row["bits_per_byte"] * math.log(2) + auxiliary == pytest.approx(row["loss"])
+        assert row["tokens"] == row["step"] * 4 * 32 and row["grad_norm"] > 0
+        assert 1e7 < row["peak_memory"] < 1e11
     assert all(0 < row["bits_per_byte"] * math.log(2) < row["loss"] for row in losses)
     validations = {
         row["step"]: row["val_bits_per_byte"] for row in metrics if "val_bits_per_byte" in row
@@ -79,7 +85,7 @@ def test_output(text, tmp_path, capsys):
     assert lines[0].startswith("shtx 0.1.0, torch ") and "fp32, reference ops" in lines[0]
     assert lines[3].startswith("step 0/12: validation ") and lines[3].endswith(" bits per byte")
     step = lines[5]
-    assert step.startswith("step 5/12: loss ") and step.endswith(" tokens/s")
+    assert step.startswith("step 5/12: loss ") and " tokens/s, 0:0" in step
     assert " nats, " in step and " bits per byte, " in step
     sample = [output[output.index("sample after a prompt of 32 bytes:") :] for output in outputs]
     assert sample[0].replace("/a", "/b") == sample[1]
@@ -108,13 +114,76 @@ def test_learning_rate():
     assert rates[-1] == pytest.approx(config.lr * (0.51 + 0.49 * math.cos(angle)), rel=1e-12)
 
 
-def test_schedule_that_is_constant():
-    config = replace(PRESETS["cpu"], schedule="constant", steps=100)
+def test_schedule_that_falls_in_the_end():
+    config = replace(PRESETS["cpu"], schedule="wsd", steps=100)
     rates = [learning_rate(config, step) / config.lr for step in range(100)]
     assert rates[4:80] == [1] * 76
     assert rates[80:] == pytest.approx([1 - 0.98 * (n + 1) / 20 for n in range(20)])
     longer = replace(config, steps=150)
     assert [learning_rate(longer, step) / config.lr for step in range(7, 120)] == [1] * 113
+
+
+def test_schedule_that_is_constant():
+    config = replace(PRESETS["cpu"], schedule="constant", steps=100, warmup=10)
+    rates = [learning_rate(config, step) / config.lr for step in range(100)]
+    assert rates == pytest.approx([(n + 1) / 10 for n in range(10)] + [1] * 90)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "minimum"])
+def test_warmup_and_the_least_learning_rate(schedule):
+    options = dict(schedule=schedule, steps=100, lr=0.5, warmup=0, min_lr=0.25)
+    config = replace(PRESETS["cpu"], **options)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == 0.5 and rates == sorted(rates, reverse=True)
+    assert 0.25 <= rates[-1] < 0.2501
+    late = replace(config, warmup=200)  # it never gets there
+    assert [learning_rate(late, step) for step in (0, 99)] == [0.5 / 200, 0.25]
+    with pytest.raises(TrainError, match="--min-lr must be 0 to --lr 0.5, got 1.0"):
+        replace(config, min_lr=1.0)
+
+
+def test_matrices_alone_decay(text):
+    config, _ = parse([*TINY, "--weight-decay", "0.5", "--betas", "0.8", "0.9"])
+    model = build(config, torch.device("cpu"))
+    trainer = Trainer(config, Corpus(text, 32), model)
+    name_of = {p: name for name, p in model.named_parameters()}
+    others, matrices = trainer.optimizers.param_groups
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.5, 0)
+    assert matrices["betas"] == others["betas"] == (0.8, 0.9)
+    kinds = {"token_emb.weight", "norms.0.bias", "layers.0.0.attn.norm.weight"}
+    assert kinds <= {name_of[p] for p in others["params"]}
+    assert all(p.ndim == 1 or name_of[p] == "token_emb.weight" for p in others["params"])
+    assert len(matrices["params"]) + len(others["params"]) == len(name_of)
+
+
+def test_learning_rates_of_levels(text):
+    """And of Muon; what belongs to no level alone keeps the whole rate."""
+    config, _ = parse([*TINY, "--optimizer", "muon", "--level-lr", "1", "0.5"])
+    model = build(config, torch.device("cpu"))
+    trainer = Trainer(config, Corpus(text, 32), model)
+    trainer.step(0)
+    rates = {}
+    for optimizer in trainer.optimizers.all:
+        for group in optimizer.param_groups:
+            rate = type(optimizer).__name__, group["lr"] / learning_rate(config, 0)
+            rates |= dict.fromkeys(group["params"], rate)
+    weight = lambda name: rates[model.get_parameter(name)]
+    assert weight("layers.0.0.ff.net.1.weight") == ("Muon", 1)
+    assert weight("layers.0.1.ff.net.1.weight") == ("Muon", 0.5)
+    assert weight("layers.0.1.ff.net.0.gamma") == ("AdamW", 0.5)
+    for name in ("compressors.1.to_recon", "norms.1", "to_hierarchical_preds.1"):
+        assert weight(f"{name}.weight") == ("AdamW", 0.5)
+    for name in ("token_emb", "norms.0", "hierarchical_merges.0.net.1", "to_logits"):
+        assert weight(f"{name}.weight") == ("AdamW", 1)
+    assert len(rates) == len(list(model.parameters()))
+
+
+def test_gradients_that_are_not_clipped(text, run, tmp_path):
+    for clip in ("None", "1e9", "1e-3"):
+        assert train(text, tmp_path / clip, "--grad-clip", clip) == 0
+    curves = [[r["loss"] for r in rows(tmp_path / clip) if "loss" in r] for clip in ("None", "1e9")]
+    assert curves[0] == curves[1]
+    assert rows(tmp_path / "1e-3") != rows(tmp_path / "None")
 
 
 def test_schedule_that_ends_at_its_minimum():
@@ -179,10 +248,16 @@ def test_printable():
 # resuming
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])
-def test_resume_is_bit_identical(text, tmp_path, precision):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(f"--precision {precision}" for precision in ("fp32", "bf16-mixed", "fp16-mixed")),
+        "--optimizer muon --level-lr 1 0.5 --accumulate 2 --schedule wsd",
+    ],
+)
+def test_resume_is_bit_identical(text, tmp_path, flags):
     whole, part = tmp_path / "whole", tmp_path / "part"
-    assert train(text, whole, "--precision", precision) == 0
+    assert train(text, whole, *flags.split()) == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "step-000012")  # killed at step 11, metrics and all
     assert resume(part) == 0
@@ -244,6 +319,10 @@ def test_resume_of_a_finished_run_changes_nothing(run, tmp_path, capsys):
         ("--dim 32", "--dim (32,) is not the run's (16,)"),
         ("--window-sizes None", "--window-sizes (None,) is not the run's (8, None)"),
         ("--seed 3", "--seed 3 is not the run's 0"),
+        ("--optimizer muon", "--optimizer muon is not the run's adamw"),
+        ("--level-lr 2", "--level-lr (2.0,) is not the run's (1.0,)"),
+        ("--betas 0.8 0.9", "--betas (0.8, 0.9) is not the run's (0.9, 0.95)"),
+        ("--weight-decay 0", "--weight-decay 0.0 is not the run's 0.1"),
         ("--steps 11", "--steps 11 is less than the run's 12"),
         ("--data missing", "--data missing: no such file"),
         ("--eval-sequences 100000", "--eval-sequences 100000: the validation data has 5,527 diff"),
@@ -279,6 +358,28 @@ def test_resume_on_another_machine(run, tmp_path, capsys):
     for name in ("model.safetensors", "optimizer.pt"):
         ours, theirs = (path / "checkpoints/step-000012" / name for path in (part, run))
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_resume_of_a_run_from_before_all_of_these_settings(text, tmp_path, monkeypatch):
+    """Whose weights all decay, and whose schedule that falls in the end is called constant."""
+    settings = replace(PRESETS["cpu"], decayed="all")
+    monkeypatch.setitem(PRESETS, "cpu", settings)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train(text, whole, "--schedule", "wsd") == 0
+    assert len(load(whole).state["optimizer"]["param_groups"]) == 1
+    monkeypatch.undo()
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step-000012")
+
+    def earlier(config):
+        for name in ("warmup", "min_lr", "weight_decay", "decayed", "betas", "grad_clip"):
+            del config["run"][name]
+        config["run"]["schedule"] = "constant"
+
+    change_config(part / "checkpoints" / "step-000008", earlier)
+    assert resume(part) == 0
+    assert_same_end(whole, part)
+    assert load(part).config["run"]["schedule"] == "wsd"
 
 
 def test_resume_refuses_other_data(run, tmp_path, capsys):
@@ -364,17 +465,17 @@ def test_not_finite(text, tmp_path, monkeypatch, capsys, poisoned, complaint):
     step = Trainer.step
 
     def poison(self, number):
-        loss, ce, norm = step(self, number)
+        loss, ce, norm, *parts = step(self, number)
         if number == 7:  # the eighth, after which a checkpoint is due
             loss, norm = (loss * math.nan, norm) if poisoned == "loss" else (loss, norm * math.inf)
-        return torch.stack((loss, ce, norm))
+        return torch.stack((loss, ce, norm, *parts))
 
     monkeypatch.setattr(Trainer, "step", poison)
     assert train(text, tmp_path / "run") == 1
     error = capsys.readouterr().err
     assert error.startswith("shtx train: error: step 8: loss ") and complaint in error
     assert error.count("\n") == 1
-    assert load(tmp_path / "run").step == 4
+    assert load(tmp_path / "run").step == 6  # the best validation's
     assert rows(tmp_path / "run")[-1]["step"] == 7
 
 
@@ -390,7 +491,7 @@ def test_weights_that_are_not_finite_are_not_saved(text, tmp_path, monkeypatch, 
     monkeypatch.setattr(Trainer, "step", poison)
     assert train(text, tmp_path / "run") == 1
     assert "step 8: a weight is not finite: stopped" in capsys.readouterr().err
-    assert load(tmp_path / "run").step == 4
+    assert load(tmp_path / "run").step == 6  # the best validation's
 
 
 def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
@@ -398,7 +499,7 @@ def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
     trainer = Trainer(config, Corpus(Store([text]), 32), build(config, torch.device("cpu")))
     trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**40})
     before = trainer.model.to_logits.weight.clone()
-    loss, _, norm = trainer.step(0)
+    loss, _, norm, *_ = trainer.step(0)
     assert loss.isfinite() and not norm.isfinite()
     assert trainer.scaler.get_scale() == 2.0**39
     assert trainer.model.to_logits.weight.equal(before)
@@ -414,6 +515,14 @@ def test_overflow_in_fp16_is_skipped(text, tmp_path, monkeypatch):
         ("--batch-size -1", "--batch-size must be at least 1, got -1"),
         ("--lr 0", "--lr must be positive and finite, got 0.0"),
         ("--lr nan", "--lr must be positive and finite, got nan"),
+        ("--warmup -1", "--warmup must be at least 0 or None, got -1"),
+        ("--min-lr 0.1", "--min-lr must be 0 to --lr 0.006, got 0.1"),
+        ("--weight-decay -1", "--weight-decay must be at least 0 and finite, got -1.0"),
+        ("--level-lr 1 2 3", "--level-lr must be one number, or 2, one for each of --hierarchies"),
+        ("--level-lr 1 -1", "--level-lr must be one number, or 2, one for each of --hierarchies"),
+        ("--optimizer muon --precision fp16-mixed", "--optimizer must be adamw for fp16-mixed"),
+        ("--betas 0.9 1", "--betas must be two numbers in [0, 1), got (0.9, 1.0)"),
+        ("--grad-clip 0", "--grad-clip must be above 0 or None, got 0.0"),
         ("--seed -1", "--seed must be in [0, 2^63), got -1"),
         ("--device tpu9", "--device must be cpu, cuda or cuda:N, got tpu9"),
         ("--device cuda:99", "--device cuda:99: "),
@@ -534,7 +643,7 @@ def test_disk_is_looked_at_before_training(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     assert train(text, tmp_path / "run") == 1
     assert capsys.readouterr().err == (
-        f"shtx train: error: --out {tmp_path / 'run'}: checkpoints need 0.001 GB more, 0.001 GB"
+        f"shtx train: error: --out {tmp_path / 'run'}: checkpoints need 0.002 GB more, 0.001 GB"
         " are free on its disk\n"
     )
     assert not (tmp_path / "run").exists()
@@ -627,6 +736,14 @@ def test_two_processes_are_one(text, tmp_path):
 def test_what_fp16_has_not():
     with pytest.raises(TrainError, match="--shard must be none for fp16-mixed, got optimizer"):
         parse([*TINY, "--precision", "fp16-mixed", "--shard", "optimizer"])
+
+
+def test_muon_has_no_parts(monkeypatch):
+    flags = ("--optimizer", "muon", "--shard", "full")
+    place(parse([*TINY, *flags])[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainError, match="--shard must be none or optimizer, got full"):
+        place(parse([*TINY, *flags])[0])
 
 
 def test_batch_that_the_processes_cannot_share(text, tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT, child_environment
 from running import TINY, rows, write_text
 
+import shtx
 from shtx.cli import main
 from shtx.train import TrainError
 from shtx.train.checkpoint import load, whole
@@ -55,6 +56,7 @@ def state_of(path):
     """Weights and moments of a checkpoint, whoever wrote it."""
     checkpoint = whole(load(path))
     tensors = {("weight", name): t for name, t in checkpoint.weights.items()}
+    tensors |= {("average", name): t for name, t in checkpoint.state["ema"].items()}
     for index, values in checkpoint.state["optimizer"]["state"].items():
         tensors |= {(index, name): t for name, t in values.items()}
     return tensors
@@ -64,7 +66,7 @@ def state_of(path):
 def folder(tmp_path_factory):
     """Runs of one process alone, of two, of one and of three after them, and of three after two."""
     folder = tmp_path_factory.mktemp("runs")
-    options = [*TINY, "--batch-size", "12", "--data", write_text(folder / "text")]
+    options = [*TINY, "--batch-size", "12", "--ema", "0.9", "--data", write_text(folder / "text")]
     run(1, "train", *options, "--out", folder / "alone")
     run(2, "train", *options, "--shard", "full", "--out", folder / "two")
     at = lambda name: ("train", "--resume", folder / name / "checkpoints" / "step-000008")
@@ -102,6 +104,9 @@ def test_who_writes_parts(folder):
 
 
 def test_commands_take_checkpoints_of_parts(folder, capsys):
+    averages = [shtx.load(folder / name, device="cpu", ema=True) for name in ("two", "alone")]
+    ours, theirs = (model.to_logits.weight for model in averages)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     texts = []
     for name in ("two", "alone"):
         checkpoint = str(folder / name)

@@ -39,7 +39,8 @@ from shtx.train.files import BLOCK, parse_json, publish, read, read_json, sync
 FILES = ("model.safetensors", "optimizer.pt", "config.json")
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-KEEP = 2
+KEEP = 2  # unless the run says otherwise
+BEST = "best"  # the step of the best validation
 TEMPORARY = re.compile(r"\.step-\d+\.[0-9a-f]{8}\.tmp")
 
 
@@ -58,15 +59,25 @@ class Checkpoint:
     damaged: dict[Path, str] = field(default_factory=dict)
 
 
-def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: dict) -> Path:
-    """Write a checkpoint, and remove those of the same run but it and the one before it.
+def save(
+    run: Path,
+    step: int,
+    config: dict,
+    weights: dict[str, Tensor],
+    state: dict,
+    keep: int = KEEP,
+) -> Path:
+    """Write a checkpoint, and remove those of the same run but it, the ones before it that are to
+    be kept, and the best one.
 
     Args:
         run: the directory of the run, which exists.
         step: how many steps were done.
-        config: JSON values; "id" is the run's, without it the run has none.
+        config: JSON values; "id" is the run's, without it the run has none; "best" has the "step"
+            of the best one and its "val_bits_per_byte".
         weights: name to tensor, on any device.
         state: dicts, lists, numbers and tensors: whatever torch.load takes with weights_only=True.
+        keep: how many, with this one and without the best; at least 1.
 
     Returns:
         the directory of the checkpoint. What had its name and is not a checkpoint of the run has
@@ -90,17 +101,19 @@ def save(run: Path, step: int, config: dict, weights: dict[str, Tensor], state: 
     )
     manifest = {name: _fingerprint(content) for name, content in contents.items()}
     contents[MANIFEST] = _json(manifest)
-    with _new(run, step, config.get("id")) as temporary:
+    with _new(run, step, config, keep) as temporary:
         _write(temporary, contents)
     return path_of(run, step)
 
 
-def save_shards(run: Path | None, step: int, config: dict, tensors: dict[str, Tensor]) -> None:
+def save_shards(
+    run: Path | None, step: int, config: dict, tensors: dict[str, Tensor], keep: int = KEEP
+) -> None:
     """The same, of processes that hold parts of `tensors`: all of torch.distributed call this.
 
     Args:
         run: on the first process; None on the others, which need to see the same files.
-        step, config: as for `save`, on the first process.
+        step, config, keep: as for `save`, on the first process.
         tensors: as `shards` names them.
 
     Raises:
@@ -111,7 +124,7 @@ def save_shards(run: Path | None, step: int, config: dict, tensors: dict[str, Te
         temporary = None
         if run is not None:
             try:
-                temporary = stack.enter_context(_new(run, step, config.get("id")))
+                temporary = stack.enter_context(_new(run, step, config, keep))
             except OSError as raised:
                 error = raised
         given = [(temporary, error)]
@@ -140,10 +153,10 @@ def whole(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.weights is not None:
         return checkpoint
     tensors = decode(checkpoint.path, lambda: shards.read(checkpoint.path))
-    weights, values = shards.nested(tensors)
+    weights, values, average = shards.nested(tensors)
     groups = checkpoint.config.get("param_groups")
     state = {"optimizer": {"state": values, "param_groups": groups}, "scaler": {}}
-    return replace(checkpoint, weights=weights, state=state)
+    return replace(checkpoint, weights=weights, state=state | ({"ema": average} if average else {}))
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -157,9 +170,9 @@ def _write(temporary: Path, contents: dict[str, bytes]) -> None:
 
 
 @contextmanager
-def _new(run: Path, step: int, id: str | None) -> Iterator[Path]:
+def _new(run: Path, step: int, config: dict, keep: int) -> Iterator[Path]:
     """A directory for the files of a checkpoint, which is one at the end of the context."""
-    folder = run / CHECKPOINTS
+    folder, id = run / CHECKPOINTS, config.get("id")
     if not folder.is_dir():
         folder.mkdir()
         sync(run)
@@ -175,7 +188,57 @@ def _new(run: Path, step: int, id: str | None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _prune(path, id)
+    best = best_of(config)
+    _prune(path, id, keep, best and best[0])
+
+
+def best_of(config: dict) -> tuple[int, float] | None:
+    """The step of the best validation until a checkpoint, and its bits per byte; None: of none."""
+    best = config.get("best")
+    if not isinstance(best, dict):
+        return None
+    step, bits = best.get("step"), best.get("val_bits_per_byte")
+    return (step, bits) if type(step) is int and type(bits) is float else None
+
+
+def find(path: Path, step: int | str | None = None) -> Path:
+    """The directory of a checkpoint.
+
+    Args:
+        path: of a run, or of a checkpoint.
+        step: which one of a run; "best": that of the best validation; None: the newest, or the
+            checkpoint that `path` is.
+
+    Raises:
+        TrainError: there is no such one.
+    """
+    if step is None and step_of(path) is not None:
+        return path
+    if step_of(path) is not None:
+        raise TrainError(f"{path}: is one checkpoint: step must be None, got {step!r}")
+    if not (steps := find_steps(path / CHECKPOINTS)):
+        raise TrainError(f"{path}: no checkpoint there")
+    if step is None:
+        return steps[-1]
+    if step == BEST:
+        best = best_of(peek(steps[-1]).config)
+        if best is None:
+            raise TrainError(f"{path}: has no best checkpoint: the run had no --keep-best yet")
+        step = best[0]
+    if type(step) is not int or path_of(path, step) not in steps:
+        there = ", ".join(str(step_of(other)) for other in steps)
+        raise TrainError(f"{path}: step must be one of {there}, {BEST!r} or None, got {step!r}")
+    return path_of(path, step)
+
+
+def peek(path: Path) -> Checkpoint:
+    """What a checkpoint says of itself, unchecked, without weights and state.
+
+    Raises:
+        TrainError: it is damaged, or none.
+    """
+    step, config = _config(path, _read(path / FILES[-1]))
+    return Checkpoint(path=path, step=step, config=config, weights=None, state=None)
 
 
 def load(path: Path, fallback: bool = False) -> Checkpoint:
@@ -358,12 +421,13 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _prune(newest: Path, id: str | None) -> None:
+def _prune(newest: Path, id: str | None, count: int, best: int | None) -> None:
     for leftover in newest.parent.glob(".step-*.tmp"):
         if TEMPORARY.fullmatch(leftover.name) and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
     ours = [path for path in find_steps(newest.parent) if _is_of(path, id)]
-    keep = ours[: ours.index(newest) + 1][-KEEP:]
+    before = ours[: ours.index(newest) + 1]
+    keep = before[-count:] + [path for path in before if step_of(path) == best]
     for path in ours:
         if path not in keep:
             with suppress(OSError):  # what cannot be removed is no reason to end

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -17,8 +18,9 @@ from shtx import HierarchicalTransformer, __version__
 from shtx.model import Trunk
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.train import TrainError
-from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, load, step_of
+from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find, find_steps, load, peek, step_of
 from shtx.train.data import Source, check_split
+from shtx.train.files import parse_json, read
 from shtx.train.home import RUN, origin, settings
 from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
@@ -28,12 +30,15 @@ IDENTITY = {"bytes": int, "sha256": str}  # of data, and of what is beside it in
 OTHERS = {"val": "val_data", "test": "test_data"}  # of an identity, and their settings
 FILES = ("data", "val_data", "test_data")
 MAX_DEPTH = 10_000
+# what runs had before these were settings, where that is not the default
+BEFORE = {"betas": (0.9, 0.95), "decayed": "all"}
 # what a resumed run may change: what it learns does not depend on it, or it is told
 FREE = (
     *("steps", "schedule", "curve", "data", "val_data", "test_data", "separator", "raw"),
     *("out", "resume", "resume_fallback", "device"),
     *("impl", "model", "log_every", "eval_every", "eval_sequences", "save_every"),
-    *("activation_checkpointing", "accumulate", "shard"),
+    *("activation_checkpointing", "accumulate", "shard", "config"),
+    *("keep", "keep_best", "sample_every", "log"),
 )
 DESCRIPTION = """\
 Train a byte-level hierarchical transformer, measured in bits per byte on held-out data.
@@ -46,6 +51,11 @@ Examples:
   shtx train --preset gpu --precision bf16-mixed --batch-size 4
   shtx train --hierarchies 1 2 8 --hierarchical-stride 1 2 8 --window-sizes 32 64 None
   shtx train --objective next-latent --num-rollouts 2
+  shtx train --schedule wsd --warmup 200 --min-lr 1e-5
+  shtx train --optimizer muon --level-lr 1 0.5
+  shtx train --ema 0.999 --log tensorboard
+  shtx train --init-from runs/enwik8 --data other.txt --lr 1e-4
+  shtx train --config runs/enwik8/run.json --seed 1
   shtx train --resume runs/enwik8 --steps 40000
   torchrun --nproc-per-node 8 -m shtx train --batch-size 64
 """
@@ -175,12 +185,32 @@ class Config:
     accumulate: int = 1
     """Micro-batches that each process splits its sequences into: less memory, the same step."""
     lr: float
-    """Peak learning rate: a short warmup leads to it, --schedule away from it."""
-    schedule: Literal["cosine", "constant", "minimum"] = "cosine"
-    """How the learning rate falls to a fiftieth. cosine: all the way to --steps. constant: in the
-    last fifth alone. minimum: a cosine whose end stays where it is when --resume raises --steps."""
+    """Peak learning rate: --warmup leads to it, --schedule away from it."""
+    schedule: Literal["cosine", "wsd", "constant", "minimum"] = "cosine"
+    """How the learning rate falls to --min-lr. cosine: all the way to --steps. wsd: in the last
+    fifth alone, which older versions called constant, and so resume. constant: never. minimum: a
+    cosine whose end stays where it is when --resume raises --steps."""
     curve: tyro.conf.Suppress[int | None] = None
     """Steps of the schedule; None: all."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises to --lr; None: a twentieth of all."""
+    min_lr: float | None = None
+    """Where the learning rate ends; None: a fiftieth of --lr."""
+    weight_decay: float = 0.1
+    """Of matrices; norms, biases and embeddings have none."""
+    decayed: tyro.conf.Suppress[Literal["matrices", "all"]] = "matrices"
+    """What --weight-decay is of; runs of older versions: all."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of blocks and AdamW for the rest, of one learning rate."""
+    level_lr: tuple[float, ...] = (1.0,)
+    """What multiplies the learning rate of each level's own weights."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW: how much of its mean gradient and of its mean square a step keeps."""
+    ema: float | None = None
+    """How much of an average of the weights a step keeps, as 0.999: checkpoints have it, too, and
+    validations and samples are of it. None: no average."""
+    grad_clip: float | None = 1.0
+    """Greatest norm of all gradients together; None: any."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
     """Of matrix products; weights are fp32."""
     shard: Literal["none", "optimizer", "full"] = "none"
@@ -198,6 +228,12 @@ class Config:
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Where metrics, checkpoints and the plot go; by default runs/ and the time, or where the run
     that is resumed is."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Settings in JSON, over those of --preset and under flags: a run's run.json, or some of the
+    settings in there."""
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Begin with the weights of this run's newest checkpoint, or of this checkpoint, and with
+    nothing else of it; the model's settings are its own where they are not given."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Continue the run in this directory from its newest checkpoint, or from this checkpoint of it,
     giving up the later ones; with another --out there, leaving the run as it is. The settings are
@@ -212,7 +248,15 @@ class Config:
     eval_sequences: int
     """Validation sequences, evenly spaced."""
     save_every: int
-    """Steps between checkpoints, of which the newest two are kept."""
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
+    keep_best: bool = True
+    """Save and keep that of the best validation, too."""
+    sample_every: int | None = None
+    """Steps between samples; None: one at the end."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """What else gets the rows of metrics.jsonl: event files under --out, or Weights & Biases."""
     model: tyro.conf.OmitArgPrefixes[Model]
 
     def __post_init__(self):
@@ -224,11 +268,15 @@ class Config:
             "save_every",
             "log_every",
             "eval_sequences",
+            "keep",
+            *(["sample_every"] if self.sample_every is not None else []),
         ):
             if not 1 <= getattr(self, name) < 2**63:
                 raise TrainError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.precision == "fp16-mixed" and self.shard != "none":
             raise TrainError(f"--shard must be none for fp16-mixed, got {self.shard}")
+        if self.precision == "fp16-mixed" and self.optimizer != "adamw":
+            raise TrainError(f"--optimizer must be adamw for fp16-mixed, got {self.optimizer}")
         if idle := self.model.without_effect():
             raise TrainError(
                 f"{flag(idle[0])} has no effect with --objective {self.model.objective}:"
@@ -238,6 +286,27 @@ class Config:
             raise TrainError(f"--depth must be at most {MAX_DEPTH:,}, got {self.model.depth}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise TrainError(f"--lr must be positive and finite, got {self.lr}")
+        if self.warmup is not None and not 0 <= self.warmup < 2**63:
+            raise TrainError(f"--warmup must be at least 0 or None, got {self.warmup}")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise TrainError(f"--min-lr must be 0 to --lr {self.lr}, got {self.min_lr}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise TrainError(
+                f"--weight-decay must be at least 0 and finite, got {self.weight_decay}"
+            )
+        levels = len(self.model.hierarchies)
+        fits = len(self.level_lr) in (1, levels)
+        if not fits or not all(0 <= m < math.inf for m in self.level_lr):
+            raise TrainError(
+                f"--level-lr must be one number, or {levels}, one for each of --hierarchies, at"
+                f" least 0 and finite, got {self.level_lr}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise TrainError(f"--betas must be two numbers in [0, 1), got {self.betas}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise TrainError(f"--ema must be in [0, 1) or None, got {self.ema}")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise TrainError(f"--grad-clip must be above 0 or None, got {self.grad_clip}")
         if not 0 <= self.seed < 2**63:
             raise TrainError(f"--seed must be in [0, 2^63), got {self.seed}")
         self._check_data()
@@ -289,26 +358,36 @@ class Config:
     def to_json(self) -> dict:
         """What a resumed run needs; its place is not part of it."""
         files = {name: [str(p.resolve()) for p in getattr(self, name)] for name in FILES}
-        return asdict(replace(self, out=None, resume=None, resume_fallback=False)) | {
+        start = self.init_from and str(self.init_from.resolve())
+        here = dict(out=None, resume=None, resume_fallback=False, config=None)
+        return asdict(replace(self, **here)) | {
             **files,
+            "init_from": start,
             "defaults": _at_default(self) + _at_default(self.model),
         }
 
     @classmethod
     def from_json(
-        cls, values: dict, source: Path = Path("settings"), version: str = __version__
+        cls,
+        values: dict,
+        source: Path | str = "settings",
+        version: str = __version__,
+        fault: str = "damaged: ",
     ) -> "Config":
         """The settings that `to_json` of this version or of another gave.
 
         Args:
             values: JSON.
             source, version: the file they are from, and the version that wrote it.
+            fault: what a malformed setting is of the file.
 
         Raises:
             TrainError: a setting is malformed, or is not at its default and unknown here, or
                 missing and without a default.
         """
-        values = dict(values)
+        if "decayed" not in values and values.get("schedule") == "constant":
+            values = values | {"schedule": "wsd"}
+        values = {name: as_json(value) for name, value in BEFORE.items()} | values
         ignored = values.pop("defaults", [])
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(ignored, list):
@@ -333,17 +412,22 @@ class Config:
             hints = get_type_hints(part)
             for name, value in given.items():
                 if not _fits(value, hints[name]):
-                    raise TrainError(f"{source}: damaged: {name} cannot be {value!r}")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        paths = {k: v and Path(v) for k, v in values.items() if k in ("out", "resume")}
+                    raise TrainError(f"{source}: {fault}{name} cannot be {value!r}")
+        tuples = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
+        named = "init_from", "out", "resume", "config"
+        paths = {k: v and Path(v) for k, v in values.items() if k in named}
         paths |= {k: tuple(map(Path, v)) for k, v in values.items() if k in FILES}
-        return cls(**values | paths | {"model": Model(**tuples)})
+        return cls(**tuples(values) | paths | {"model": Model(**tuples(model))})
+
+
+def as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _at_default(settings) -> list[str]:
     """Settings that another version can do without, if it does not know them."""
-    return [f.name for f in fields(settings) if getattr(settings, f.name) == f.default]
+    needless = {f.name: BEFORE.get(f.name, f.default) for f in fields(settings)}
+    return [name for name, value in needless.items() if getattr(settings, name) == value]
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -354,7 +438,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return isinstance(value, str) and value in arguments
     if kind is tuple:
-        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+        sized = (
+            arguments[-1] is Ellipsis or isinstance(value, list) and len(value) == len(arguments)
+        )
+        return isinstance(value, list) and sized and all(_fits(v, arguments[0]) for v in value)
     accepted = {float: (int, float), Path: (str,)}.get(hint, (hint,))
     return type(value) in accepted
 
@@ -408,7 +495,8 @@ PRESETS = {
         precision="fp32",
         steps=700,
         batch_size=8,
-        lr=6e-3,
+        lr=8e-3,
+        optimizer="muon",
         eval_every=175,
         eval_sequences=512,
         save_every=350,
@@ -450,14 +538,17 @@ class Asked:
     preset: str | None
     resume: Path | None
     out: Path | None
+    config: Path | None
+    init_from: Path | None
     resume_fallback: bool
 
 
 def look(argv: list[str]) -> Asked:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
-    for name in ("--resume", "--out"):
-        first.add_argument(name, nargs="?", type=lambda path: Path(os.path.abspath(path)))
+    for name in ("resume", "out", "config", "init_from"):
+        names = dict.fromkeys((flag(name), f"--{name}"))
+        first.add_argument(*names, nargs="?", type=lambda path: Path(os.path.abspath(path)))
     first.add_argument("--resume-fallback", "--resume_fallback", action="store_true")
     chosen, _ = first.parse_known_args(argv)
     return Asked(**vars(chosen))
@@ -483,8 +574,11 @@ def parse(
     cli = partial(tyro.cli, Config, args=argv, prog=prog, description=description)
 
     if asked.resume is None:
-        base = PRESETS.get(asked.preset) or PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
-        return described(cli(default=base)), None
+        return described(cli(default=_base(asked))), None
+    if asked.config is not None:
+        raise TrainError(
+            f"--config {asked.config}: is for a run that begins; --resume has the run's settings"
+        )
 
     begun = settings(asked.resume) if step_of(asked.resume) is None else None
     if begun and not find_steps(asked.resume / CHECKPOINTS):  # it ended before its first one
@@ -530,6 +624,40 @@ def described(config: Config) -> Config:
         bytes_per_token=found.bytes / found.count,
         tokenizer=found.tokenizer,
     )
+
+
+def _base(asked: Asked) -> Config:
+    """Where the settings of a run that begins come from, where flags do not say."""
+    given = read_settings(asked.config) if asked.config else {}
+    preset = asked.preset or given.get("preset")
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    base = PRESETS.get(preset if isinstance(preset, str) else default) or PRESETS[default]
+    if asked.init_from is not None:
+        base = replace(base, model=settings_of(peek(find(asked.init_from))).model)
+    if not given:
+        return base
+    source = f"--config {asked.config}"
+    if "defaults" not in given:  # some settings, by hand
+        model = given.get("model", {})
+        whole = json.loads(json.dumps(base.to_json()))
+        known = {f.name for f in (*fields(Model), *fields(Config))}
+        unknown = [n for n in (*given, *model) if n not in known] if isinstance(model, dict) else []
+        if unknown:
+            raise TrainError(f"{source}: there is no setting {', '.join(unknown)}")
+        inner = whole["model"] | model if isinstance(model, dict) else model
+        given = whole | given | {"model": inner, "preset": base.preset}
+    return Config.from_json(given, source, fault="")
+
+
+def read_settings(path: Path) -> dict:
+    """The settings in a file that a run has written, or somebody by hand."""
+    try:
+        given = parse_json(path, read(path))
+    except FileNotFoundError:
+        raise TrainError(f"--config {path}: no such file") from None
+    except (TrainError, OSError) as error:
+        raise TrainError(f"--config {path}: must be a file of a JSON object") from error
+    return given["run"] if isinstance(given.get("run"), dict) else given
 
 
 def settings_of(checkpoint: Checkpoint) -> Config:

@@ -48,6 +48,8 @@ SPACE = b" \t\n\r\f\v"
 class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
+    ema: bool = False
+    """Take the averaged weights, of a run with --ema."""
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
     """Files, directories or patterns, plain or packed, as `shtx train` takes them; the --separator
     of the run comes between them."""
@@ -109,7 +111,7 @@ def main(argv: list[str]) -> int:
         raise TrainError("--per-position is of windows, and --stream takes their place")
     device = find_device(options.device, "--device cpu needs none")
     path = Path(os.path.abspath(options.checkpoint))
-    model, checkpoint = load_model(path, device)
+    model, checkpoint = load_model(path, device, ema=options.ema)
     refuse_untrainable(model)
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride

@@ -37,6 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Options:
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """A run, for its newest checkpoint, or one of its checkpoints."""
+    ema: bool = False
+    """Take the averaged weights, of a run with --ema."""
     prompt: str | None = None
     """What the text begins with, in UTF-8; for a model of token ids without --tokenizer, some of
     them with spaces between them, and what is shown are token ids, too."""
@@ -85,7 +87,8 @@ def main(argv: list[str]) -> int:
         raise TrainError("--stop must have at least one byte")
     text, files = read_prompt(options), new_files(options)
     device = find_device(options.device, "--device cpu needs none")
-    model, checkpoint = load_model(Path(os.path.abspath(options.checkpoint)), device)
+    path = Path(os.path.abspath(options.checkpoint))
+    model, checkpoint = load_model(path, device, ema=options.ema)
     unit = unit_of(options, settings_of(checkpoint))
     prompt = unit.read("--prompt", text)
     stops = [unit.read("--stop", os.fsencode(stop)) for stop in options.stop]

@@ -6,6 +6,8 @@ RUN/shtx.lock       locked while a process trains into RUN: its pid, its host, s
     checkpoints/    step-000123/ ..., see `checkpoint`
     data.bin        what was unpacked, for data that has no file of its own (val.bin, test.bin)
     loss.png        the plot
+    tensorboard/    the rows for TensorBoard, where they are asked for
+    wandb/          the same, for Weights & Biases
 """
 
 import errno
@@ -21,11 +23,12 @@ from datetime import datetime
 from pathlib import Path
 
 from shtx.train import TrainError
-from shtx.train.checkpoint import CHECKPOINTS, KEEP, Checkpoint, find_steps, step_of
+from shtx.train.checkpoint import CHECKPOINTS, Checkpoint, find_steps, step_of
 from shtx.train.files import make, publish, read_json, sync
 
 LOCK, RUN, METRICS, PLOT = "shtx.lock", "run.json", "metrics.jsonl", "loss.png"
 DATA = ("data.bin", "val.bin", "test.bin")
+LOGS = ("tensorboard", "wandb")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -40,6 +43,8 @@ class Home:
         path: the directory.
         begun: a process that has ended trained into it.
         id: of the run, once it has begun.
+        best: the step of its best validation and the bits per byte, as its checkpoints tell; None
+            before the first one.
 
     Raises:
         TrainError: another process trains into it; or it cannot be made or written.
@@ -61,6 +66,7 @@ class Home:
             if isinstance(error, OSError):
                 raise TrainError(f"{self.name}: {error.strerror}") from error
             raise
+        self.best = None
         self.begun = self.kept = os.fstat(self.lock).st_size > 0
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
@@ -129,17 +135,19 @@ class Home:
         if held or (self.path / METRICS).exists() and not self.begun:
             remedy = f"continue it with --resume {self.path}, or name another" if held else ""
             raise TrainError(f"{self.name}: holds a run; {remedy or 'name another directory'}")
-        for name in (RUN, *DATA, PLOT):
+        for name in (RUN, *DATA, PLOT, *LOGS):
             if (self.path / name).exists() and not self.begun:
                 raise TrainError(
                     f"{self.name}: holds {name}, which the run would replace;"
                     " name another directory"
                 )
 
-    def need_room(self, size: int) -> None:
-        """Raise a TrainError if the disk has no room for the checkpoints, of `size` bytes each."""
-        there = min(len(find_steps(self.path / CHECKPOINTS)), KEEP)
-        need, free = size * (KEEP + 1 - there), shutil.disk_usage(self.path).free
+    def need_room(self, size: int, keep: int) -> None:
+        """Raise a TrainError if the disk has no room for `keep` checkpoints, of `size` bytes each,
+        and the one that is written.
+        """
+        there = min(len(find_steps(self.path / CHECKPOINTS)), keep)
+        need, free = size * (keep + 1 - there), shutil.disk_usage(self.path).free
         if need > free:
             raise TrainError(
                 f"{self.name}: checkpoints need {need / 1e9:,.3f} GB more, {free / 1e9:,.3f} GB are"

@@ -11,8 +11,10 @@ from shtx import __version__
 from shtx.train import TrainError
 from shtx.train.checkpoint import save, save_shards
 from shtx.train.home import Home
+from shtx.train.loggers import logger_of
 from shtx.train.metrics import Metrics
-from shtx.train.progress import Display
+from shtx.train.progress import Display, clock_of
+from shtx.train.speed import flops_of, peak_memory, peak_of
 from shtx.train.stop import Stop
 from shtx.train.store import DataChanged
 from shtx.train.trainer import Trainer, learning_rate
@@ -35,6 +37,10 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
     """
     config, first = trainer.config, home is not None
     metrics = Metrics(home.metrics, done) if first else None
+    logger = logger_of(config.log, home, config.to_json(), done)
+    best = home.best if first else None
+    peak = peak_of(trainer.device, config.precision)
+    flops = flops_of(config) if peak else 0
     description = {
         "id": home and home.id,
         "run": config.to_json(),
@@ -43,10 +49,17 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
     }
     tokens = config.batch_size * config.model.seq_len
 
+    def append(step: int, **row: float) -> None:
+        metrics.append(step=step, **row)
+        logger.append(step, **row)
+
     def record(losses: list[Tensor], seconds: float) -> None:
         speed = len(losses) * tokens / seconds
+        means = {"peak_memory": peak_memory(trainer.device)}
+        if peak:
+            means["mfu"] = flops * len(losses) / seconds / (peak * trainer.world)
         start = done - len(losses)
-        for step, (loss, ce, norm) in enumerate(torch.stack(losses).tolist(), start):
+        for step, (loss, ce, norm, *parts) in enumerate(torch.stack(losses).tolist(), start):
             # a gradient that overflows fp16 is the scaler's business
             if not math.isfinite(loss if trainer.scaler.is_enabled() else loss + norm):
                 raise TrainError(
@@ -56,16 +69,38 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
             bits = ce / math.log(2)
             row = dict(loss=loss, **config.unit.figures(bits), tokens_per_second=speed)
             if first:
-                metrics.append(step=step + 1, lr=learning_rate(config, step), **row)
+                more = dict(zip(trainer.part_names, parts, strict=True)) | means
+                if math.isfinite(norm):
+                    more["grad_norm"] = norm
+                more["tokens"] = tokens * (step + 1)
+                append(step + 1, lr=learning_rate(config, step), **row, **more)
         display.step(done, loss, config.unit.text(bits), speed)
 
-    def validate(stopped: Callable[[], int] = lambda: 0) -> None:
-        bits = trainer.evaluate(stopped)
+    def validate(stopped: Callable[[], int] = lambda: 0) -> bool:
+        """Whether the weights are the best so far, and are to be kept."""
+        nonlocal best
+        began = time.monotonic()
+
+        def progress(count: int) -> None:
+            left = (time.monotonic() - began) / count * (config.eval_sequences - count)
+            display.note(f"validation {count}/{config.eval_sequences}, {clock_of(left)} left")
+
+        bits = trainer.evaluate(stopped, progress)
         if bits is None:  # the resumed run begins with it
-            return
+            return False
         display.say(f"step {done}/{config.steps}: validation {config.unit.text(bits)}")
+        better = False
         if first:
-            metrics.append(step=done, **config.unit.figures(bits, "val_"))
+            append(done, **config.unit.figures(bits, "val_"))
+            least = math.inf if best is None else best[1]
+            better = config.keep_best and done > 0 and bits < least
+            best = (done, bits) if better else best
+        return bool(trainer.agree(int(better)))
+
+    def sample() -> None:
+        if first or trainer.sharded:
+            prompt, text = trainer.sample()
+            display.say(f"step {done}/{config.steps}: sample: {config.unit.show(prompt + text)}")
 
     def keep() -> None:
         if not trainer.is_finite():
@@ -76,16 +111,21 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
         if first:
             home.check()
             metrics.sync()
+            logger.sync()
+        told = description
+        if best is not None:
+            told = told | {"best": {"step": best[0], "val_bits_per_byte": best[1]}}
         if trainer.sharded:
             tensors, groups = trainer.parts()
-            save_shards(home and home.path, done, description | {"param_groups": groups}, tensors)
+            told = told | {"param_groups": groups}
+            save_shards(home and home.path, done, told, tensors, config.keep)
         elif first:
-            save(home.path, done, description, trainer.model.state_dict(), state)
+            save(home.path, done, told, trainer.model.state_dict(), state, config.keep)
 
     trainer.compile()
     lacking = first and metrics.lacks_validation(done, config.eval_every)
     if done == 0 or trainer.agree(int(lacking)):
-        validate()
+        validate()  # if it is the best, it is saved already, and stays
     elsewhere = done > 0 and first and not home.holds_checkpoints()  # what is resumed
     if trainer.agree(int(elsewhere)):
         keep()
@@ -105,14 +145,19 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
                 done == config.steps or done % every == 0
                 for every in (config.log_every, config.eval_every, config.save_every)
             )
+            show = config.sample_every and done % config.sample_every == 0 and done < config.steps
             if trainer.world == 1 or log:
                 signum = trainer.agree(ended())
-            if log or evaluate or checkpoint or signum:
+            if log or evaluate or checkpoint or show or signum:
                 record(losses, time.perf_counter() - clock)
+                better = False
                 if evaluate and not signum:
-                    validate(ended)
+                    better = validate(ended)
                     signum = ended() if trainer.world == 1 else 0
-                if checkpoint or signum:
+                if checkpoint or better or signum:
                     keep()
+                if show and not signum:
+                    sample()
                 losses, clock = [], time.perf_counter()
+        logger.close()
         return signum or trainer.agree(ended())  # one that came with the last save counts, too

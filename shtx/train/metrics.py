@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from shtx.train import files
+from shtx.train import files, visible
 
 VALIDATIONS = ("val_bits_per_byte", "val_bits_per_token")
 
@@ -29,6 +29,13 @@ class Unit(NamedTuple):
         """The same as text."""
         figures = self.figures(bits).items()
         return ", ".join(f"{value:.{digits}f} {name.replace('_', ' ')}" for name, value in figures)
+
+    def show(self, ids: list[int]) -> str:
+        """Bytes as text, those that are not UTF-8 or would move the cursor as escapes; token ids as
+        numbers."""
+        if self.name == "byte":
+            return visible(bytes(ids).decode("utf-8", errors="backslashreplace"))
+        return " ".join(map(str, ids))
 
 
 BYTE = Unit("byte", 1.0)

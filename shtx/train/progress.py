@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,7 +52,7 @@ class Display:
     """
 
     def __init__(self, steps: int, done: int, quiet: bool, unit: str = "step"):
-        self.steps, self.unit = steps, unit
+        self.steps, self.first, self.unit = steps, done, unit
         self.output = Output(sys.stdout)
         self.console = Console(
             file=self.output,
@@ -73,6 +74,7 @@ class Display:
         self.task = self.bar.add_task("", total=steps, completed=done)
 
     def __enter__(self) -> "Display":
+        self.began = time.monotonic()
         self.bar.start()
         return self
 
@@ -88,7 +90,19 @@ class Display:
     def show(self, done: int, text: str) -> None:
         self.bar.update(self.task, completed=done, description=text)
         if self.bar.disable:
-            self.say(f"{self.unit} {done}/{self.steps}: {text}")
+            left = (time.monotonic() - self.began) / max(1, done - self.first) * (self.steps - done)
+            self.say(f"{self.unit} {done}/{self.steps}: {text}, {clock_of(left)} left")
+
+    def note(self, text: str) -> None:
+        """Show what goes on between two steps, where there is a bar."""
+        self.bar.update(self.task, description=text)
+
+
+def clock_of(seconds: float) -> str:
+    """As h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def printable(data: bytes) -> str:

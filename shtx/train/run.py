@@ -12,15 +12,22 @@ import torch.distributed as dist
 from shtx import __version__, ops
 from shtx.model import Trunk
 from shtx.train import TrainError
-from shtx.train.checkpoint import Checkpoint, set_aside
+from shtx.train.checkpoint import Checkpoint, best_of, set_aside
 from shtx.train.config import PRESETS, Config, look, parse, settings_of
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
+from shtx.train.loggers import refuse_what_is_not_installed
 from shtx.train.loop import fit
 from shtx.train.metrics import plot
-from shtx.train.progress import Display, printable
+from shtx.train.progress import Display
 from shtx.train.stop import Stop, Stopped
-from shtx.train.trainer import Trainer, build, learning_rate, refuse_untrainable
+from shtx.train.trainer import (
+    Trainer,
+    build,
+    learning_rate,
+    refuse_untrainable,
+    take_weights,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -38,9 +45,13 @@ def main(argv: list[str]) -> int:
         if first and path:
             home = stack.enter_context(Home(path, "--resume"))
         config, checkpoint = parse(argv)
+        if first:
+            refuse_what_is_not_installed(config.log)
         device, rank, world = place(config)
-        model = build(config, device, copies=4, world=world)
+        model = build(config, device, copies=4 + (config.ema is not None), world=world)
         refuse_untrainable(model)
+        if config.init_from and checkpoint is None:
+            take_weights(model, config.init_from)
         if first and home is None:
             home = stack.enter_context(Home(config.out))
             home.refuse_what_is_not_ours()
@@ -112,7 +123,7 @@ def run(
             raise Stopped(stop.signum)
         display.say(
             f"\nsample after a prompt of {len(prompt)} {config.unit.name}s:\n"
-            f"{shown(prompt + text, config)}\n"
+            f"{config.unit.show(prompt + text)}\n"
         )
         display.say(f"metrics, checkpoints and loss.png: {home.path}")
     trainer.close()
@@ -122,11 +133,6 @@ def run(
 def sizes(corpus: Corpus) -> str:
     unit = "MB" if corpus.store.tokens is None else "million tokens"
     return f"{len(corpus.train) / 1e6:.1f} {unit} to train on, {len(corpus.val) / 1e6:.1f} {unit}"
-
-
-def shown(ids: list[int], config: Config) -> str:
-    """Bytes as text; of token ids the numbers."""
-    return printable(bytes(ids)) if config.unit.name == "byte" else " ".join(map(str, ids))
 
 
 def jump_of(config: Config, before: Config, done: int) -> str | None:
@@ -154,6 +160,10 @@ def place(config: Config) -> tuple[torch.device, int, int]:
         raise TrainError(
             f"--batch-size must be a multiple of the {world} processes times --accumulate"
             f" {config.accumulate}, got {config.batch_size}"
+        )
+    if world > 1 and config.shard == "full" and config.optimizer == "muon":
+        raise TrainError(
+            "--optimizer muon steps whole matrices: --shard must be none or optimizer, got full"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -196,8 +206,9 @@ def open_run(
         expected, former = checkpoint.config["data"], origin(config.resume, checkpoint)
     here = former == home.path  # the run goes on where it was
     former = None if here else former
-    numbers = 3 * sum(p.numel() for p in model.parameters())  # weights and AdamW's moments
-    home.need_room(4 * numbers)
+    copies = 3 + (config.ema is not None)  # weights, AdamW's moments and averages
+    numbers = copies * sum(p.numel() for p in model.parameters())
+    home.need_room(4 * numbers, config.keep + config.keep_best)
     data = config.source, home.path, config.model.seq_len
     corpus = prepare(*data, expected, former, display.say)
     most = max(corpus.different_windows, PRESETS[config.preset].eval_sequences)
@@ -215,6 +226,7 @@ def open_run(
         shutil.copyfile(former / METRICS, home.metrics)
     id = checkpoint.config.get("id") if here else new_id()
     home.begin(config.to_json(), id, checkpoint.path if checkpoint and not here else None)
+    home.best = best_of(checkpoint.config) if here else None
     return corpus
 
 

@@ -4,6 +4,7 @@ them; nothing of them is code.
 
     model.NAME              a weight
     optimizer.INDEX.NAME    what the optimizer keeps for the parameter of this number
+    ema.NAME                the average of a weight
 """
 
 import re
@@ -69,25 +70,36 @@ def read(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def flat(weights: dict[str, Tensor], optimizer: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a model's state_dict and of an optimizer's `state`, by their names here."""
+def flat(
+    weights: dict[str, Tensor],
+    optimizer: dict[int, dict[str, Tensor]],
+    average: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The tensors of a model's state_dict, of an optimizer's `state` and of averaged weights, by
+    their names here.
+    """
     tensors = {f"model.{name}": t for name, t in weights.items()}
+    tensors |= {f"ema.{name}": t for name, t in average.items()}
     for index, values in optimizer.items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in values.items()}
     return tensors
 
 
-def nested(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+def nested(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]], dict[str, Tensor]]:
     """What `flat` was given."""
-    weights, optimizer = {}, {}
+    weights, optimizer, average = {}, {}, {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "model":
             weights[name] = tensor
+        elif kind == "ema":
+            average[name] = tensor
         else:
             index, _, name = name.partition(".")
             optimizer.setdefault(int(index), {})[name] = tensor
-    return weights, optimizer
+    return weights, optimizer, average
 
 
 def _first(error: CheckpointException) -> BaseException:

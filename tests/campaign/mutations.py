@@ -123,9 +123,40 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/trainer.py",
-        "torch.manual_seed(self.config.seed)\n        with self.autocast():",
-        "with self.autocast():",
+        "torch.manual_seed(self.config.seed)\n        with self.averaged(), self.autocast():",
+        "with self.averaged(), self.autocast():",
         "tests/test_train.py::test_sample_repeats",
+    ),
+    # what a run can be told
+    Mutation(
+        "shtx/train/optimizers.py",
+        'is_matrix or config.decayed == "all"',
+        "True",
+        "tests/test_train.py::test_matrices_alone_decay",
+    ),
+    Mutation(
+        "shtx/train/trainer.py",
+        "        with self.averaged():\n            return self._evaluate",
+        "        if True:\n            return self._evaluate",
+        "tests/test_train_flags.py::test_validations_and_samples_are_of_the_average_and_leave_the_weights",
+    ),
+    Mutation(
+        "shtx/train/loop.py",
+        "done > 0 and bits < least",
+        "done > 0",
+        "tests/test_train_flags.py::test_the_best_is_kept_beside_the_newest",
+    ),
+    Mutation(
+        "shtx/train/checkpoint.py",
+        " + [path for path in before if step_of(path) == best]",
+        "",
+        "tests/test_train_flags.py::test_the_best_is_kept_beside_the_newest",
+    ),
+    Mutation(
+        "shtx/muon.py",
+        '1 - lr * group["weight_decay"]',
+        "1.0",
+        "tests/test_muon.py::test_steps_of_pytorch",
     ),
     # runs and their files
     Mutation(
@@ -166,8 +197,8 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/checkpoint.py",
-        "[: ours.index(newest) + 1][-KEEP:]",
-        "[-KEEP:]",
+        "before = ours[: ours.index(newest) + 1]",
+        "before = ours",
         "tests/test_checkpoint.py::test_resuming_an_older_step_gives_up_the_later_ones",
     ),
     Mutation(
@@ -373,6 +404,12 @@ TESTS = {
     "shtx/train/trainer.py": "test_train test_hostile",
     "shtx/train/stop.py": "test_ends",
     "shtx_kernels/decode_arguments.py": "test_decode_ops",
+    "shtx/train/optimizers.py": "test_train",
+    "shtx/train/speed.py": "test_train_flags",
+    "shtx/train/loggers.py": "test_train_flags",
+    "shtx/optimizers.py": "test_muon",
+    "shtx/muon.py": "test_muon",
+    "shtx/loading.py": "test_loading",
     "shtx_kernels/_cross_entropy.py": "test_linear_cross_entropy test_reconstruction_loss",
     "shtx_kernels/_gelu.py": "test_feed_forward test_next_latent_loss",
     "shtx_kernels/_one_hot.py": "test_token_embedding test_causal_compress test_chunk_summary",
