@@ -47,7 +47,8 @@ class Case(NamedTuple):
 
     @property
     def options(self) -> tuple:
-        return (self.H, self.window, 1, self.window < 0, self.E**-0.5)
+        xpos, interleaved = self.window < 0, False
+        return (self.H, self.window, 1, xpos, interleaved, self.E**-0.5)
 
 
 CASES = [
