@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shtx import model as version_2
 from shtx import next_latent as version_4
 from shtx.initial import draw
+from shtx.internals import mark_as_initialized
 from shtx.losses import LEFT_OUT, means_of_columns
 from shtx.model import Trunk
 from shtx.ops import cross_entropy
@@ -126,7 +127,7 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if self.model.token_emb.weight.device.type != "meta":  # has the weights of a new model
             for module in self.modules():
-                module._is_hf_initialized = True
+                mark_as_initialized(module)
         self.post_init()
 
     @classmethod

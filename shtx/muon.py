@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shtx.internals import add_all, lerp_all, scale_all
 from shtx.plan import is_sharded
 
 # of https://kellerjordan.github.io/posts/muon/: the steepest at zero
@@ -110,12 +111,14 @@ class Muon(Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         kept = [self.state[p]["momentum_buffer"] for p in matrices]
-        torch._foreach_lerp_(kept, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, kept, momentum) if group["nesterov"] else kept
-        updates = orthogonal(torch.stack([u.bfloat16() for u in updates]))
-        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        lerp_all(kept, gradients, 1 - momentum)
+        updates = torch.stack(kept)
+        if group["nesterov"]:
+            updates = torch.stack(gradients).lerp(updates, momentum)
+        updates = orthogonal(updates.bfloat16())
+        scale_all(matrices, 1 - lr * group["weight_decay"])
         updates = updates.to(matrices[0].dtype) * (-lr * scale)
-        torch._foreach_add_(matrices, list(updates))
+        add_all(matrices, list(updates))
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.utils._pytree import tree_map, tree_map_only
 
 from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
+from shtx.internals import is_compiled, scales_its_gradients, tree_map, tree_map_only
 from shtx.levels import integer
 from shtx.losses import means_of_columns
 from shtx.ops import FUSED, compile_ahead
@@ -329,7 +329,7 @@ class TrainStep:
         """Plan once for all micro-batches, so that weights are cast once; what is compiled or
         sharded plans its own forwards.
         """
-        compiled = self._core._compiled_call_impl or not isinstance(self._core, Layer)
+        compiled = is_compiled(self._core) or not isinstance(self._core, Layer)
         return {} if compiled or self._sharded else dict(plan=self._core.plan(checked=True))
 
     @contextmanager
@@ -400,7 +400,7 @@ class TrainStep:
             fits = all(map(_reads_tensors, optimizer.param_groups))
             if self.scaler.is_enabled():  # only a fused update finds out what overflowed
                 needed = 'fused=True with precision="fp16-mixed"'
-                fits = getattr(optimizer, "_step_supports_amp_scaling", False)
+                fits = scales_its_gradients(optimizer)
             if not fits:
                 raise ValueError(
                     f"optimizer must have {needed} for a CUDA graph, got"

@@ -10,6 +10,7 @@ from torch import Tensor, device, nn
 from torch.nn import Module
 
 from shtx import next_latent
+from shtx.internals import buffers_of
 from shtx.model import HierarchicalTransformer, Trunk
 from shtx.plan import HOOKS
 
@@ -81,7 +82,7 @@ def from_upstream(model: Module, impl: str = "auto") -> Trunk:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, _ in list(ours.named_buffers(remove_duplicate=False)):
         parent, _, leaf = name.rpartition(".")
-        ours.get_submodule(parent)._buffers[leaf] = buffers[name]
+        buffers_of(ours.get_submodule(parent))[leaf] = buffers[name]
     return ours.train(model.training)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from shtx import HierarchicalTransformer, TrainStep
 from shtx.fsdp import fully_shard_model
 from shtx.initial import fill
-from shtx.internals import tree_leaves
+from shtx.internals import lerp_all, tree_leaves
 from shtx.model import Trunk
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.plan import is_sharded
@@ -235,7 +235,7 @@ class Trainer:
             # of the first steps, which the average would remember for long, it forgets more
             kept = min(config.ema, (1 + step) / (10 + step))
             with torch.no_grad():
-                torch._foreach_lerp_(*self._averages_and_weights(), 1 - kept)
+                lerp_all(*self._averages_and_weights(), 1 - kept)
         return torch.stack((loss, ce, self.train_step.grad_norm, *tree_leaves(parts)))
 
     def _averages_and_weights(self) -> tuple[list[Tensor], list[Tensor]]:
