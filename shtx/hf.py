@@ -38,7 +38,7 @@ SMALL = dict(num_tokens=256, dim=512, depth=6)  # what a constructor has no defa
 
 NEW_TOKENS = 20  # and the 50 most likely ones, if nothing is said: what transformers does
 TOP_K = 50
-TAKEN = (  # of a GenerationConfig
+TAKEN = (  # fields of a GenerationConfig
     *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p"),
     *("eos_token_id", "pad_token_id", "bos_token_id", "num_return_sequences", "use_cache"),
     "transformers_version",
@@ -132,7 +132,7 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As of PreTrainedModel; what no optimizer is to train stays so."""
+        """Load as PreTrainedModel does; parameters that no optimizer is to train stay frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         for name in model._frozen:

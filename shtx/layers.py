@@ -172,7 +172,7 @@ def rotary_buffers(dim: int, device: torch.device | None = None) -> dict[str, Te
 
 
 class InterleavedRotary(Module):
-    """The same of a checkpoint of 0.4.0, which pairs neighbouring channels."""
+    """Buffers of a checkpoint of 0.4.0, whose rotation pairs neighbouring channels."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -441,7 +441,8 @@ class HierarchicalMerge(Layer):
         if not plan.reads_all(self.net):
             tokens = list(map(add, tokens, branches))
             return tokens, dense(self.net(hierarchical_cat(tokens, self.strides)))
-        if len({branch.dtype for branch in filter(exists, branches)}) > 1:  # as of called modules
+        # Modules that were called may differ in dtype.
+        if len({branch.dtype for branch in filter(exists, branches)}) > 1:
             tokens, branches = list(map(add, tokens, branches)), [None] * len(tokens)
         norm, w_in, _, w_out = self.net
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from shtx.model import Trunk
 
-NEEDED = ("tyro", "safetensors", "numpy")  # of shtx[train]
+NEEDED = ("tyro", "safetensors", "numpy")  # what the extra shtx[train] brings
 
 
 def load(

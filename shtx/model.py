@@ -147,7 +147,7 @@ class Trunk(Layer):
         # to be read again every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.impl = impl
-        self._told = False  # which of its modules run unfused
+        self._told = False  # whether a warning has named its modules that run unfused
 
     def init_weights(self) -> None:
         """Give all parameters and buffers the values of a new model, wherever they are.
@@ -430,7 +430,7 @@ class Trunk(Layer):
 
     @property
     def loss_weights(self) -> list[float]:
-        """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
+        """Weights of what loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
         return losses.weights(self.terms)
 
     def loss_counts(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:

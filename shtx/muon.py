@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from shtx.internals import add_all, lerp_all, scale_all
 from shtx.plan import is_sharded
 
-# of https://kellerjordan.github.io/posts/muon/: the steepest at zero
+# The coefficients of https://kellerjordan.github.io/posts/muon/: the steepest at zero
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 EPS = 1e-7
@@ -104,7 +104,7 @@ class Muon(Optimizer):
         return loss
 
     def _step(self, group: dict, scale: float, matrices: list[Tensor]) -> None:
-        """Of all matrices of a shape and dtype."""
+        """Update all matrices of one shape and dtype."""
         lr, momentum = group["lr"], group["momentum"]
         gradients = [p.grad for p in matrices]
         for p in matrices:

@@ -125,7 +125,7 @@ class TrainStep:
         self.shard_optimizer = shard_optimizer
         self.grad_norm = None
         self._learning_rates = []  # a tensor a group, on CUDA
-        self._warned = False  # of hooks
+        self._warned = False  # whether a warning has told of hooks
         self._compiled = False
         self._graphs = None
         self._sharded = any(map(is_sharded, self._parameters))
@@ -144,7 +144,7 @@ class TrainStep:
         self._shares = None
         if shard_optimizer and isinstance(self._ranks, Replicas):
             self._shares = Shares(self.optimizers, self._ranks)
-        if self._graphs is not None:  # where the process group outlives this, or the interpreter
+        if self._graphs is not None:  # the process group, or the interpreter, may end first
             weakref.finalize(self, self._graphs.kept.clear)
 
     def _check_arguments(self) -> None:
@@ -361,7 +361,7 @@ class TrainStep:
         (self._shares or self.optimizers).load_state_dict(state_dict)
 
     def _write_learning_rates(self) -> None:
-        """To the device, ahead of the step: within a graph it would be the same number for ever."""
+        """Write them to the device ahead of the step: a graph repeats the numbers it captured."""
         if self._device.type != "cuda":
             return
         groups, tensors = self.optimizers.param_groups, self._learning_rates

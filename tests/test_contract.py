@@ -410,6 +410,21 @@ def test_auto_is_decided_by_the_device_of_the_tensors():
     assert ops.resolve("fused", torch.device(DEVICE)) is ops.FUSED
 
 
+FRAGMENTS = "Of As With Within Where Whose By For From Until".split()
+
+
+@pytest.mark.parametrize("folder", ["shtx", "shtx_kernels", "benchmarks", "examples"])
+def test_docstrings_and_comments_are_no_fragments(folder):
+    """They say what a thing is or does, in words that begin a sentence."""
+    for path in (ROOT / folder).rglob("*.py"):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = (ast.get_docstring(node) or "It").split()[0]
+                assert first not in FRAGMENTS, (path, getattr(node, "name", ""))
+        assert not re.findall(r"(?m)^ *# (?:of|whose|until|within) .*$|  # of .*$", source), path
+
+
 def test_sizes_of_the_pages():
     """A page past 300 lines has more than one idea, and a kernel past 60 hides one."""
     for path in KERNEL_FILES:
