@@ -187,7 +187,10 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
             means = means_of_columns(core.terms, sums / counts.clamp(min=1))
             loss, count = core.combine(means)[0], counts[0]
         else:
-            logits = core(input_ids if labels is None else input_ids[:, : core.seq_len])
+            ids = input_ids
+            if labels is not None:
+                ids = core.check_ids(ids, return_loss=True, checked=True)[:, : core.seq_len]
+            logits = core(ids)
         if labels is not None and not self.training:
             targets = core.check_labels(labels, input_ids)[:, 1:]
             options = dict(ignore_index=core.ignore_index, reduction="sum")
@@ -195,7 +198,8 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
             loss = total / count.clamp(min=1)
         if loss is not None and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch, device=loss.device)
-            loss = loss * count / items.reshape(-1)[0]  # DataParallel has one for each device
+            items = items.reshape(-1)[0].clamp(min=1)  # DataParallel has one for each device
+            loss = loss * count / items
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
