@@ -229,9 +229,7 @@ def test_a_run_elsewhere_has_no_best_yet(text, tmp_path, monkeypatch):
     assert find(tmp_path / "run", "best").name == "step-000006"
 
 
-@pytest.mark.parametrize(
-    "best", [3, {"step": "6"}, {"step": 6}, {"step": 6, "val_bits_per_byte": []}]
-)
+@pytest.mark.parametrize("best", [3, {"step": "6"}, {"step": 6}, {"step": 6, "val_bits": []}])
 def test_a_best_that_is_none(run, tmp_path, best):
     part = shutil.copytree(run, tmp_path / "part")
     change_config(find(part), lambda config: config.update(best=best))

@@ -74,7 +74,7 @@ def save(
         run: the directory of the run, which exists.
         step: how many steps were done.
         config: JSON values; "id" is the run's, without it the run has none; "best" has the "step"
-            of the best one and its "val_bits_per_byte".
+            of the best one and its "val_bits", per byte or per token.
         weights: name to tensor, on any device.
         state: dicts, lists, numbers and tensors: whatever torch.load takes with weights_only=True.
         keep: how many, with this one and without the best; at least 1.
@@ -193,11 +193,12 @@ def _new(run: Path, step: int, config: dict, keep: int) -> Iterator[Path]:
 
 
 def best_of(config: dict) -> tuple[int, float] | None:
-    """The step of the best validation until a checkpoint, and its bits per byte; None: of none."""
+    """The step of the best validation until a checkpoint, and its bits (per byte, or per token);
+    None: of none."""
     best = config.get("best")
     if not isinstance(best, dict):
         return None
-    step, bits = best.get("step"), best.get("val_bits_per_byte")
+    step, bits = best.get("step"), best.get("val_bits")
     return (step, bits) if type(step) is int and type(bits) is float else None
 
 

@@ -114,7 +114,7 @@ def fit(trainer: Trainer, done: int, display: Display, home: Home | None) -> int
             logger.sync()
         told = description
         if best is not None:
-            told = told | {"best": {"step": best[0], "val_bits_per_byte": best[1]}}
+            told = told | {"best": {"step": best[0], "val_bits": best[1]}}
         if trainer.sharded:
             tensors, groups = trainer.parts()
             told = told | {"param_groups": groups}

@@ -251,7 +251,7 @@ def _members(
         yield from _plain(open_member(), name)
     _tell_hidden(name, hidden)
     if not count:
-        raise TrainError(f"{name}: has no members that are files")
+        raise TrainError(f"{name}: has no members that are files and not hidden")
 
 
 def _plain(file, name: str) -> Iterator[bytes]:
