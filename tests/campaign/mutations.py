@@ -167,7 +167,7 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/checkpoint.py",
-        "            sync(temporary / name)\n",
+        "        sync(temporary / name)\n",
         "",
         "tests/test_checkpoint.py::test_synced_before_it_is_named",
     ),
@@ -185,8 +185,8 @@ LISTED = [
     ),
     Mutation(
         "shtx/train/checkpoint.py",
-        "<= {*FILES, MANIFEST}:",
-        ">= {*FILES}:",
+        "if not all(map(shards.NAME.fullmatch, names)):",
+        "if False:",
         "tests/test_home.py::test_files_of_others_stay",
     ),
     Mutation(

@@ -1,0 +1,25 @@
+"""The campaign knows the code that it changes, and the tests that must notice."""
+
+import pytest
+from helpers import ROOT
+
+from tests.campaign.mutations import LISTED, TESTS, UNSEEN
+
+
+@pytest.mark.parametrize("mutation", LISTED, ids=lambda m: f"{m.file}-{m.old[:40]!r}")
+def test_listed_mutation_stands_once_and_has_its_test(mutation):
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+    for test in mutation.tests.split():
+        file, _, name = test.partition("::")
+        assert not name or f"def {name.partition('[')[0]}(" in (ROOT / file).read_text()
+
+
+def test_files_of_drawn_mutations_and_their_tests_are_there():
+    for file, tests in TESTS.items():
+        assert (ROOT / file).is_file()
+        assert all((ROOT / "tests" / f"{name}.py").is_file() for name in tests.split()), file
+
+
+def test_explained_mutations_are_of_lines_that_are_there():
+    for file, line in UNSEEN:
+        assert line in (ROOT / file).read_text()
