@@ -155,7 +155,7 @@ def summary(rows: list[dict]) -> str:
 
 @contextmanager
 def exit_at_sigterm() -> Iterator[None]:
-    """Within, a time limit ends the process as an exception does, which keeps the tables."""
+    """Return a context in which SIGTERM raises, so that a time limit leaves the tables."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

@@ -29,7 +29,7 @@ class Case(NamedTuple):
     stride: int
 
     def labels(self) -> dict:
-        """As a row names it."""
+        """Return what a row of results says of it."""
         return {"shape": " x ".join(map(str, self))}
 
     @property

@@ -19,9 +19,9 @@ from benchmarks.timing import DEVICE, DTYPE, autocast, check_agreement, median_m
 from shtx.decode import Decoder
 
 PROMPT, NEW = (128, 1024) if DEVICE == "cuda" else (16, 8)
-FEW = (32, 4) if DEVICE == "cuda" else (4, 4)  # of one sequence, of several
+FEW = (32, 4) if DEVICE == "cuda" else (4, 4)  # rounds of one sequence, and of several
 WARMUPS = 2  # calls: one runs eagerly, one captures
-STEPS = 8  # whose last logits are compared
+STEPS = 8  # the logits of the last one are compared
 BATCHES = {"batch 1": 1, "batch 64": 64}
 
 

@@ -35,7 +35,7 @@ class Case(NamedTuple):
     gpus: int
 
     def config_of(self) -> shapes.Config:
-        """With the batch of all."""
+        """Return the configuration with the batch of all GPUs."""
         config = shapes.configs(DEVICE)[self.config]
         times = self.gpus if self.scaling == "weak" else SHARED
         more = {"depth": shapes.SHARDED[self.config]} if self.sharded else {}
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return self.gpus > 1 and self.config in shapes.SHARDED
 
     def labels(self) -> dict:
-        """As a row names it."""
+        """Return what a row of results says of it."""
         return {"config": self.config, "shape": self.scaling, "variant": f"GPUs: {self.gpus}"}
 
 
@@ -79,7 +79,7 @@ def bench_gpus(benchmark, case, provider):
 
 
 def work(rank: int, case: Case, config: shapes.Config, provider: str, folder: Path):
-    """Of one process; the first leaves what all have measured in the folder."""
+    """Measure in one process; the first leaves what all have measured in the folder."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if DEVICE == "cuda" else "gloo"

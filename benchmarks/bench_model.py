@@ -31,7 +31,7 @@ from benchmarks.timing import (
 )
 from shtx import TrainStep
 
-PARTS = {  # of a fused step, by what its kernels are called; the first that is found
+PARTS = {  # parts of a fused step, by names of kernels; the first that fits counts
     "attention": "rotary_attention|sdpa|flash",
     "norm, shift": "norm_token_shift",
     "products with GELU": "gelu",
@@ -116,7 +116,7 @@ def time_step(benchmark, config, provider, wait_for_turn, build_reference, load)
 
     optimizer.zero_grad()
     wait_for_turn()
-    if provider not in WITH_GRAPHS:  # whose replays allocate nothing: their captures did
+    if provider not in WITH_GRAPHS:  # replays allocate nothing: their captures did
         reset_peak()
     step()
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None

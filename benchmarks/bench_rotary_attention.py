@@ -32,7 +32,7 @@ class Case(NamedTuple):
     dilation: int = 1
 
     def labels(self) -> dict:
-        """As a row names it."""
+        """Return what a row of results says of it."""
         variant = "full, xpos" if self.window is None else f"w {self.window}"
         variant += f", dilation {self.dilation}" * (self.dilation > 1)
         return {"shape": " x ".join(map(str, self[:4])), "variant": variant}

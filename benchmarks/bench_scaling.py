@@ -26,7 +26,7 @@ class Case(NamedTuple):
         return shapes.Config(self.batch, shapes.configs(DEVICE)[self.config].model | changes)
 
     def labels(self) -> dict:
-        """As a row names it."""
+        """Return what a row of results says of it."""
         name = f"{self.config}, depth {self.depth}" if self.depth else self.config
         return {"config": name, "shape": f"{self.batch} x {self.config_of().model['seq_len']}"}
 

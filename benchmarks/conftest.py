@@ -42,7 +42,7 @@ def compiles_afresh():
 
 @pytest.fixture
 def wait_for_turn(pytestconfig):
-    """To be called when all is compiled: returns when no other process is at work."""
+    """Wait, when all is compiled, until no other process is at work."""
     ready = pytestconfig.getoption("--ready")
 
     def wait():

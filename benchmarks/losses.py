@@ -28,7 +28,7 @@ class Case(NamedTuple):
     C: int = 1  # targets, each with a vocabulary
 
     def labels(self) -> dict:
-        """As a row names it."""
+        """Return what a row of results says of it."""
         return {"shape": " x ".join(map(str, self))}
 
     @property

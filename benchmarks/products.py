@@ -21,7 +21,7 @@ from benchmarks.timing import (
 
 
 def flops(products: list[tuple[int, int, int]]) -> int:
-    """Of (rows, inner) @ (inner, columns) and both gradients of each."""
+    """Count those of (rows, inner) @ (inner, columns) and both gradients of each."""
     return sum(6 * rows * inner * columns for rows, inner, columns in products)
 
 

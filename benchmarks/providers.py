@@ -13,7 +13,7 @@ from shtx.ops import why_not_fused
 
 UPSTREAM = "simple-hierarchical-transformer"
 FLOORS = ("floor", "floor-folded")
-# of the model: TrainStep, the plain loop under model.graphs, without, and of a compiled model
+# The model in TrainStep, in the plain loop under model.graphs and without, and compiled.
 LOOPS = (
     *("fused", "fused-graphs", "fused-eager"),
     *("fused-compiled", "fused-reduce-overhead-compiled"),

@@ -36,7 +36,7 @@ def angles(n: int, E: int, xpos: bool) -> list[Tensor]:
 
 
 def block_mask(n: int, window: int | None) -> BlockMask:
-    """Of a query i and keys j with i - window <= j <= i."""
+    """Return the mask of queries i and keys j with i - window <= j <= i."""
     key = n, window
     if key not in MASKS:
         reach = n if window is None else window
@@ -81,7 +81,7 @@ OPS = SimpleNamespace(**vars(ops.REFERENCE) | {"rotary_attention": rotary_attent
 
 
 class Repaired(HierarchicalTransformer):
-    """Of seq_len tokens, for which it makes tables and masks ahead of torch.compile."""
+    """A model of seq_len tokens that makes its tables and masks ahead of torch.compile."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)

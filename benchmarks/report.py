@@ -100,7 +100,7 @@ def by_machine(files: Iterable[dict]) -> list[dict]:
 
 
 def number(value: float | None) -> str:
-    """To three significant digits, without an exponent."""
+    """Format a number to three significant digits, without an exponent."""
     if value is None:
         return "-"
     return f"{value:,.{max(0, 3 - len(str(int(value)).lstrip('0')))}f}"

@@ -56,7 +56,7 @@ class Process:
         if threads:
             command += ["--ready", self.ready]
         path = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        # without PYTEST_*: options and workers of a pytest that runs this are not for the benchmark
+        # PYTEST_* is left out: options of a pytest that runs this are not for the benchmark.
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         env |= {
             "PYTHONPATH": os.pathsep.join(filter(None, path)),

@@ -32,7 +32,7 @@ from shtx_kernels import launch, reference
 from shtx_kernels.rotary_attention import library, rotations, tiles
 
 NORM = import_module("shtx_kernels.norm_token_shift")  # the attribute of that name is the op
-STAY = ExitStack()  # of a process that compiles
+STAY = ExitStack()  # what a process that compiles holds to its end
 FORWARDS = FORWARD, FORWARD_BY_TILES = "forward", "forward_by_tiles"
 BY_TILES = "backward_by_tiles"
 BY_KEYS, BY_QUERIES = "backward_by_keys", "backward_by_queries"

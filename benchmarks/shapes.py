@@ -81,7 +81,7 @@ CONFIGS = {
 SHARDED = {"E": 20}  # layers of what several GPUs have parts of, with checkpointing by block
 SCALED = ("B", "C")  # measured at several batches and lengths
 
-# for a CPU: the same levels, narrow and short
+# The same levels, narrow and short, for a CPU.
 SMALL = {
     "A": Config(2, CONFIGS["A"].model | dict(num_tokens=2000, dim=32, depth=2, seq_len=128)),
     "B": Config(2, CONFIGS["B"].model | dict(dim=(16, 32, 32, 64), depth=2, seq_len=128)),
@@ -153,7 +153,7 @@ def foldable(name: str) -> bool:
 
 
 def flops(products: list[Product]) -> int:
-    """Of one forward; a train step has three times as many."""
+    """Count those of one forward; a train step has three times as many."""
     return sum(2 * p.rows * p.inner * p.columns * p.times for p in products)
 
 
@@ -194,7 +194,7 @@ class LevelShape(NamedTuple):
     dilation: int
 
     def labels(self) -> dict:
-        """As a row names it."""
+        """Return what a row of results says of it."""
         return {"config": self.config, "shape": f"{self.B} x {self.M} x {self.D}"}
 
 

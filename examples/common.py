@@ -41,7 +41,7 @@ def synchronize() -> None:
 
 
 class Windows(Dataset):
-    """As many windows of the sources of Python's standard library as all steps take, at random.
+    """Random windows of the sources of Python's standard library, as many as all steps take.
 
     Each is (LENGTH + 1,) bytes, as int64.
     """

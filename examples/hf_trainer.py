@@ -32,7 +32,7 @@ with tempfile.TemporaryDirectory() as folder:
         bf16=DEVICE == "cuda",
         use_cpu=DEVICE == "cpu",
         optim="adamw_torch_fused",
-        logging_nan_inf_filter=False,  # which waits for the device in every step
+        logging_nan_inf_filter=False,  # it would wait for the device in every step
         logging_strategy="no",
         save_strategy="no",
         report_to="none",

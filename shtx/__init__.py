@@ -23,7 +23,7 @@ MODULES = {
 
 
 def __getattr__(name: str):
-    """On first use: the command answers, and takes signals, before PyTorch is loaded."""
+    """Import a name at its first use, so that the command can answer before PyTorch is loaded."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -117,7 +117,7 @@ def run(verb: str, argv: list[str], given: tuple[str, ...]) -> int:
 
 
 class EndAtOnce:
-    """While modules are imported, where an exception could get lost, a signal ends the process."""
+    """End the process at a signal while modules are imported, where an exception could get lost."""
 
     def __init__(self, verb: str):
         self.verb = verb
@@ -137,7 +137,7 @@ class EndAtOnce:
 
 
 def explain(verb: str, error: Exception) -> str:
-    """In one line what went wrong, and what can be done about it."""
+    """Return, in one line, what went wrong and what can be done about it."""
     text = str(error).strip()
     if isinstance(error, (TrainError, OSError)):
         return text

@@ -155,7 +155,7 @@ class Decoder:
 
     @property
     def state_bytes(self) -> int:
-        """Of one sequence."""
+        """The size of the state of one sequence."""
         return sum(ring.nbytes for ring in self._rings) // max(1, self.batch)
 
     def refresh(self, model: Module) -> None:

@@ -26,7 +26,7 @@ MAX_DECODERS = 2  # kept for a model
 SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
 CHECK_EVERY = 32  # tokens between two waits for the device, to see whether all rows have stopped
 OVERFLOWS = ("rebuild", "error", "stream")
-# of generate and of model.forward, what is no keyword of a call of generate
+# Parameters of generate and of model.forward that are no keywords of a call of generate.
 NO_KEYWORDS = {
     *("self", "ids", "plan", "return_loss", "labels", "loss_reduction", "model", "kwargs"),
 }

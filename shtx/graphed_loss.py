@@ -165,7 +165,7 @@ class GraphedLoss:
         name = f"a forward of ids of shape {tuple(ids.shape)}"
         captured = graphs.get(key, lambda: self._capture(model, ids, labels, loss_reduction), name)
         if captured is None and not self.compiled and model.ops_for(ids.device) is FUSED:
-            # on what the second turn has, too; the first one, which computes, follows
+            # The stand-ins are those of the second turn. The first turn, which computes, follows.
             work = _Work(model, ids, labels, loss_reduction, graphs.structure.trained)
             compile_ahead(lambda: (work.forward(), work.backward()))
             self.compiled = True
@@ -219,7 +219,7 @@ class GraphedLoss:
             copy_all(captured.grad_outputs, needed)
             self.graphs.replay(captured.backward)
             turn.done, self.given = True, captured
-            # of detached tensors, which nobody else has, autograd takes the memory for .grad
+            # Autograd takes the memory of a detached tensor, which nobody else holds, for .grad.
             return [g if g is None else g.detach() for g in captured.gradients]
 
 

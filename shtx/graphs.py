@@ -29,8 +29,8 @@ from shtx.internals import (
 from shtx.ops import matmul_precision
 from shtx.plan import FORWARDS, OPTIONS, look
 
-# in place of a graph. ONCE: ran eagerly, to be captured at the next turn. NEVER: its capture
-# failed, so it stays eager.
+# What stands in place of a graph. ONCE: the call ran eagerly, and is captured at its next turn.
+# NEVER: its capture failed, so it stays eager.
 ONCE, NEVER = "once", "never"
 
 MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
@@ -58,8 +58,8 @@ class Graphs:
 
     def __init__(self, device: torch.device, limit: int | None = None):
         self.limit = limit
-        self.stream = torch.cuda.Stream(device)  # of eager first turns and captures
-        self.pool = None  # of memory
+        self.stream = torch.cuda.Stream(device)  # on which first turns and captures run
+        self.pool = None  # the memory that all graphs share
         self.replayed = torch.cuda.Event()
         self.kept, self.structure, self.more, self._warned = {}, None, None, False
 

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shtx import model as version_2
 from shtx import next_latent as version_4
 from shtx.initial import draw
+from shtx.internals import mark_as_initialized
 from shtx.losses import LEFT_OUT, means_of_columns
 from shtx.model import Trunk
 from shtx.ops import cross_entropy
@@ -37,7 +38,7 @@ SMALL = dict(num_tokens=256, dim=512, depth=6)  # what a constructor has no defa
 
 NEW_TOKENS = 20  # and the 50 most likely ones, if nothing is said: what transformers does
 TOP_K = 50
-TAKEN = (  # of a GenerationConfig
+TAKEN = (  # fields of a GenerationConfig
     *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p"),
     *("eos_token_id", "pad_token_id", "bos_token_id", "num_return_sequences", "use_cache"),
     "transformers_version",
@@ -126,12 +127,12 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if self.model.token_emb.weight.device.type != "meta":  # has the weights of a new model
             for module in self.modules():
-                module._is_hf_initialized = True
+                mark_as_initialized(module)
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As of PreTrainedModel; what no optimizer is to train stays so."""
+        """Load as PreTrainedModel does; parameters that no optimizer is to train stay frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         for name in model._frozen:
@@ -186,7 +187,10 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
             means = means_of_columns(core.terms, sums / counts.clamp(min=1))
             loss, count = core.combine(means)[0], counts[0]
         else:
-            logits = core(input_ids if labels is None else input_ids[:, : core.seq_len])
+            ids = input_ids
+            if labels is not None:
+                ids = core.check_ids(ids, return_loss=True, checked=True)[:, : core.seq_len]
+            logits = core(ids)
         if labels is not None and not self.training:
             targets = core.check_labels(labels, input_ids)[:, 1:]
             options = dict(ignore_index=core.ignore_index, reduction="sum")
@@ -194,7 +198,8 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
             loss = total / count.clamp(min=1)
         if loss is not None and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch, device=loss.device)
-            loss = loss * count / items.reshape(-1)[0]  # DataParallel has one for each device
+            items = items.reshape(-1)[0].clamp(min=1)  # DataParallel has one for each device
+            loss = loss * count / items
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 

@@ -208,7 +208,9 @@ def compare(device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
 
 
 def outputs_and_gradients(op, args: tuple, kwargs: dict) -> list[Tensor]:
-    """In fp64, for gradients of the outputs that are the same at every call."""
+    """Return what an op computes, and its gradients for the same gradients of outputs at each call,
+    all in fp64.
+    """
     fresh = lambda t: t.detach().requires_grad_(t.requires_grad)
     args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]

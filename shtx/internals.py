@@ -4,12 +4,13 @@ They were tested in PyTorch 2.11 and 2.13; those that the ops use as well are on
 `shtx_kernels.internals`. In a version that lacks one, the import or the call that needs it raises.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as _modules
+from torch.optim import Optimizer
 
 from shtx_kernels.internals import copy_all as copy_all
 from shtx_kernels.internals import count_dispatch_modes as count_dispatch_modes
@@ -21,6 +22,7 @@ try:
     from torch.utils._pytree import TreeSpec as TreeSpec
     from torch.utils._pytree import tree_flatten as tree_flatten
     from torch.utils._pytree import tree_leaves as tree_leaves
+    from torch.utils._pytree import tree_map as tree_map
     from torch.utils._pytree import tree_map_only as tree_map_only
     from torch.utils._pytree import tree_unflatten as tree_unflatten
 except ImportError as error:
@@ -67,6 +69,34 @@ def put(module: Module, parameters: dict, buffers: dict) -> None:
     module._parameters, module._buffers = parameters, buffers
 
 
+def is_exporting() -> bool:
+    """Return whether torch.export traces. In PyTorch 2.11 the function of that name says so of
+    torch.compile, too. A version without the flag is asked by that function.
+    """
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+def scales_its_gradients(optimizer: Optimizer) -> bool:
+    """Return whether a GradScaler leaves it to an optimizer's step to find what overflowed."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def is_compiled(module: Module) -> bool:
+    """Return whether module.compile() has changed what its calls do."""
+    return getattr(module, COMPILED) is not None
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place. Inference tensors do not count: an error."""
+    return tensor._version
+
+
+def mark_as_initialized(module: Module) -> None:
+    """Tell transformers that a module has its weights, and not to draw others."""
+    module._is_hf_initialized = True
+
+
 def any_global_hooks() -> bool:
     """Return whether there are hooks for all modules."""
     return any(getattr(_modules, f"_global{name}") for name in HOOKS)
@@ -87,6 +117,26 @@ def storage_of(tensor: Tensor) -> int:
     """The address of a tensor's storage, for `count_holders`."""
     return tensor.untyped_storage()._cdata
 
+
+def lerp_each(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    for target, end in zip(targets, ends, strict=True):
+        target.lerp_(end, weight)
+
+
+def scale_each(targets: Sequence[Tensor], factor: float | Tensor) -> None:
+    for target in targets:
+        target.mul_(factor)
+
+
+def add_each(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for target, other in zip(targets, others, strict=True):
+        target.add_(other)
+
+
+# Each does with a list of tensors in a few launches what the function beside it does one by one.
+lerp_all = find("_foreach_lerp_", lerp_each)
+scale_all = find("_foreach_mul_", scale_each)
+add_all = find("_foreach_add_", add_each)
 
 # Ends a capture's allocations in its memory pool. Otherwise: after an error of CUDA they go on.
 end_allocations = find("_C._cuda_endAllocateToPool", lambda device, pool: None)

@@ -17,7 +17,7 @@ from local_attention.rotary import SinusoidalEmbeddings
 from torch import Tensor, arange, nn
 from torch.nn import Linear, Module
 
-from shtx.internals import constant_result
+from shtx.internals import buffers_of, changes_of, constant_result
 from shtx.levels import Level
 from shtx.ops import (
     cross_entropy,
@@ -172,7 +172,7 @@ def rotary_buffers(dim: int, device: torch.device | None = None) -> dict[str, Te
 
 
 class InterleavedRotary(Module):
-    """The same of a checkpoint of 0.4.0, which pairs neighbouring channels."""
+    """Buffers of a checkpoint of 0.4.0, whose rotation pairs neighbouring channels."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -199,7 +199,7 @@ class InterleavedRotary(Module):
 def rotates_as_made(rotary: Module, *names: str) -> bool:
     """Return whether the buffers that a rotary embedding reads have the values of the op."""
     for name in names:  # a generator's variables are cells, which torch.compile may find empty
-        buffer = rotary._buffers.get(name)
+        buffer = buffers_of(rotary).get(name)
         if buffer is None or not has_made_values(buffer, name):
             return False
     return True
@@ -215,15 +215,15 @@ def has_made_values(buffer: Tensor, name: str) -> bool:
     if type(buffer) not in (Tensor, nn.Parameter) or buffer.is_meta:  # stands for values
         return True
     try:
-        stamp = buffer.data_ptr(), None if buffer.is_inference() else buffer._version
+        stamp = buffer.data_ptr(), None if buffer.is_inference() else changes_of(buffer)
     except RuntimeError:  # within torch.func, a buffer that differs from model to model
         return False
-    seen = getattr(buffer, "_has_made_values", None)
+    seen = getattr(buffer, "seen_values", None)
     if seen is None or seen[0] != stamp:
         values, made = buffer.detach().cpu().double(), rotary_buffers(2 * len(buffer), "cpu")[name]
         rounded = (made.to(dtype).double() for dtype in (made.dtype, torch.bfloat16, torch.float16))
         same = any(torch.allclose(values, r, rtol=1e-6, atol=0) for r in rounded)
-        buffer._has_made_values = seen = stamp, same
+        buffer.seen_values = seen = stamp, same
     return seen[1]
 
 
@@ -441,7 +441,8 @@ class HierarchicalMerge(Layer):
         if not plan.reads_all(self.net):
             tokens = list(map(add, tokens, branches))
             return tokens, dense(self.net(hierarchical_cat(tokens, self.strides)))
-        if len({branch.dtype for branch in filter(exists, branches)}) > 1:  # as of called modules
+        # Modules that were called may differ in dtype.
+        if len({branch.dtype for branch in filter(exists, branches)}) > 1:
             tokens, branches = list(map(add, tokens, branches)), [None] * len(tokens)
         norm, w_in, _, w_out = self.net
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias

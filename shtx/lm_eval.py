@@ -24,7 +24,7 @@ from shtx.model import Trunk
 
 BATCH_SIZE = 16
 MAX_BYTES = 256  # that generate_until makes at most, if a task does not say
-START = b"\n"  # of a text that generate_until is to begin
+START = b"\n"  # what generate_until begins an empty text with
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 SAMPLING = ("temperature", "top_k", "top_p")
 IGNORED = ("do_sample", "until", "max_gen_toks")
@@ -137,7 +137,7 @@ class ByteLM(LM):
     # scores
 
     def _score(self, texts: list[tuple[bytes, int]]) -> list[Scored]:
-        """Of the bytes of each text from an index on."""
+        """Score the bytes of each text from an index on."""
         pieces = [(i, piece) for i, text in enumerate(texts) for piece in self._pieces(*text)]
         pieces.sort(key=lambda pair: len(pair[1].ids))  # so that there is little padding
         firsts = [bool(text) and start == 0 for text, start in texts]

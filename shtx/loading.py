@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from shtx.model import Trunk
 
-NEEDED = ("tyro", "safetensors", "numpy")  # of shtx[train]
+NEEDED = ("tyro", "safetensors", "numpy")  # what the extra shtx[train] brings
 
 
 def load(
@@ -20,7 +20,7 @@ def load(
     dtype: torch.dtype | None = None,
     ema: bool = False,
 ) -> "Trunk":
-    """The model that `shtx train` has trained, in eval mode, with impl="auto".
+    """Load a model that `shtx train` has trained.
 
     Args:
         path: the directory of a run, or of one of its checkpoints, which one process wrote or many.
@@ -28,6 +28,9 @@ def load(
         device: where the model will be; None: on a GPU if there is one.
         dtype: of its weights, of floating point; None: as they are, fp32.
         ema: take the averaged weights, of a run with --ema.
+
+    Returns:
+        the model, in eval mode, with impl="auto".
 
     Raises:
         shtx.train.TrainError: in one line why there is none: no such checkpoint, or a damaged one.

@@ -150,7 +150,7 @@ class Part(NamedTuple):
     """Holds what all terms of one loss come to."""
 
     value: Tensor  # their sum
-    weighted: Tensor  # as they are in the loss of the model
+    weighted: Tensor  # what it adds to the loss of the model
     terms: dict[int | None, Tensor]  # by level
 
 

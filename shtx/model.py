@@ -20,6 +20,7 @@ from shtx import losses, ops
 from shtx.generate import generate
 from shtx.graphed_loss import replay
 from shtx.initial import draw
+from shtx.internals import is_exporting
 from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
 from shtx.levels import integer, make_levels, number
 from shtx.losses import HierarchicalAR, NextToken, Reconstruction, Term
@@ -146,7 +147,7 @@ class Trunk(Layer):
         # to be read again every step
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.impl = impl
-        self._told = False  # which of its modules run unfused
+        self._told = False  # whether a warning has named its modules that run unfused
 
     def init_weights(self) -> None:
         """Give all parameters and buffers the values of a new model, wherever they are.
@@ -270,9 +271,7 @@ class Trunk(Layer):
                 f" got {ids.shape[1]}"
             )
         if not checked and (ids.device.type == "cpu" or self.checked):
-            # an exported graph runs where only PyTorch's own ops are known; the function that tells
-            # one says so of torch.compile, too, in PyTorch 2.11
-            if not torch.compiler._is_exporting_flag:
+            if not is_exporting():  # an exported graph runs where PyTorch's ops alone are known
                 return checked_ids(ids, self.num_tokens)
         return ids.long()
 
@@ -298,7 +297,7 @@ class Trunk(Layer):
         labels = labels.long()
         labels = labels.masked_fill(labels == losses.LEFT_OUT, self.ignore_index)
         if not checked and (ids.device.type == "cpu" or self.checked):
-            if not torch.compiler._is_exporting_flag:  # see check_ids
+            if not is_exporting():
                 return checked_labels(labels, self.num_tokens, self.ignore_index)
         return labels
 
@@ -431,7 +430,7 @@ class Trunk(Layer):
 
     @property
     def loss_weights(self) -> list[float]:
-        """Of the losses that loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
+        """Weights of what loss_reduction="sum" returns: loss = sum(weights * sums / counts)."""
         return losses.weights(self.terms)
 
     def loss_counts(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:

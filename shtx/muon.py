@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from shtx.internals import add_all, lerp_all, scale_all
 from shtx.plan import is_sharded
 
-# of https://kellerjordan.github.io/posts/muon/: the steepest at zero
+# The coefficients of https://kellerjordan.github.io/posts/muon/: the steepest at zero
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 EPS = 1e-7
@@ -103,19 +104,21 @@ class Muon(Optimizer):
         return loss
 
     def _step(self, group: dict, scale: float, matrices: list[Tensor]) -> None:
-        """Of all matrices of a shape and dtype."""
+        """Update all matrices of one shape and dtype."""
         lr, momentum = group["lr"], group["momentum"]
         gradients = [p.grad for p in matrices]
         for p in matrices:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         kept = [self.state[p]["momentum_buffer"] for p in matrices]
-        torch._foreach_lerp_(kept, gradients, 1 - momentum)
-        updates = torch._foreach_lerp(gradients, kept, momentum) if group["nesterov"] else kept
-        updates = orthogonal(torch.stack([u.bfloat16() for u in updates]))
-        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        lerp_all(kept, gradients, 1 - momentum)
+        updates = torch.stack(kept)
+        if group["nesterov"]:
+            updates = torch.stack(gradients).lerp(updates, momentum)
+        updates = orthogonal(updates.bfloat16())
+        scale_all(matrices, 1 - lr * group["weight_decay"])
         updates = updates.to(matrices[0].dtype) * (-lr * scale)
-        torch._foreach_add_(matrices, list(updates))
+        add_all(matrices, list(updates))
 
 
 def orthogonal(x: Tensor) -> Tensor:

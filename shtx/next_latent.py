@@ -74,7 +74,7 @@ class LatentDynamics(Layer):
 
     @property
     def weights(self) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
-        """Of the norm, and of each linear layer."""
+        """Weight and bias of the norm, and of each linear layer."""
         norm, *linear = ((m.weight, m.bias) for m in self.net if not isinstance(m, nn.GELU))
         return norm, linear
 

@@ -38,7 +38,7 @@ from shtx_kernels.reference import windows as windows
 IMPLS = ("auto", "fused", "reference")
 REFERENCE_OPS = tuple(reference.__all__)
 FUSED_OPS = tuple(shtx_kernels.__all__)
-TOKEN_OPS = tuple(reference_decode.__all__)  # of generating, all of them fused
+TOKEN_OPS = tuple(reference_decode.__all__)  # the ops of generating a token, all of them fused
 MIN_CAPABILITY = (8, 0)
 
 REFERENCE = SimpleNamespace(**{name: getattr(reference, name) for name in REFERENCE_OPS})
@@ -69,7 +69,7 @@ def why_not_fused(device: torch.device) -> str | None:
 def _fused(impl: str, device: torch.device) -> bool:
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
-    if impl == "auto" and transforms_active():  # which fused ops refuse
+    if impl == "auto" and transforms_active():  # fused ops refuse these
         return False
     if device.type == "meta":  # has shapes alone, which are the same
         return False

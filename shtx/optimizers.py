@@ -47,7 +47,7 @@ class Optimizers:
         return [optimizer.state for optimizer in self.all]
 
     def state_dict(self) -> dict:
-        """As of one optimizer that has all groups."""
+        """Return the state of all as if one optimizer had all groups."""
         state, groups, begin = {}, [], 0
         for optimizer in self.all:
             own = optimizer.state_dict()

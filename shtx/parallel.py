@@ -36,7 +36,7 @@ class Alone:
     why_not_captured: str | None = None
 
     def together(self, settings: Callable[[], dict]) -> AbstractContextManager:
-        """Within, what fails on one rank raises on all, as do settings that differ at the end.
+        """Return a context in which a failure on one rank, or other settings, raises on all.
 
         Args:
             settings: returns those of this rank, by name.
@@ -115,7 +115,7 @@ class Replicas(Alone):
 
     @property
     def hosts(self) -> "dist.ProcessGroup":
-        """The same ranks, for what lies in the memory of their hosts."""
+        """The group of the same ranks for tensors in the memory of their hosts."""
         return self._groups[1]()
 
     @property

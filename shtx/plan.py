@@ -29,7 +29,7 @@ from shtx.internals import (
 from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
 
 ORDINARY = (Parameter, Tensor, type(None))
-CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # whose weights products read in autocast's dtype
+CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # products read their weights in autocast's dtype
 
 # what else decides on the result of calling a module; layers add their own
 OPTIONS = {
@@ -101,7 +101,7 @@ class Found(NamedTuple):
 
     called: dict[Module, str]  # with the reason
     sharded: dict[Layer, str]  # by FSDP2, and nothing else: called, too, but with the plan
-    weights: list[Parameter]  # of plain modules, which products read
+    weights: list[Parameter]  # those of plain modules, which products read
 
 
 def look(layer: Layer) -> Found:
@@ -224,7 +224,7 @@ class Plan:
         return self.ops.linear(x, module.weight) if self.reads(module) else module(x)
 
     def narrow_weights(self) -> AbstractContextManager:
-        """Within, in this thread, ops take the narrow copies."""
+        """Return a context in which ops of this thread take the narrow copies of weights."""
         return nullcontext() if self.copies is None else narrow_weights(self.copies)
 
 

@@ -38,7 +38,7 @@ class Sampler:
         self.generator = torch.Generator(device)
         self.sampling, self.drawn = None, 0
         self.compiled = False
-        self.graphs = None  # of "step", "refresh", and lengths of a prompt, the latest last
+        self.graphs = None  # keys: "step", "refresh", and lengths of a prompt, the latest last
         # the reference is for reading, not for speed
         if device.type == "cuda" and model.ops_for(device) is FUSED:
             self.graphs = Graphs(device)
@@ -55,7 +55,7 @@ class Sampler:
     def prefill(self, model, rows: list[Tensor], refresh: bool = False):
         in_graphs = False
         if self.graphs is not None:
-            step = self.graphs.kept.get("step")  # which reads the copies of the decoder alone
+            step = self.graphs.kept.get("step")  # it reads the decoder's copies alone
             if not self.graphs.hold(model) and step is not None:
                 self.graphs.kept["step"] = step
             sharded = any(map(is_sharded, model.parameters()))

@@ -22,7 +22,7 @@ def real(name: str, value) -> float:
 def make_sampling(
     num_tokens: int, temperature: float, filter_thres: float, top_k: int | None, top_p: float | None
 ) -> Sampling:
-    """Of the arguments of `generate`.
+    """Make a Sampling of the arguments of `generate`.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what is allowed.

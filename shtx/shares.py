@@ -93,6 +93,6 @@ class Shares:
         )
 
     def _own_indices(self) -> list[int]:
-        """Which of all parameters belong to this rank."""
+        """Return the indices of the parameters that belong to this rank."""
         everything = enumerate(chain(*self.parameters))
         return [i for i, p in everything if self.owner.get(p) == self.rank]

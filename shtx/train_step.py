@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.utils._pytree import tree_map, tree_map_only
 
 from shtx.graphs import MAX_GRAPHS, Graphs, comparable, run_aside
+from shtx.internals import is_compiled, scales_its_gradients, tree_map, tree_map_only
 from shtx.levels import integer
 from shtx.losses import means_of_columns
 from shtx.ops import FUSED, compile_ahead
@@ -125,7 +125,7 @@ class TrainStep:
         self.shard_optimizer = shard_optimizer
         self.grad_norm = None
         self._learning_rates = []  # a tensor a group, on CUDA
-        self._warned = False  # of hooks
+        self._warned = False  # whether a warning has told of hooks
         self._compiled = False
         self._graphs = None
         self._sharded = any(map(is_sharded, self._parameters))
@@ -144,7 +144,7 @@ class TrainStep:
         self._shares = None
         if shard_optimizer and isinstance(self._ranks, Replicas):
             self._shares = Shares(self.optimizers, self._ranks)
-        if self._graphs is not None:  # where the process group outlives this, or the interpreter
+        if self._graphs is not None:  # the process group, or the interpreter, may end first
             weakref.finalize(self, self._graphs.kept.clear)
 
     def _check_arguments(self) -> None:
@@ -329,7 +329,7 @@ class TrainStep:
         """Plan once for all micro-batches, so that weights are cast once; what is compiled or
         sharded plans its own forwards.
         """
-        compiled = self._core._compiled_call_impl or not isinstance(self._core, Layer)
+        compiled = is_compiled(self._core) or not isinstance(self._core, Layer)
         return {} if compiled or self._sharded else dict(plan=self._core.plan(checked=True))
 
     @contextmanager
@@ -361,7 +361,7 @@ class TrainStep:
         (self._shares or self.optimizers).load_state_dict(state_dict)
 
     def _write_learning_rates(self) -> None:
-        """To the device, ahead of the step: within a graph it would be the same number for ever."""
+        """Write them to the device ahead of the step: a graph repeats the numbers it captured."""
         if self._device.type != "cuda":
             return
         groups, tensors = self.optimizers.param_groups, self._learning_rates
@@ -400,7 +400,7 @@ class TrainStep:
             fits = all(map(_reads_tensors, optimizer.param_groups))
             if self.scaler.is_enabled():  # only a fused update finds out what overflowed
                 needed = 'fused=True with precision="fp16-mixed"'
-                fits = getattr(optimizer, "_step_supports_amp_scaling", False)
+                fits = scales_its_gradients(optimizer)
             if not fits:
                 raise ValueError(
                     f"optimizer must have {needed} for a CUDA graph, got"

@@ -10,6 +10,7 @@ from torch import Tensor, device, nn
 from torch.nn import Module
 
 from shtx import next_latent
+from shtx.internals import buffers_of
 from shtx.model import HierarchicalTransformer, Trunk
 from shtx.plan import HOOKS
 
@@ -21,7 +22,7 @@ SET_LATER = (
 )
 OF_CACHES = ("cached_freqs_seq_len", "cached_scales_seq_len")
 COMPARED = (bool, int, float, str, tuple, type(None))
-OWN_LOSSES = {  # of 0.4.0: how its constructor calls a loss that it made
+OWN_LOSSES = {  # losses that 0.4.0 makes itself, by what its constructor calls them
     "MSECosineSimLoss": ("mse_and_cosine_sim", dict(weight=0.9)),
     "MSELoss": ("mse", dict(reduction="none")),
     "SmoothL1Loss": ("smooth_l1", dict(reduction="none", beta=1.0)),
@@ -69,7 +70,7 @@ def from_upstream(model: Module, impl: str = "auto") -> Trunk:
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     with device("meta"):
         twin, ours = type(model)(**options), kind(**_named_loss(options), impl=impl)
-    for p, flag in requires_grad.items():  # of modules that the model was given
+    for p, flag in requires_grad.items():  # modules that the model was given
         p.requires_grad_(flag)
     for name in filter(vars(model).__contains__, SET_LATER):
         setattr(twin, name, getattr(model, name))
@@ -81,7 +82,7 @@ def from_upstream(model: Module, impl: str = "auto") -> Trunk:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, _ in list(ours.named_buffers(remove_duplicate=False)):
         parent, _, leaf = name.rpartition(".")
-        ours.get_submodule(parent)._buffers[leaf] = buffers[name]
+        buffers_of(ours.get_submodule(parent))[leaf] = buffers[name]
     return ours.train(model.training)
 
 

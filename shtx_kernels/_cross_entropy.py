@@ -107,7 +107,7 @@ def _cross_entropy_fwd_kernel(
         x = load_logits(ptr[:, None], WHOLE + offs_v, counted, V, False, ACC)
         m, l = add_up(x, m, l, NARROW)
     l = tl.where(counted, l, 1.0)
-    # without the log-sum-exp, which would round off what is small beside the greatest logit
+    # The log-sum-exp is left out here: it would round off what is small beside the largest logit.
     loss = tl.where(counted, tl.log2(l) * LN2 + (m - of_target), 0.0)
     tl.store(loss_ptr + pid, tl.sum(loss))
     tl.store(count_ptr + pid, tl.sum(counted.to(tl.int32)))

@@ -27,7 +27,7 @@ def _one_hot_kernel(
     position = row % M * STRIDE + (k - C + 1)
     known = (row < R) & (position >= 0)
     ids = tl.load(ids_ptr + row // M * N + position, mask=known, other=-1)
-    # by way of fp32, as the interpreter converts integers to bf16 wrongly
+    # Ids go through fp32, as the interpreter converts integers to bf16 wrongly.
     out = (ids[None, :] == v[:, None]).to(tl.float32).to(out_ptr.dtype.element_ty)
     mask = (v < V)[:, None] & (row < R)[None, :]
     tl.store(out_ptr + (v * C + k)[:, None] * width + row[None, :], out, mask=mask)

@@ -43,7 +43,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 @contextmanager
 def compile_only() -> Iterator[None]:
-    """Within, launches of this thread compile their kernels and do nothing else."""
+    """Return a context in which launches of this thread compile kernels and do nothing else."""
     before = _compile_only.set(True)
     try:
         yield

@@ -41,8 +41,10 @@ def narrow_copies(weights: list[Parameter], dtype: torch.dtype) -> dict:
 
 @contextmanager
 def narrow_weights(copies: dict) -> Iterator[None]:
-    """Within, in this thread, ops take the narrow copies of weights from `copies`. A copy that is
-    missing there is made once, and added. The weights must not change while `copies` is in use.
+    """Return a context in which ops of this thread take narrow copies of weights from `copies`.
+
+    A copy that is missing is made once, and added. The weights must not change while `copies` is in
+    use.
     """
     before, _here.copies = getattr(_here, "copies", None), copies
     try:

@@ -175,14 +175,6 @@ def own_names(package: Path) -> set[str]:
     return names
 
 
-# pages that are rewritten elsewhere at present, with what is to move
-TO_MOVE = {
-    "shtx/layers.py": {"_buffers", "_has_made_values", "_version"},
-    "shtx/model.py": {"_is_exporting_flag"},
-    "shtx/train_step.py": {"_compiled_call_impl", "_pytree", "_step_supports_amp_scaling"},
-}
-
-
 @pytest.mark.parametrize("package", ["shtx", "shtx_kernels"])
 def test_private_interfaces_stand_on_one_page(package):
     own = own_names(ROOT / package)
@@ -192,7 +184,7 @@ def test_private_interfaces_stand_on_one_page(package):
         if name == f"{package}/internals.py":
             assert private
         else:
-            assert private == TO_MOVE.get(name, set()), name
+            assert not private, name
 
 
 def without(package: str, *absent: tuple[object, str]):
@@ -229,6 +221,12 @@ def test_pytorch_without_its_private_interfaces():
     page = without("shtx", (c, "_storage_Use_Count"))
     with pytest.raises(NotImplementedError, match="_storage_Use_Count"):
         page.count_holders(page.storage_of(torch.ones(1)))
+    absent = [(torch, f"_foreach_{name}_") for name in ("lerp", "mul", "add")]
+    page = without("shtx", *absent, (torch.compiler, "_is_exporting_flag"))
+    page.lerp_all(targets, [torch.full((2,), 3.0), torch.full((3,), 5.0)], 0.5)
+    page.scale_all(targets, 2.0)
+    page.add_all(targets, sources)
+    assert [t.tolist() for t in targets] == [[5.0] * 2, [7.0] * 3] and not page.is_exporting()
 
 
 def test_ops_without_the_private_interfaces_of_pytorch(monkeypatch):
@@ -410,6 +408,25 @@ def test_auto_is_decided_by_the_device_of_the_tensors():
     assert ops.resolve("auto", torch.device("cuda:0")) is ops.FUSED
     assert ops.resolve("reference", torch.device("cuda:0")) is ops.REFERENCE
     assert ops.resolve("fused", torch.device(DEVICE)) is ops.FUSED
+
+
+FRAGMENTS = "Of As With Within Where Whose By For From Until".split()
+
+
+@pytest.mark.parametrize("folder", ["shtx", "shtx_kernels", "benchmarks", "examples"])
+def test_docstrings_and_comments_are_no_fragments(folder):
+    """They say what a thing is or does, in words that begin a sentence."""
+    for path in (ROOT / folder).rglob("*.py"):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = (ast.get_docstring(node) or "It").split()[0]
+                assert first not in FRAGMENTS, (path, getattr(node, "name", ""))
+        lines = [line.strip() for line in source.splitlines()]
+        begun = [b for a, b in zip(["", *lines], lines, strict=False) if not a.startswith("#")]
+        words = "|".join(FRAGMENTS).lower()
+        assert [line for line in begun if re.match(rf"# (?:{words}) ", line)] == [], path
+        assert [line for line in lines if "  # of " in line] == [], path
 
 
 def test_sizes_of_the_pages():

@@ -130,7 +130,7 @@ def test_any_configuration(row):
         dict(next_latent_loss_weight=0.0),
         dict(next_latent_loss_type=lambda z, y: (z - y).square()),
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_next_latent_losses(options):
     assert_taken_over(build(**options))

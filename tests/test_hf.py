@@ -62,6 +62,14 @@ def test_losses_and_logits(version):
     torch.testing.assert_close(output.logits, model.model(ids))
     loss, logits = model(ids, labels=labels, return_dict=False)
     assert loss == output.loss and torch.equal(logits, output.logits)
+    longest = draw(tokens=25)
+    for mode in (True, False):
+        model.train(mode)
+        assert model(longest, labels=longest).loss.isfinite()
+        nothing = torch.full_like(ids, -100)
+        assert model(ids, labels=nothing, num_items_in_batch=0).loss == 0
+        with pytest.raises(ValueError, match="ids must have 2 to 25 tokens .*, got 26"):
+            model(draw(tokens=26), labels=draw(tokens=26))
 
 
 def test_a_seed_gives_the_weights_of_the_model():

@@ -182,7 +182,6 @@ def test_compiled():
         (draw(0) * 0 + 31, ValueError, "labels must be in [0, num_tokens) = [0, 31), -100 or ign"),
         (draw(0) * 0 - 1, ValueError, "or ignore_index, 0, got -1"),
     ],
-    ids=str,
 )
 def test_bad_labels(labels, error, message):
     model = build()

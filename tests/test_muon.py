@@ -138,9 +138,9 @@ def test_several_optimizers_are_in_one_graph(kind, monkeypatch):
 
     shapes, capture = [], TrainStep._capture
 
-    def note(step, ids):
+    def note(step, ids, labels):
         shapes.append(tuple(ids.shape))
-        return (capture if kind == "graphs" else replay_a_step)(step, ids)
+        return (capture if kind == "graphs" else replay_a_step)(step, ids, labels)
 
     monkeypatch.setattr(TrainStep, "_capture", note)
     ours, plain = build(), build()

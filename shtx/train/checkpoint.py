@@ -109,7 +109,7 @@ def save(
 def save_shards(
     run: Path | None, step: int, config: dict, tensors: dict[str, Tensor], keep: int = KEEP
 ) -> None:
-    """The same, of processes that hold parts of `tensors`: all of torch.distributed call this.
+    """Save a checkpoint from processes that hold parts of `tensors`: all of them call this.
 
     Args:
         run: on the first process; None on the others, which need to see the same files.
@@ -180,7 +180,7 @@ def _new(run: Path, step: int, config: dict, keep: int) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        if _is_of(path, id):  # of the future that resuming an older step gave up
+        if _is_of(path, id):  # a later step, which resuming an older one gave up
             _remove(path)
         elif os.path.lexists(path):
             set_aside(path, "kept")
@@ -326,13 +326,13 @@ def decode(file: Path, read: Callable[[], dict]) -> dict:
     """What `read` makes of the content of a file; a TrainError that names the file if it cannot."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
+            warnings.simplefilter("ignore")  # pickle protocols have warnings
             value = read()
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
         raise TrainError(f"{file}: refused: it has more in it than tensors and numbers") from error
-    except Exception as error:  # of whatever kind, from what does the decoding
+    except Exception as error:  # decoders raise errors of any kind
         what = " ".join(str(error).split())[:200] or type(error).__name__
         raise TrainError(f"{file}: damaged: {what}") from error
     if not isinstance(value, dict):
@@ -341,7 +341,7 @@ def decode(file: Path, read: Callable[[], dict]) -> dict:
 
 
 def _read(file: Path, size: int | None = None) -> bytes:
-    """Of `size` bytes if that is given: a file of another size may be larger than all memory."""
+    """Read a file, whose size must be `size` if that is given: another may exceed all memory."""
     try:
         if size is not None and file.stat().st_size != size:
             raise _unlike(file, "size")
@@ -363,7 +363,7 @@ def _fingerprint(content: bytes) -> dict:
 
 
 def _fingerprint_of(path: Path) -> dict:
-    """That of a file which may be larger than all memory."""
+    """Fingerprint a file that may be larger than all memory."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

@@ -26,8 +26,9 @@ from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
 from shtx.train.tokens import Tokens, description_of, tokens_of
 
-IDENTITY = {"bytes": int, "sha256": str}  # of data, and of what is beside it in OTHERS
-OTHERS = {"val": "val_data", "test": "test_data"}  # of an identity, and their settings
+# What identifies data. Under the keys of OTHERS it has the same for the files of these settings.
+IDENTITY = {"bytes": int, "sha256": str}
+OTHERS = {"val": "val_data", "test": "test_data"}
 FILES = ("data", "val_data", "test_data")
 MAX_DEPTH = 10_000
 # what runs had before these were settings, where that is not the default
@@ -94,15 +95,15 @@ class Model:
     predict_use_all_hierarchy: bool = False
     """Predict from all levels side by side."""
     recon_loss_weight: float = 0.1
-    """Of the loss that reconstructs the bytes of a level token; 0 leaves it out."""
+    """Weight of the loss that reconstructs the bytes of a level token; 0 leaves it out."""
     objective: Literal["hierarchical-ar", "next-latent", "none"] = "hierarchical-ar"
     """What levels learn besides the next byte and its reconstruction: to predict their next token
     (upstream 0.2.0), to foretell their latents (upstream 0.4.0, with the flags from
     --next-latent-loss-weight on), or nothing."""
     hierarchical_ar_loss_weight: float = 0.25
-    """Of the loss that predicts the next token of a level."""
+    """Weight of the loss that predicts the next token of a level."""
     next_latent_loss_weight: tuple[float, ...] = (0.25,)
-    """Of the loss of foretold latents; a level of weight 0 is left out."""
+    """Weight of the loss of foretold latents; a level of weight 0 is left out."""
     next_latent_loss_type: Literal["mse_and_cosine_sim", "mse", "smooth_l1"] = "mse_and_cosine_sim"
     """How far a foretold latent is from the one that came."""
     num_rollouts: int = 1
@@ -126,7 +127,7 @@ class Model:
         return NextLatentTransformer if self.objective == "next-latent" else HierarchicalTransformer
 
     def arguments(self) -> dict:
-        """As `kind` takes them."""
+        """Return the arguments that `kind` takes."""
         given = {
             k: v[0] if isinstance(v, tuple) and len(v) == 1 and k != "rollout_weights" else v
             for k, v in asdict(self).items()
@@ -168,7 +169,7 @@ class Config:
     """Files for `shtx eval --split test`, in place of a part of --data: no training looks at
     them."""
     token_dtype: Literal["uint16", "uint32"] | None = None
-    """Of the token ids; None: uint16 where --num-tokens allows it."""
+    """Integer type of the token ids; None: uint16 where --num-tokens allows it."""
     bytes_per_token: tyro.conf.Suppress[float | None] = None
     """In the mean over --data, where `shtx data prepare` has left it."""
     tokenizer: tyro.conf.Suppress[str | None] = None
@@ -197,7 +198,7 @@ class Config:
     min_lr: float | None = None
     """Where the learning rate ends; None: a fiftieth of --lr."""
     weight_decay: float = 0.1
-    """Of matrices; norms, biases and embeddings have none."""
+    """Weight decay of matrices; norms, biases and embeddings have none."""
     decayed: tyro.conf.Suppress[Literal["matrices", "all"]] = "matrices"
     """What --weight-decay is of; runs of older versions: all."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -205,14 +206,14 @@ class Config:
     level_lr: tuple[float, ...] = (1.0,)
     """What multiplies the learning rate of each level's own weights."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW: how much of its mean gradient and of its mean square a step keeps."""
+    """Decay rates of AdamW's means of gradients and of their squares."""
     ema: float | None = None
     """How much of an average of the weights a step keeps, as 0.999: checkpoints have it, too, and
     validations and samples are of it. None: no average."""
     grad_clip: float | None = 1.0
     """Greatest norm of all gradients together; None: any."""
     precision: Literal["fp32", "tf32", "bf16-mixed", "fp16-mixed"]
-    """Of matrix products; weights are fp32."""
+    """Precision of matrix products; weights are fp32."""
     shard: Literal["none", "optimizer", "full"] = "none"
     """What each of several processes keeps a share of, for less memory: nothing, the state of the
     optimizer, or all of it and the weights, too (FSDP2), of which every process writes its part of
@@ -222,7 +223,7 @@ class Config:
     activation_checkpointing: bool = False
     """Run blocks again in the backward: less memory, longer steps, the same result."""
     seed: int = 0
-    """Of the initial weights, the order of the data, and the sample."""
+    """Seed of the initial weights, the order of the data, and the sample."""
     device: str
     """cpu, cuda, cuda:1, ..."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -334,7 +335,7 @@ class Config:
 
     @property
     def source(self) -> Source:
-        """Where the data comes from."""
+        """The files of the data, and how they are taken."""
         return Source(
             data=self.data,
             val=self.val_data,
@@ -406,7 +407,7 @@ class Config:
             )
         model, values = kept
         del values["model"]
-        if isinstance(data := values.get("data", ()), str | None):  # of older versions: one file
+        if isinstance(data := values.get("data", ()), str | None):  # older versions had one file
             values["data"] = [] if data is None else [data]
         for part, given in ((Model, model), (cls, values)):
             hints = get_type_hints(part)
@@ -608,7 +609,7 @@ def parse(
 
 
 def described(config: Config) -> Config:
-    """With what `shtx data prepare` has left beside --data, where that is of its token ids."""
+    """Return the settings with what `shtx data prepare` has left beside the token ids of --data."""
     found = None if config.raw else description_of(config.data, "--data")
     if found is None:
         return config
@@ -627,7 +628,7 @@ def described(config: Config) -> Config:
 
 
 def _base(asked: Asked) -> Config:
-    """Where the settings of a run that begins come from, where flags do not say."""
+    """Return the settings that a run begins with where flags do not say."""
     given = read_settings(asked.config) if asked.config else {}
     preset = asked.preset or given.get("preset")
     default = "gpu" if torch.cuda.is_available() else "cpu"

@@ -44,9 +44,9 @@ class Options:
     dynamics_hidden_dim: int | None = None
     """That of the 0.4.0 model, whose dynamics are new."""
     dynamics_num_layers: int = 3
-    """The same."""
+    """The number of its linear layers."""
     seed: int = 0
-    """Of the weights that are new."""
+    """Seed of the weights that are new."""
 
 
 def main(argv: list[str]) -> int:

@@ -137,7 +137,7 @@ class Corpus:
         return self._sequences(self.train, starts[rank * share : (rank + 1) * share])
 
     def windows(self, count: int, which: slice = slice(None)) -> np.ndarray:
-        """Of `count` evenly spaced validation sequences some: (_, seq_len + 1), as `batch` has."""
+        """Return some of `count` evenly spaced validation sequences: (_, seq_len + 1)."""
         starts = np.linspace(0, len(self.val) - self.seq_len - 1, count).astype(np.int64)
         return self._sequences(self.val, starts[which])
 

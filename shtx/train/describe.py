@@ -48,7 +48,7 @@ class Options:
     """Vocabulary of files of token ids, .bin or .npy; None: bytes, or what `shtx data prepare` has
     left beside a file."""
     token_dtype: Literal["uint16", "uint32"] | None = None
-    """Of the token ids; None: uint16 where --num-tokens allows it."""
+    """Integer type of the token ids; None: uint16 where --num-tokens allows it."""
     raw: bool = False
     """Take the bytes of files as they are, packed or not."""
     json: bool = False
@@ -234,7 +234,7 @@ def of_tokens(options: Options, tokens: Tokens, described: Description | None) -
 
 
 def parts_of(size: int, split: tuple[float, ...]) -> dict[str, list[int]]:
-    """Where the parts begin and end."""
+    """Return where each part begins and ends."""
     stops = np.cumsum(split_sizes(size, split)).tolist()
     starts = [0, *stops[:-1]]
     parts = zip(("train", "val", "test"), starts, stops, strict=False)

@@ -105,7 +105,7 @@ def load_tokenizer(name: str):
         if path.exists() or path.suffix == ".json":
             return Tokenizer.from_file(str(path))
         return Tokenizer.from_pretrained(name)
-    except Exception as error:  # of whatever kind: it is raised by code in Rust
+    except Exception as error:  # code in Rust raises errors of any kind
         what = " ".join(str(error).split())[:200]
         raise TrainError(f"--tokenizer {name}: cannot be loaded: {what}") from error
 

@@ -58,12 +58,12 @@ class Options:
     raw: bool = False
     """Score the bytes of --data as they are, whatever they are."""
     part: Literal["all", "training", "validation"] = "all"
-    """Of --data; the last tenth is what `shtx train` holds out for validation."""
+    """Which part of --data; the last tenth is what `shtx train` holds out for validation."""
     context: int | None = None
     """Bytes, or tokens, that the model sees at once; None: the seq_len that it was trained with,
     the most."""
     stride: int | None = None
-    """By how many bytes it goes on; None: a fourth of the context."""
+    """How many bytes a window is ahead of the one before; None: a fourth of the context."""
     stream: bool = False
     """In place of windows: every prediction sees all that the model's own windows reach, in
     --batch-size pieces side by side. Takes a model with a window for every level."""

@@ -60,7 +60,7 @@ class Options:
     top_k: int | None = None
     """How many bytes may be taken, the most likely ones; None: a tenth of all."""
     top_p: float | None = None
-    """Of those only the fewest whose probabilities add up to this; None: all."""
+    """Only the fewest of those bytes are taken whose probabilities add up to this; None: all."""
     seed: int | None = None
     """The same one gives the same text; None: another text every time."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")

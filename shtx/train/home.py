@@ -127,7 +127,7 @@ class Home:
             )
 
     def refuse_what_is_not_ours(self) -> None:
-        """For a run that begins: a TrainError if something here would be lost.
+        """Raise a TrainError if a run that begins here would replace something.
 
         What a process left that ended before its first checkpoint is replaced.
         """

@@ -26,7 +26,7 @@ class Unit(NamedTuple):
         return figures
 
     def text(self, bits: float, digits: int = 3) -> str:
-        """The same as text."""
+        """Return these figures as text."""
         figures = self.figures(bits).items()
         return ", ".join(f"{value:.{digits}f} {name.replace('_', ' ')}" for name, value in figures)
 

@@ -36,6 +36,6 @@ def optimizers_of(config: Config, model: Trunk) -> list[Optimizer]:
     adamw = list(groups[AdamW].values())
     optimizers = [torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, fused=True)]
     if muon := list(groups[Muon].values()):
-        # whose steps are as long as AdamW's, so that one learning rate suits both
+        # Muon's steps become as long as AdamW's, so that one learning rate suits both.
         optimizers.append(Muon(muon, lr=config.lr, adjust_lr_fn="match_rms_adamw"))
     return optimizers

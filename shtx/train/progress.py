@@ -99,7 +99,7 @@ class Display:
 
 
 def clock_of(seconds: float) -> str:
-    """As h:mm:ss or m:ss."""
+    """Format a time as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -26,7 +26,7 @@ class Score(NamedTuple):
 
 
 def window_starts(count: int, context: int, stride: int) -> list[int]:
-    """Where windows of `context` + 1 of `count` bytes begin; the last one ends where they do."""
+    """Return where windows of `context` + 1 begin within `count` bytes; the last ends with them."""
     last = max(0, count - 1 - context)
     return [*range(0, last, stride), last]
 

@@ -39,7 +39,7 @@ FOREIGN = {
     "an Arrow file": b"ARROW1",
     "an SQLite database": b"SQLite format 3\x00",
 }
-ESCAPES = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"\\": b"\\"}  # of --separator
+ESCAPES = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"\\": b"\\"}  # those of --separator
 HEAD = 512  # bytes that tell what a file is; a tar archive has its mark at 257
 # Zstandard's decoder gives all that its input unpacks to at once, up to 32,768 times as much
 ZSTD_BLOCK = 1 << 12
@@ -228,11 +228,11 @@ def unpack(path: Path, kind: str, separator: bytes, flag: str) -> Iterator[bytes
         raise TrainError(f"{name}: corrupt .{kind} file: {error}") from error
     except OSError as error:
         if error.errno is not None:
-            raise  # of the disk, not of what is on it
+            raise  # the disk failed, not what is on it
         raise TrainError(f"{name}: corrupt .{kind} file: {error}") from error
     except (NotImplementedError, RuntimeError) as error:  # zipfile: its method, or encrypted
         raise TrainError(f"{name}: cannot be unpacked: {error}") from error
-    # of zipfile: its headers
+    # zipfile raises these for damaged headers.
     except (EOFError, ValueError, LookupError, OverflowError, struct.error) as error:
         raise TrainError(f"{name}: corrupt .{kind} file: {error}") from error
 
@@ -296,7 +296,7 @@ def _zstd(name: str) -> tuple[Callable, type[Exception]]:
             raise TrainError(
                 f'{name}: unpacking a .zst file takes Python 3.14 or pip install "shtx[zstd]"'
             ) from None
-        window = 1 << 31  # of zstd --ultra --long=31
+        window = 1 << 31  # that of zstd --ultra --long=31
         make = lambda: zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
         return make, zstandard.ZstdError
     return zstd.ZstdDecompressor, zstd.ZstdError

@@ -35,7 +35,7 @@ class OpenFile:
         """`count` bytes, or fewer where the file ends."""
         read = partial(os.pread, self.file.fileno())
         content = read(count, self.start + start)
-        while len(content) < count:  # of more than 2 GiB
+        while len(content) < count:  # one read returns at most 2 GiB
             if not (more := read(count - len(content), self.start + start + len(content))):
                 break
             content += more

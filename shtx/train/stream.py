@@ -11,7 +11,7 @@ from shtx.decode import Decoder
 from shtx.model import Trunk
 from shtx.train.store import Part
 
-TOKENS = 1 << 10  # of each lane that are taken before the host waits for their bits
+TOKENS = 1 << 10  # taken from each lane before the host waits for their bits
 
 
 def reach(model: Trunk) -> int:

@@ -44,7 +44,7 @@ class Description:
     tokenizer: str
 
     def write(self, path: Path) -> None:
-        """Beside the token file `path`."""
+        """Write it beside the token file `path`."""
         values = asdict(self.tokens) | {
             "tokens": self.count,
             "bytes": self.bytes,
@@ -57,7 +57,7 @@ class Description:
 
     @classmethod
     def read(cls, path: Path) -> "Description | None":
-        """Of the token file `path`; None if there is nothing beside it."""
+        """Read that of the token file `path`; None if there is nothing beside it."""
         try:
             values = files.read_json(beside(path))
         except FileNotFoundError:
@@ -116,7 +116,7 @@ def tokens_of(num_tokens: int | None, dtype: str | None) -> Tokens | None:
 
 
 def layout(path: Path, tokens: Tokens, flag: str) -> tuple[int, int]:
-    """Where in a file its ids begin, and how many bytes they are.
+    """Return where in a file its ids begin, and how many bytes they are.
 
     Raises:
         TrainError: it has another suffix than .bin and .npy, its size is not one of whole ids, or

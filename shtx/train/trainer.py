@@ -17,7 +17,7 @@ from torch import Tensor
 from shtx import HierarchicalTransformer, TrainStep
 from shtx.fsdp import fully_shard_model
 from shtx.initial import fill
-from shtx.internals import tree_leaves
+from shtx.internals import lerp_all, tree_leaves
 from shtx.model import Trunk
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.plan import is_sharded
@@ -28,8 +28,8 @@ from shtx.train.data import Corpus
 from shtx.train.optimizers import MOMENTS, optimizers_of
 from shtx.train_step import AUTOCAST
 
-WARMUP, DECAY = 0.05, 0.2  # of the steps
-MINIMUM = 0.02  # of the peak learning rate
+WARMUP, DECAY = 0.05, 0.2  # shares of the steps
+MINIMUM = 0.02  # share of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes or tokens
 # what a model's loss has in it besides the cross entropy of the next byte
 PARTS = {
@@ -148,7 +148,7 @@ def refuse_untrainable(model: Trunk) -> None:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of update `step`, counted from 0: a linear warmup, then what --schedule says."""
+    """The learning rate of update `step`, counted from 0: a warmup, then what --schedule says."""
     steps = config.curve or config.steps
     warmup = max(1, round(WARMUP * steps)) if config.warmup is None else config.warmup
     least = MINIMUM if config.min_lr is None else config.min_lr / config.lr
@@ -193,7 +193,7 @@ class Trainer:
         self.train_step = TrainStep(
             *(model, optimizers_of(config, model)),
             precision="fp32" if config.precision == "tf32" else config.precision,
-            grad_clip=config.grad_clip or math.inf,  # whose norm is told either way
+            grad_clip=config.grad_clip or math.inf,  # the norm is told either way
             accumulate=config.accumulate,
             shard_optimizer=config.shard == "optimizer",
         )
@@ -232,10 +232,10 @@ class Trainer:
             group["lr"] = learning_rate(config, step) * group["lr_scale"]
         loss, (ce, *parts) = self.train_step(self.ids(self.batch(step)))
         if self.average:
-            # of the first steps, which the average would remember for long, it forgets more
+            # The average would remember the first steps for long, so it forgets them faster.
             kept = min(config.ema, (1 + step) / (10 + step))
             with torch.no_grad():
-                torch._foreach_lerp_(*self._averages_and_weights(), 1 - kept)
+                lerp_all(*self._averages_and_weights(), 1 - kept)
         return torch.stack((loss, ce, self.train_step.grad_norm, *tree_leaves(parts)))
 
     def _averages_and_weights(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -246,7 +246,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the model has the averaged weights, if there are any."""
+        """Return a context in which the model has the averaged weights, if there are any."""
         self._swap()
         try:
             yield
@@ -290,7 +290,7 @@ class Trainer:
             start = first + self.rank * share
             if start >= count and not self.sharded:
                 break
-            # of a sharded model all processes have to call each forward
+            # All processes have to call each forward of a sharded model.
             last = slice(count - 1, count)
             which = slice(start, start + share) if start < count else last
             ids = self.ids(self.corpus.windows(count, which))
@@ -342,8 +342,8 @@ class Trainer:
         return state | ({"ema": self.average} if self.average else {})
 
     def parts(self) -> tuple[dict[str, Tensor], list[dict]]:
-        """Of a sharded model: the tensors that a checkpoint keeps, of which this process has parts,
-        and the optimizer's groups.
+        """Return the tensors of a sharded model that a checkpoint keeps, of which this process has
+        parts, and the optimizer's groups.
         """
         state = self.optimizers.state_dict()
         tensors = shards.flat(self.model.state_dict(), state["state"], self.average)

@@ -56,7 +56,7 @@ def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
 
 
 def rings_of(rings: Sequence[Tensor | None]) -> tuple:
-    """For each ring that is not None, its slots, and the strides of its sequences and slots."""
+    """Return the slots of each ring that is not None, and its strides of sequences and slots."""
     return tuple(r if r is None else (r.shape[1], r.stride(0), r.stride(1)) for r in rings)
 
 

@@ -61,7 +61,7 @@ def attend_head(
 ):  # fmt: skip
     """One head of one sequence: its key and value go into the ring, its output to `out`."""
     HALF: tl.constexpr = E // 2
-    offs, n = tl.arange(0, BLOCK_E), 1 + tl.arange(0, BLOCK_L)  # of either half; of keys
+    offs, n = tl.arange(0, BLOCK_E), 1 + tl.arange(0, BLOCK_L)  # channels of a half, and keys
     mask = offs < HALF
     keys = tl.minimum(token // DILATION + 1, L)
     k1, k2, v1, v2, cos, sin = past(

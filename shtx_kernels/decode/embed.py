@@ -14,7 +14,7 @@ from ..decode_arguments import Lookup
 from ..launch import accumulator, cdiv, launch, next_power_of_2
 from ._device import activate, rings_of, row_of, starts
 
-ELEMENTS = 2048  # of tables, a program
+ELEMENTS = 2048  # elements of tables that a program reads
 
 
 @triton.jit

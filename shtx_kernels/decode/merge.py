@@ -16,8 +16,8 @@ from ..decode_arguments import Part
 from ..launch import accumulator, cdiv, launch, next_power_of_2
 from ._device import ahead, rings_of, row_of, starts, wait
 
-ROW_ELEMENTS = 8192  # of a weight, a program
-# of several sequences; not searched
+ROW_ELEMENTS = 8192  # elements of a weight that a program reads
+# The tile for several sequences; it was not searched for.
 TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 

@@ -18,10 +18,10 @@ from ..decode_arguments import Projection
 from ..launch import accumulator, cdiv, launch, next_power_of_2
 from ._device import activate, ahead, normalize, rings_of, row_of, starts, wait
 
-# of a weight, a tile; and programs, about: so few that the next launch finds room beside them, and
-# can fetch ahead. On an H200 the best of (4096, 528), (8192, 264), (16384, 132).
+# Elements of a weight in a tile, and about how many programs: so few that the next launch has room
+# beside them, and can fetch ahead. On an H200 the best of (4096, 528), (8192, 264), (16384, 132).
 ROW_ELEMENTS, PROGRAMS = 4096, 528
-# of several sequences; as good as 32 wide, better than 64 or 256 deep, with norms still in it
+# The tile for several sequences is as good as 32 wide, and better than 64 or 256 deep.
 TILE = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 

@@ -155,10 +155,15 @@ def hierarchical_merge(
     must stay below 65504.
 
     Args:
-        levels: (B, M, D_l) each, of one dtype; D_l contiguous, B and M may be strided. strides: for
-        each level, how many tokens one of its tokens stands for. gamma: (D,), the norm's weight; D
-        = sum of D_l. w_in: (J, D). b_in: (J,). w_out: (D_out, J). b_out: (D_out,). branches: for
-        each level, a tensor of its shape to be added to it, or None; all of one dtype.
+        levels: (B, M, D_l) each, of one dtype; D_l contiguous, B and M may be strided.
+        strides: for each level, how many tokens one of its tokens stands for.
+        gamma: (D,), the norm's weight; D is the sum of all D_l.
+        w_in: (J, D).
+        b_in: (J,).
+        w_out: (D_out, J).
+        b_out: (D_out,).
+        branches: for each level, a tensor of its shape to be added to it, or None; all of one
+            dtype.
 
     Returns:
         rs: (B, M, D_l) each, level + branch in the dtype of the level; the level itself without a

@@ -33,7 +33,7 @@ def _moments(z, u, mask, D: tl.constexpr):
     eps = tl.full([1, 1, 1], 1e-5, z.dtype)  # a bare constant is fp32 in Triton 3.6
     square = (row_sum(z * z) + row_sum(u * u)) / (2 * D) + eps
     one = tl.full([1, 1, 1], 1.0, z.dtype)
-    # in full precision, as backward subtracts nearly equal numbers
+    # Full precision: backward subtracts nearly equal numbers.
     return mean, divide(one, sqrt(square))
 
 

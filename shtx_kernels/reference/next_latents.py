@@ -10,7 +10,7 @@ from .widen import widen
 
 
 def chunk_means(x: Tensor, compress: int, stride: int) -> Tensor:
-    """For each level token, the mean of the up to C tokens of x that end where it does.
+    """Return, for each level token, the mean of the last C tokens of x, or of as many as there are.
 
     x (B, N, D) to (B, M, D)
     """

@@ -215,7 +215,7 @@ def _rotary_attention_bwd_dkdv_kernel(
     last = n
     if WINDOW > 0:
         last = tl.minimum(n, j0 + BLOCK_N + WINDOW)
-    # from here on, every query sees every key
+    # From here on, every query sees every key.
     whole = tl.minimum(last, first + tl.cdiv(BLOCK_N, BLOCK_M) * BLOCK_M)
     local_i = tl.arange(0, BLOCK_M)
     for i0 in range(first, whole, BLOCK_M):
@@ -263,7 +263,7 @@ def _rotary_attention_bwd_dq_kernel(
 ):  # fmt: skip
     """dq of a tile of queries."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
-    # of full attention, the tiles with the most keys go first
+    # In full attention, the tiles with the most keys go first.
     i0 = ((tiles - 1 - tile) * BLOCK_M).to(tl.int32)
     local, offs_c, offs_e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     offs_i = i0 + local

@@ -62,7 +62,7 @@ def _rotary_attention_fwd_kernel(
 ):  # fmt: skip
     """The output and the log-sum-exp of a tile of queries."""
     b, r, h, tile, n = program(M, H, DILATION, tiles)
-    # of full attention, the tiles with the most keys go first
+    # In full attention, the tiles with the most keys go first.
     i0 = ((tiles - 1 - tile) * BLOCK_M).to(tl.int32)
     local, offs_c, offs_e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_E)
     offs_i = i0 + local

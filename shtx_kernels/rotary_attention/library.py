@@ -179,8 +179,9 @@ def by_class(t: Tensor, dilation: int, heads: int) -> Tensor:
 
 @contextmanager
 def deterministic():
-    """Within, FlashAttention adds up dq in one order: it heeds only this setting of all of PyTorch,
-    whose filling of fresh memory is left out.
+    """Return a context in which FlashAttention adds up dq in one order.
+
+    It heeds only this setting of all of PyTorch, whose filling of fresh memory is left out.
     """
     fill = torch.utils.deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled()

@@ -27,7 +27,7 @@ PAGE = 1 << 16  # bytes
 
 
 class Recipe(NamedTuple):
-    """Of the files in some packages those whose names end so."""
+    """Which files of which packages make a corpus: those whose names end so."""
 
     packages: tuple[str, ...]
     suffixes: tuple[str, ...]
