@@ -34,8 +34,9 @@ from benchmarks.timing import DEVICE
 from shtx import TrainStep
 from shtx.ops import why_not_fused
 from shtx.train import TrainError
-from shtx.train.config import PRESETS, Config, Model
+from shtx.train.config import Config, Model
 from shtx.train.data import Source, prepare
+from shtx.train.presets import PRESETS
 from shtx.train.run import place
 from shtx.train.trainer import Trainer, build
 

@@ -13,7 +13,7 @@ from running import TINY, write_text
 
 from shtx.cli import main
 from shtx.train import visible
-from shtx.train.config import parse
+from shtx.train.arguments import parse
 from shtx.train.describe import Documents
 from shtx.train.encode import pieces_of
 from shtx.train.metrics import read

@@ -23,8 +23,9 @@ from running import change_config, resume, rows, train, write_text
 
 from shtx.cli import main
 from shtx.train import TrainError
+from shtx.train.arguments import parse
 from shtx.train.checkpoint import find_steps, load
-from shtx.train.config import Config, parse
+from shtx.train.config import Config
 from shtx.train.data import Corpus, Source, prepare, split_sizes
 from shtx.train.sources import expand, unescape
 from shtx.train.store import DataChanged, Part, Store

@@ -10,8 +10,9 @@ from running import TINY, resume, train
 
 from shtx.cli import main
 from shtx.train import TrainError
+from shtx.train.arguments import parse
 from shtx.train.checkpoint import load
-from shtx.train.config import parse, settings_of
+from shtx.train.config import settings_of
 from shtx.train.data import Source, prepare
 from shtx.train.metrics import read
 from shtx.train.tokens import Description, Tokens

@@ -17,10 +17,12 @@ from running import TINY, change_config, change_state, resume, rows, train
 
 from shtx import HierarchicalTransformer
 from shtx.train import TrainError
+from shtx.train.arguments import parse
 from shtx.train.checkpoint import load
-from shtx.train.config import PRESETS, Config, Model, parse
+from shtx.train.config import Config, Model
 from shtx.train.data import Corpus
 from shtx.train.metrics import Metrics, read
+from shtx.train.presets import PRESETS
 from shtx.train.progress import printable
 from shtx.train.run import place
 from shtx.train.stop import Stop

@@ -14,8 +14,9 @@ from running import TINY, change_config, change_state, resume, rows, train
 
 from shtx.cli import main
 from shtx.train import TrainError, speed, trainer
+from shtx.train.arguments import parse
 from shtx.train.checkpoint import best_of, find, load
-from shtx.train.config import Config, parse
+from shtx.train.config import Config
 from shtx.train.data import Corpus
 from shtx.train.metrics import read
 from shtx.train.progress import clock_of

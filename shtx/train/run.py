@@ -12,13 +12,15 @@ import torch.distributed as dist
 from shtx import __version__, ops
 from shtx.model import Trunk
 from shtx.train import TrainError
+from shtx.train.arguments import look, parse
 from shtx.train.checkpoint import Checkpoint, best_of, set_aside
-from shtx.train.config import PRESETS, Config, look, parse, settings_of
+from shtx.train.config import Config, settings_of
 from shtx.train.data import Corpus, prepare
 from shtx.train.home import METRICS, Home, home_of, new_id, origin
 from shtx.train.loggers import refuse_what_is_not_installed
 from shtx.train.loop import fit
 from shtx.train.metrics import plot
+from shtx.train.presets import PRESETS
 from shtx.train.progress import Display
 from shtx.train.stop import Stop, Stopped
 from shtx.train.trainer import (

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from shtx import ops
-from shtx.train.config import Config, parse
+from shtx.train.arguments import parse
+from shtx.train.config import Config
 from shtx.train.data import Corpus
 from shtx.train.run import place
 from shtx.train.store import Store
