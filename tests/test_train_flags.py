@@ -20,6 +20,7 @@ from shtx.train.config import Config
 from shtx.train.data import Corpus
 from shtx.train.metrics import read
 from shtx.train.progress import clock_of
+from shtx.train.store import Store
 from shtx.train.trainer import Trainer, build
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def steps_of(run):
 
 def test_average_is_of_the_weights_of_all_steps(text):
     config, _ = parse([*TINY, "--ema", "0.6"])
-    one = Trainer(config, Corpus(text, 32), build(config, CPU))
+    one = Trainer(config, Corpus(Store([text]), 32), build(config, CPU))
     expected = copy.deepcopy(dict(one.model.named_parameters()))
     for step in range(6):
         one.step(step)
@@ -66,7 +67,7 @@ def test_average_is_of_the_weights_of_all_steps(text):
 
 def test_validations_and_samples_are_of_the_average_and_leave_the_weights(text):
     config, _ = parse([*TINY, "--ema", "0.9"])
-    one = Trainer(config, Corpus(text, 32), build(config, CPU))
+    one = Trainer(config, Corpus(Store([text]), 32), build(config, CPU))
     for step in range(3):
         one.step(step)
     before = copy.deepcopy(one.model.state_dict())
@@ -278,7 +279,7 @@ def test_time_left(text, tmp_path, capsys):
 
 def test_a_validation_tells_how_far_it_is(text):
     config, _ = parse(TINY)
-    one, told = Trainer(config, Corpus(text, 32), build(config, CPU)), []
+    one, told = Trainer(config, Corpus(Store([text]), 32), build(config, CPU)), []
     one.evaluate(progress=told.append)
     assert told == [4, 8]
 
