@@ -515,7 +515,9 @@ def test_what_a_step_refuses():
     optimizer = torch.optim.SGD(other.parameters(), 0.1)
     with pytest.raises(ValueError, match="optimizer must have parameters of the model"):
         TrainStep(model, optimizer, precision="fp32")
-    with pytest.raises(TypeError, match="a model and its optimizer or several of them, in this order"):
+    with pytest.raises(
+        TypeError, match="a model and its optimizer or several of them, in this order"
+    ):
         TrainStep(optimizer, model)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):

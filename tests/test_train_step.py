@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import LR, adamw, assert_same, assert_same_parameters, build, draw, pair
 
 from shtx import TrainStep
+from shtx_kernels import products
 
 
 def autocast(precision):
@@ -109,8 +110,8 @@ def test_checkpointing_changes_no_bit(impl, accumulate):
 
 def test_weights_are_cast_once_a_step(monkeypatch):
     """In one call, whatever the number of micro-batches."""
-    lists, cast = [], torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: lists.append(args[1]) or cast(*args))
+    lists, cast = [], products.copy_all
+    monkeypatch.setattr(products, "copy_all", lambda *args: lists.append(args[1]) or cast(*args))
     model = build(impl="fused")
     step = TrainStep(model, adamw(model), accumulate=2, cuda_graph=False)
     step.compile(draw(0))
