@@ -17,7 +17,7 @@ from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from shtx import losses, ops
-from shtx.generate import generate
+from shtx.generation import generate
 from shtx.graphed_loss import replay
 from shtx.initial import draw
 from shtx.internals import is_exporting

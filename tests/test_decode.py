@@ -8,8 +8,8 @@ from covering import ROWS, TOKENS
 from helpers import DEVICE
 
 from shtx import HierarchicalTransformer
-from shtx import decode as decoding
-from shtx.decode import Decoder
+from shtx.generation import stages
+from shtx.generation.decoder import Decoder
 
 
 def build(options, **more):
@@ -42,7 +42,7 @@ def test_every_position(row, impl, monkeypatch):
     options, _, _ = ROWS[row]
     batch = 1 + row // 2 % 2  # for which there are different kernels
     if row % 2:  # as for a large vocabulary
-        monkeypatch.setattr(decoding, "TABLE_IDS", 0)
+        monkeypatch.setattr(stages, "TABLE_IDS", 0)
     few = impl == "fused" and DEVICE == "cpu"  # the interpreter takes its time
     model = build(options | dict(depth=1 if few else 2), impl=impl)
     ids = torch.randint(0, options["num_tokens"], (batch, TOKENS), device=DEVICE)
