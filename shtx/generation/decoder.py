@@ -1,6 +1,5 @@
 """The model one token at a time, from a state that keeps of the past what later tokens read."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -11,15 +10,12 @@ from torch.nn import Module
 from shtx.generation.stages import Stages
 from shtx.generation.state import Recent, State
 from shtx.layers import exists
+from shtx.plan import unfused
 
 
 class Decoder:
     """Weights and state of a model for generating: of `batch` sequences, each of up to `length`
     tokens, or of any number where no level has full attention.
-
-    Every stage of a layer is one op for all levels. A level keeps, for each of its blocks, the rows
-    of the residual streams that a token shift reads, and the keys and values of its window (all of
-    them without one); it works at every stride-th token alone.
 
     Args:
         model: HierarchicalTransformer, which FSDP2 may have sharded.
@@ -72,7 +68,7 @@ class Decoder:
         return self.logits
 
     def prefill(self, model: Module, prompt: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Start over with a prompt: the model's own forward, whose ops leave what the state needs.
+        """Start over with a prompt: the model's own forward, which leaves what the state needs.
 
         Args:
             model: whose weights these are.
@@ -81,35 +77,33 @@ class Decoder:
 
         Returns:
             `logits`.
+
+        Raises:
+            ValueError: for a model with a module that has to be called, see plan.py.
         """
         state, stages = self._state, self._stages
         lengths = prompt.new_full((len(self.ids),), prompt.shape[1]) if lengths is None else lengths
-        recent, ops = Recent(lengths), SimpleNamespace(**vars(self.ops))
-        for name, fills in state.fills.items():
-            setattr(ops, name, filling(getattr(ops, name), iter(fills), recent))
+        recent = Recent(lengths)
+
+        def take(name: tuple[int, int, str], x: Tensor):
+            if exists(fill := state.fills.get(name)):
+                fill(x, recent)
+
         narrow = state.dtype != model.token_emb.weight.dtype
         with torch.no_grad(), torch.autocast(state.device.type, state.dtype, enabled=narrow):
             # upstream, too, runs forward alone; FSDP2 gathers the weights in hooks of a call
             run = model if hasattr(model, "unshard") else model.forward
-            plan = model.plan(ops, checked=True)
+            plan = model.plan(self.ops, checked=True, take=take)
+            if plan.called:  # these leave nothing, and their weights are not all that they do
+                name, reason = next(iter(unfused(model).items()))
+                raise ValueError(
+                    f"model must run by its own weights alone, got {name}, which {reason}"
+                )
             embeds = run(prompt, return_hierarchical_embeds=True, plan=plan)
-        for end, rows, level in zip(stages.ends, embeds, state.levels, strict=True):
-            if exists(end):
-                recent.fill(end, rows, level.stride)
+        for i, end in stages.ends.items():
+            recent.fill(end, embeds[i], state.levels[i].stride)
         recent.fill(state.history, prompt)
         recent.fill(stages.embeddings, F.embedding(prompt, stages.embedding))
         self.logits.copy_(F.linear(stages.end[:, 0], stages.to_logits))
         self.position.copy_(lengths)
         return self.logits
-
-
-def filling(op: Callable, fills, recent: Recent) -> Callable:
-    """The op, whose calls fill the state one after the other."""
-
-    def call(*args, **kwargs):
-        outputs = op(*args, **kwargs)
-        if exists(fill := next(fills)):
-            fill(args, outputs, recent)
-        return outputs
-
-    return call

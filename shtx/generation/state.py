@@ -1,13 +1,12 @@
 """What a decoder keeps: rings of the past, copies of weights, and how a prompt fills the rings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, arange
 from torch.nn import Module
 
-from shtx.generation.weights import whole
 from shtx.levels import Level
 
 
@@ -34,6 +33,10 @@ class Recent:
         ring.copy_(kept.masked_fill(unknown.view(*unknown.shape, *[1] * (ring.ndim - 2)), 0))
 
 
+Fill = Callable[[Tensor, Recent], None]
+Weights = Iterator[tuple[str, Tensor]]
+
+
 class State:
     """Tensors that stay where they are, whichever model of the same sizes they serve.
 
@@ -43,7 +46,8 @@ class State:
     Attributes:
         ids, logits, position: as of `Decoder`.
         history: ring of the ids that compressors read.
-        fills: what the calls of an op in a pass over a prompt leave here, in their order.
+        fills: take what a pass over a prompt leaves for tokens to come, (B, M, ...), and `Recent`;
+            by its name, (layer, level, what).
     """
 
     def __init__(self, model: Module, batch: int, length: int, dtype: torch.dtype | None):
@@ -51,7 +55,7 @@ class State:
         self.device, self.dtype = model.device, dtype or model.token_emb.weight.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self._copies, self._rings = [], []
-        self.fills = dict(norm_token_shift=[], rotary_attention=[], hierarchical_merge=[])
+        self.fills: dict[tuple[int, int, str], Fill] = {}
         integers = partial(self.ring, dtype=torch.long)
         self.ids, self.position = integers(1)[:, 0], integers(1)[:, 0]
         self.history = integers(max(level.compress for level in self.levels))
@@ -62,19 +66,21 @@ class State:
         """The size of all rings."""
         return sum(ring.nbytes for ring in self._rings)
 
+    def weights(self, model: Module, read: Callable[[Module], Weights]) -> dict[str, Tensor]:
+        """Copy the weights that `read` yields of a model, as `refresh` will again; by their names.
+
+        One at a time is read: it may have been gathered, or made, for this alone.
+        """
+        options = dict(copy=True, memory_format=torch.contiguous_format)
+        copies = {name: weight.to(self.dtype, **options) for name, weight in read(model)}
+        self._copies.append((copies, read))
+        return copies
+
     def refresh(self, model: Module) -> None:
         """Take the weights that the model has now."""
-        for copy, read in self._copies:
-            copy.copy_(read(model))
-
-    def copy(self, model: Module, read: Callable[[Module], Tensor]) -> Tensor:
-        """Copy what `read` makes of a model, as `refresh` will again."""
-        copy = read(model).to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self._copies.append((copy, read))
-        return copy
-
-    def weight(self, model: Module, name: str) -> Tensor:
-        return self.copy(model, lambda model: whole(model, name))
+        for copies, read in self._copies:
+            for name, weight in read(model):
+                copies[name].copy_(weight)
 
     def ring(self, slots: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Make a ring (B, slots, ...) of zeros."""

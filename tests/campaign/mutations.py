@@ -394,7 +394,6 @@ TESTS = {
     "shtx/generation/stages.py": "test_decode",
     "shtx/generation/state.py": "test_decode",
     "shtx/generation/tokens.py": "test_generate",
-    "shtx/generation/weights.py": "test_decode",
     "shtx/layers.py": "test_model test_upstream",
     "shtx/train/checkpoint.py": "test_checkpoint test_home test_hostile",
     "shtx/train/home.py": "test_home test_train",
