@@ -16,7 +16,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.providers import FUSED, OURS, build_reference, load
 from benchmarks.timing import DEVICE, DTYPE, autocast, check_agreement, median_ms
-from shtx.decode import Decoder
+from shtx.generation.decoder import Decoder
 
 PROMPT, NEW = (128, 1024) if DEVICE == "cuda" else (16, 8)
 FEW = (32, 4) if DEVICE == "cuda" else (4, 4)  # rounds of one sequence, and of several

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from shtx import HierarchicalTransformer
-from shtx.decode import TABLE_IDS
+from shtx.generation.stages import TABLE_IDS
 
 
 class Config(NamedTuple):

@@ -213,7 +213,7 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
         streamer: Any = None,
         **kwargs,
     ) -> Tensor:
-        """Sample by the cached `shtx.generate.generate`, from what a GenerationConfig says.
+        """Sample by the cached `shtx.generation.generate`, from what a GenerationConfig says.
 
         Greedy, or sampling with temperature, top_k and top_p; `model.model.generate` has more.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shtx import HierarchicalTransformer, __version__, ops
-from shtx.decode import Decoder
+from shtx.generation.decoder import Decoder
 from shtx.internals import tree_leaves, tree_map_only
 from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
 from shtx.plan import unfused

@@ -3,10 +3,10 @@
 A layer holds parameters under the names of simple-hierarchical-transformer. Its `forward` is
 upstream's, module by module. `run` computes the same on (B, M, D) tensors of level tokens by the
 ops of a plan, which read the weights of plain modules; whatever else is in a module's place is
-called (see plan.py).
+called (see plan.py). `token_weights` yields, by name, what generating a token reads of a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from shtx.ops import (
     token_shift,
     windows,
 )
-from shtx.plan import OPTIONS, Layer, Plan
+from shtx.plan import OPTIONS, Layer, Plan, is_sharded
 
 
 def exists(v):
@@ -55,6 +55,20 @@ def norm_args(norm: Module) -> dict:
     if isinstance(norm, RMSNorm):
         return dict(gamma=norm.gamma)
     return dict(gamma=norm.weight, beta=norm.bias, norm="layer")
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight without its gradient, gathered where FSDP2 has sharded it."""
+    weight = weight.detach()
+    return weight.full_tensor() if is_sharded(weight) else weight
+
+
+def norm_weights(norm: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield "gamma" of a norm, and "beta" of one that has it."""
+    args = norm_args(norm)
+    for name in ("gamma", "beta"):
+        if name in args:
+            yield name, whole(args[name])
 
 
 def add(x: Tensor, branch: Tensor | None) -> Tensor:
@@ -127,6 +141,38 @@ class Compress(Layer):
         conv, out = self.compress_fn[1].conv, self.compress_fn[3]
         weights = conv.weight, conv.bias, out.weight, out.bias
         return plan.ops.causal_compress(ids, embedding, *weights, stride=self.level.stride)
+
+    def token_weights(
+        self, embedding: Tensor, norm: Module, as_table: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a token reads, the products of the embedding being made ahead.
+
+        Without compression this is "table" (1, V, d), the normalized level token of every id. Else
+        the convolution is "table" (C, V, 4 D), every tap's product for every id, or "rows" (4 D,
+        C D), which multiply C embeddings side by side.
+
+        Args:
+            embedding: (V, D).
+            norm: comes after the compressor.
+            as_table: whether a convolution is a table.
+        """
+        if self.level.compress == 1:
+            table, weight = whole(embedding), getattr(self.compress_fn, "weight", None)
+            if exists(weight):
+                table = F.linear(table, whole(weight))
+            affine = (rows for _, rows in norm_weights(norm))
+            yield "table", F.layer_norm(table, table.shape[-1:], *affine)[None]
+            return
+        conv, out = self.compress_fn[1].conv, self.compress_fn[3]
+        yield "conv_bias", whole(conv.bias)
+        weight = whole(conv.weight)
+        if as_table:
+            yield "table", torch.einsum("vd,odc->cvo", whole(embedding), weight)
+        else:
+            yield "rows", weight.mT.flatten(1)
+        yield "out", whole(out.weight)[..., 0]
+        yield "out_bias", whole(out.bias)
+        yield from norm_weights(norm)
 
     def recon(self, h: Tensor, ids: Tensor, plan: Plan | None = None, reduction: str = "mean"):
         """Return the loss of telling ids (B, N) from the level (B, M, d) after its last layer."""
@@ -239,6 +285,22 @@ OPTIONS[RotaryEmbedding] = lambda m: rotates_as_made(m, "inv_freq", "scale")
 OPTIONS[SinusoidalEmbeddings] = lambda m: (m.use_xpos, rotates_as_made(m, "inv_freq"))
 
 
+def halves_of_qkv(qkv: Tensor, level: Level, heads: int) -> Tensor:
+    """Return qkv (..., 3 H E) as ops of one token take it, which know one pairing alone."""
+    if level.window is not None or not level.interleaved:
+        return qkv
+    q, k, v = qkv.unflatten(-1, (3, heads, level.dim_head)).unbind(-3)
+    return torch.stack((halves(q), halves(k), v), dim=-3).flatten(-3)
+
+
+def attention_weights(attn: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a token reads of either attention: its norm, "qkv" (3 H E, D), "out" (D, H E)."""
+    yield from norm_weights(attn.norm)
+    qkv = whole(attn.to_qkv.weight)
+    yield "qkv", halves_of_qkv(qkv.mT, attn.level, attn.heads).mT
+    yield "out", whole(attn.to_out.weight)
+
+
 class Attention(Layer):
     """Full causal attention, rotary embedding with xpos."""
 
@@ -269,7 +331,10 @@ class Attention(Layer):
         qkv = plan.linear(self.to_qkv, y)
         options = dict(dilation=dilation, xpos=True, interleaved=self.level.interleaved)
         out = plan.ops.rotary_attention(qkv, self.heads, **options)
+        plan.leave("qkv", qkv)
         return plan.linear(self.to_out, out)
+
+    token_weights = attention_weights
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Attend to what `rotary_emb` rotates, or by its angles, whatever it has become."""
@@ -314,7 +379,10 @@ class WindowAttention(Layer, LocalMHA):
         """Attend within y (B, M, D), which is normalized."""
         qkv, window = plan.linear(self.to_qkv, y), self.level.window
         out = plan.ops.rotary_attention(qkv, self.heads, window=window, dilation=dilation)
+        plan.leave("qkv", qkv)
         return plan.linear(self.to_out, out)
+
+    token_weights = attention_weights
 
 
 class FeedForward(Layer):
@@ -347,6 +415,13 @@ class FeedForward(Layer):
         if plan.reads(to_inner, gelu, to_out):
             return plan.ops.feed_forward(y, to_inner.weight, to_out.weight)
         return to_out(gelu(to_inner(y)))
+
+    def token_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a token reads: "in" (J, D), "out" (D, J), and the norm."""
+        _, to_inner, _, to_out = self.net
+        yield "in", whole(to_inner.weight)
+        yield from norm_weights(self.norm)
+        yield "out", whole(to_out.weight)
 
 
 def along_classes(x: Tensor, dilation: int, layer: Callable) -> Tensor:
@@ -384,11 +459,12 @@ class HierarchicalBlock(Layer):
         return self.run(x, branch, plan) if plan else add(*self.run(x, None, self.plan_alone(x)))
 
     def run(self, x: Tensor, branch: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-        for layer in filter(exists, (self.attn, self.ff)):
-            x, branch = self.residual(layer, x, branch, plan)
+        for name, layer in (("attn", self.attn), ("ff", self.ff)):
+            if exists(layer):
+                x, branch = self.residual(name, layer, x, branch, plan)
         return x, branch
 
-    def residual(self, layer: Module, x: Tensor, branch: Tensor | None, plan: Plan):
+    def residual(self, name: str, layer: Module, x: Tensor, branch: Tensor | None, plan: Plan):
         """Return x with its branch added, and what the layer has to add to it."""
         dilation = self.level.dilation
         if not (plan.reads(layer) and layer.is_read(plan)):
@@ -402,6 +478,7 @@ class HierarchicalBlock(Layer):
         else:
             x = add(x, branch)
             y = dense(layer.norm(token_shift(x, dilation)))
+        plan.leave(name, x)
         return x, layer.run(y, plan, dilation)
 
 
@@ -448,3 +525,13 @@ class HierarchicalMerge(Layer):
         weights = w_in.weight, w_in.bias, w_out.weight, w_out.bias
         merge = plan.ops.hierarchical_merge
         return merge(tokens, self.strides, norm.gamma, *weights, branches)
+
+    def token_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a token reads: "in" (J, D), with the weight of the norm, "out" (D, J), and the
+        bias of either.
+        """
+        norm, w_in, _, w_out = self.net
+        yield "in", whole(w_in.weight) * whole(norm.gamma)
+        yield "out", whole(w_out.weight)
+        yield "out_bias", whole(w_out.bias)
+        yield "in_bias", whole(w_in.bias)

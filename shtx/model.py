@@ -17,15 +17,24 @@ from torch.nn import Linear, Module, ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from shtx import losses, ops
-from shtx.generate import generate
+from shtx.generation import generate
 from shtx.graphed_loss import replay
 from shtx.initial import draw
 from shtx.internals import is_exporting
-from shtx.layers import Compress, HierarchicalBlock, HierarchicalMerge, add, dense, end_norm, exists
+from shtx.layers import (
+    Compress,
+    HierarchicalBlock,
+    HierarchicalMerge,
+    add,
+    dense,
+    end_norm,
+    exists,
+    whole,
+)
 from shtx.levels import integer, make_levels, number
 from shtx.losses import HierarchicalAR, NextToken, Reconstruction, Term
 from shtx.ops import REFERENCE
-from shtx.plan import Layer, Plan, make_plan, unfused
+from shtx.plan import Layer, Plan, Take, make_plan, unfused
 from shtx.versions import refuse_other_version
 
 
@@ -229,14 +238,22 @@ class Trunk(Layer):
         """The ops every layer calls, for tensors on `device`."""
         return ops.resolve(self.impl, device)
 
-    def plan(self, ops: SimpleNamespace | None = None, checked: bool = False) -> Plan:
+    def plan(
+        self,
+        ops: SimpleNamespace | None = None,
+        checked: bool = False,
+        take: Take | None = None,
+    ) -> Plan:
         """How a forward runs, in the autocast region that is open.
 
         Args:
             ops: in place of those of `impl`.
             checked: whether ids are known to be in range, so that nothing waits for the device.
+            take: is called with the name (layer, level, what) and the tensor (B, M, ...) of all
+                that tokens to come read of this forward: "attn" and "ff" are the residual stream
+                before either, "qkv" is before the rotation, "merge" is what is merged.
         """
-        plan = make_plan(self, ops or self.ops_for(self.device), checked)
+        plan = make_plan(self, ops or self.ops_for(self.device), checked, take)
         if plan.called and not self._told and not torch.compiler.is_compiling():
             self._told = True
             if plan.ops is not REFERENCE:
@@ -398,15 +415,23 @@ class Trunk(Layer):
     def transform(self, tokens: list[Tensor], plan: Plan, ablate_merge: bool) -> list[Tensor]:
         """Return the levels as they leave the last layer, normalized."""
         branches = [None] * len(tokens)  # what the next norm is to add
-        for layer, merge in zip_longest(self.layers, self.hierarchical_merges):
-            parts = zip(layer, tokens, branches, strict=True)
-            results = (self.run_block(block, t, b, plan) for block, t, b in parts)
-            tokens, branches = zip(*results, strict=True)
+        merges = zip_longest(self.layers, self.hierarchical_merges)
+        for layer, (blocks, merge) in enumerate(merges):
+            plans = [plan.at(layer, level) for level in range(len(tokens))]
+            parts = zip(blocks, tokens, branches, plans, strict=True)
+            tokens, branches = zip(*(self.run_block(*part) for part in parts), strict=True)
             if exists(merge) and self.need_hierarchical_merge and not ablate_merge:
                 tokens, merged = self.run_merge(merge, tokens, branches, plan)
+                for x, plan_of_level in zip(tokens, plans, strict=True):
+                    plan_of_level.leave("merge", x)
                 branches = self.branches_of(merged)
         parts = zip(self.norms, tokens, branches, strict=True)
         return [end_norm(norm, t, branch, plan) for norm, t, branch in parts]
+
+    def token_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a token reads of the model itself, by name."""
+        yield "embedding", whole(self.token_emb.weight)
+        yield "to_logits", whole(self.to_logits.weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]

@@ -8,8 +8,9 @@ module belongs to runs as its reference, module by module, and everything else s
 Parametrized modules are plain: the value of their weight is what counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -190,6 +191,10 @@ def _shards(hook) -> bool:
     return type(owner).__module__.startswith("torch.distributed.")
 
 
+# takes the name of what is left, (layer, level, what), and the tensor (B, M, ...)
+Take = Callable[[tuple[int, int, str], Tensor], None]
+
+
 class Plan:
     """How a forward runs.
 
@@ -199,6 +204,8 @@ class Plan:
         sharded: layers that have to be called with the plan.
         copies: narrow copies of weights, which go with the plan.
         checked: whether ids are known to be in range.
+        take: is handed what tokens to come read of this pass; None: nobody asks for it.
+        place: (layer, level) of the block that runs by this plan.
     """
 
     def __init__(
@@ -207,9 +214,11 @@ class Plan:
         found: Found,
         copies: dict | None = None,
         checked: bool = False,
+        take: Take | None = None,
     ):
         self.ops, self.called, self.sharded = ops, found.called, found.sharded
         self.copies, self.checked = copies, checked
+        self.take, self.place = take, (None, None)
 
     def reads(self, *modules: Module) -> bool:
         """Return whether the weights of all of them may be read."""
@@ -218,6 +227,19 @@ class Plan:
     def reads_all(self, module: Module) -> bool:
         """Return whether the weights of a module and of all below it may be read."""
         return not self.called or self.reads(*module.modules())
+
+    def at(self, layer: int, level: int) -> "Plan":
+        """Return the plan of a block, for whose names `leave` has to know its place."""
+        if self.take is None:
+            return self
+        plan = copy(self)
+        plan.place = layer, level
+        return plan
+
+    def leave(self, what: str, x: Tensor) -> None:
+        """Hand on what tokens to come read of a level in a layer: x (B, M, ...)."""
+        if self.take is not None:
+            self.take((*self.place, what), x)
 
     def linear(self, module: Module, x: Tensor) -> Tensor:
         """A linear layer without a bias."""
@@ -228,7 +250,7 @@ class Plan:
         return nullcontext() if self.copies is None else narrow_weights(self.copies)
 
 
-def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
+def make_plan(model: Layer, ops: SimpleNamespace, checked: bool, take: Take | None = None) -> Plan:
     """Plan a forward of a whole model, and cast its weights, in one call, where fused ops do."""
     found = look(model)
     copies = None
@@ -239,7 +261,7 @@ def make_plan(model: Layer, ops: SimpleNamespace, checked: bool) -> Plan:
             dtype = torch.get_autocast_dtype(device)
             wider = [w for w in found.weights if w.dtype == torch.float32 and w.dtype != dtype]
             copies = narrow_copies(wider, dtype) if wider else {}
-    return Plan(ops, found, copies, checked)
+    return Plan(ops, found, copies, checked, take)
 
 
 def unfused(model: Layer) -> dict[str, str]:

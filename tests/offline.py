@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from shtx import HierarchicalTransformer, ops
-from shtx.decode import Decoder
+from shtx.generation.decoder import Decoder
 from shtx.next_latent import HierarchicalTransformer as NextLatent
 from shtx_kernels.launch import compile_only
 from shtx_kernels.rotary_attention import library

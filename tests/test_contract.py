@@ -436,3 +436,11 @@ def test_sizes_of_the_pages():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 assert node.end_lineno - node.lineno <= 60, node.name
+
+
+@pytest.mark.parametrize("path", files("decode"), ids=name)
+def test_functions_on_a_device_have_few_parameters(path):
+    """What they are compiled for is told by the fields of LEVELS."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            assert len(node.args.args) < 16, node.name

@@ -16,10 +16,11 @@ from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from simple_hierarchical_transformer.simple_hierarchical_transformer import top_k as upstream_top_k
 
 from shtx import ops
-from shtx.decode import Decoder
-from shtx.generate import CHECK_EVERY, MAX_DECODERS, _decoders
-from shtx.sampler import Sampler
-from shtx.sampling import make_sampling
+from shtx.generation import CHECK_EVERY
+from shtx.generation.arguments import make_sampling
+from shtx.generation.decoder import Decoder
+from shtx.generation.session import Session
+from shtx.generation.tokens import MAX_SESSIONS, _sessions
 
 # sampling
 
@@ -214,8 +215,8 @@ def test_stop_token(batch, count, stream):
 
 def test_nothing_is_sampled_long_after_the_stop(monkeypatch):
     model = build(num_tokens=5)
-    taken, step = [], Sampler.step
-    monkeypatch.setattr(Sampler, "step", lambda self: taken.append(1) or step(self))
+    taken, step = [], Session.step
+    monkeypatch.setattr(Session, "step", lambda self: taken.append(1) or step(self))
     free = model.generate(draw(4, 1, 5), 8, temperature=0)
     taken.clear()
     model.generate(draw(4, 1, 5), 10000, temperature=0, stop_token=int(free[0, 3]))
@@ -287,7 +288,7 @@ def test_windowed_levels_go_on_for_ever():
     expected = longer.generate(draw(9), 55, temperature=0)
     assert torch.equal(model.generate(draw(9), 55, temperature=0, overflow="stream"), expected)
     assert not torch.equal(model.generate(draw(9), 55, temperature=0), expected)
-    assert len(_decoders[model]) == 1
+    assert len(_sessions[model]) == 1
     sizes = [Decoder(model, 1, length).state_bytes for length in (16, 1_000_000)]
     assert sizes[0] == sizes[1] > 0
 
@@ -344,13 +345,13 @@ def test_copies_of_a_model_that_has_generated():
         assert torch.equal(model.generate(draw(), 6, temperature=0), expected)
 
 
-def test_few_decoders_are_kept_and_none_without_its_model():
+def test_few_sessions_are_kept_and_none_without_its_model():
     model = build()
     for batch in range(1, 5):
         model.generate(draw(batch=batch), 2)
-    kept = weakref.ref(next(iter(_decoders[model].values())))
-    assert len(_decoders[model]) == MAX_DECODERS
-    assert [key[0] for key in _decoders[model]] == [3, 4]
+    kept = weakref.ref(next(iter(_sessions[model].values())))
+    assert len(_sessions[model]) == MAX_SESSIONS
+    assert [key[0] for key in _sessions[model]] == [3, 4]
     del model
     gc.collect()
     assert kept() is None

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from shtx.decode import Decoder
-from shtx.generate import _decoders
+from shtx.generation.decoder import Decoder
+from shtx.generation.session import MAX_PROMPTS, Session
+from shtx.generation.tokens import _sessions
 from shtx.graphs import NEVER, ONCE
-from shtx.sampler import MAX_PROMPTS, Sampler
 
 
 class Tape(TorchDispatchMode):
@@ -43,20 +43,20 @@ class Tape(TorchDispatchMode):
 @pytest.fixture(params=["tapes", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
 def captured(request, monkeypatch):
     """What was captured, in its order."""
-    kept, init, capture, graphs = [], Sampler.__init__, Sampler._capture, without_a_gpu
+    kept, init, capture, graphs = [], Session.__init__, Session._capture, without_a_gpu
 
-    def note(sampler, what, function):
+    def note(session, what, function):
         kept.append(what)
         if request.param == "CUDA graphs":
-            return capture(sampler, what, function)
+            return capture(session, what, function)
         # to record a step would be to take one
         return SimpleNamespace(replay=function) if what == "step" else Tape(function)
 
-    monkeypatch.setattr(Sampler, "_capture", note)
+    monkeypatch.setattr(Session, "_capture", note)
     if request.param == "tapes":
-        monkeypatch.setattr(Sampler, "_run_aside", lambda sampler, function: function())
+        monkeypatch.setattr(Session, "_run_aside", lambda session, function: function())
         monkeypatch.setattr(
-            Sampler, "__init__", lambda s, *args: init(s, *args) or setattr(s, "graphs", graphs())
+            Session, "__init__", lambda s, *args: init(s, *args) or setattr(s, "graphs", graphs())
         )
     return kept
 
@@ -75,15 +75,15 @@ def test_all_has_a_graph_from_its_second_turn_on(captured):
         assert captured == ["step", 8] if n == 0 else ["step", 8, "refresh", 5]
     model.generate(prompt, 40, top_k=3)  # which a graph of the step has in it
     assert captured == ["step", 8, "refresh", 5, "step"]
-    (sampler,) = _decoders[model].values()
-    assert NEVER not in sampler.graphs.kept.values() and model.checked
+    (session,) = _sessions[model].values()
+    assert NEVER not in session.graphs.kept.values() and model.checked
 
 
 def test_a_call_that_only_compiles_leaves_no_trace(captured, monkeypatch):
     ahead = []
     if DEVICE == "cpu":
         monkeypatch.setattr(
-            "shtx.sampler.compile_ahead", lambda f: ahead.append(without_launches(f))
+            "shtx.generation.session.compile_ahead", lambda f: ahead.append(without_launches(f))
         )
     model, reference = build(impl="fused", depth=1), build(impl="reference", depth=1)
     expected = continued(reference, list(draw()), 3, cropped)
@@ -168,8 +168,8 @@ def test_few_lengths_have_a_graph(captured):
     model = build()
     for tokens in [1, 2, 3, 1, 2, 3, 3, 4, 3]:
         model.generate(draw(tokens), 2)
-    (sampler,) = _decoders[model].values()
-    kept = {what: graph for what, graph in sampler.graphs.kept.items() if isinstance(what, int)}
+    (session,) = _sessions[model].values()
+    kept = {what: graph for what, graph in session.graphs.kept.items() if isinstance(what, int)}
     assert list(kept) == [4, 3] and len(kept) == MAX_PROMPTS
     assert kept[4] == ONCE and kept[3] != ONCE
     assert captured == ["refresh", "step", 3]
@@ -194,10 +194,10 @@ def test_graphs_sample_what_runs_without_them_do(options, dtype):
     options = options | dict(dtype=dtype)
     tokens = [model.generate(draw(), 30, seed=seed, **options) for seed in (1, 2, 1)]
     assert torch.equal(tokens[0], tokens[2])
-    (sampler,) = _decoders[model].values()
-    assert sampler.graphs.kept.keys() == {"step", "refresh", 5, 8}
-    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in sampler.graphs.kept.values())
-    sampler.graphs = None
+    (session,) = _sessions[model].values()
+    assert session.graphs.kept.keys() == {"step", "refresh", 5, 8}
+    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in session.graphs.kept.values())
+    session.graphs = None
     assert torch.equal(model.generate(draw(), 30, seed=1, **options), tokens[0])
 
 
@@ -206,13 +206,13 @@ def test_replays_wait_for_nothing():
     model = build(impl="fused")
     for _ in range(2):
         model.generate(draw(), 30)
-    (sampler,) = _decoders[model].values()
+    (session,) = _sessions[model].values()
     prompts = [list(draw(tokens)) for tokens in (5, 8)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for prompt in prompts:
-            sampler.prefill(model, prompt, refresh=True)
-            sampler.step()
+            session.prefill(model, prompt, refresh=True)
+            session.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -230,12 +230,12 @@ def test_a_capture_that_fails_loses_nothing(monkeypatch, what):
             raise RuntimeError("as asked")
 
     monkeypatch.setattr(Decoder, what, fail)
-    _decoders.clear()
+    _sessions.clear()
     with pytest.warns(UserWarning, match="without a CUDA graph: as asked"):
         tokens = [model.generate(draw(), 30, seed=seed) for seed in range(4)]
     assert all(map(torch.equal, tokens, expected))
-    (sampler,) = _decoders[model].values()
-    captured = {n for n, g in sampler.graphs.kept.items() if isinstance(g, torch.cuda.CUDAGraph)}
+    (session,) = _sessions[model].values()
+    captured = {n for n, g in session.graphs.kept.items() if isinstance(g, torch.cuda.CUDAGraph)}
     failed = {5, 8} if what == "prefill" else {what}
     assert captured == {"step", "refresh", 5, 8} - failed
 
@@ -247,7 +247,7 @@ def test_a_step_that_cannot_be_captured(monkeypatch, plant):
     model, step = build(impl="fused"), Decoder.step
     expected = [model.generate(draw(), 30, seed=seed) for seed in range(3)]
     monkeypatch.setattr(Decoder, "step", lambda decoder: (step(decoder), plant())[0])
-    _decoders.clear()
+    _sessions.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tokens = [model.generate(draw(), 30, seed=seed) for seed in range(3)]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shtx.decode import Decoder
+from shtx.generation.decoder import Decoder
 from shtx.model import Trunk
 from shtx.train.store import Part
 

@@ -1,9 +1,13 @@
 """The ops of one token share rings, the levels of one launch, and launching ahead.
 
-A launch serves all levels: programs START[i] to START[i + 1] - 1 belong to level i, and arguments
-that differ between levels are tuples. The kernels of one sequence are short, and each needs what
-the one before it wrote. So on Hopper they are launched ahead: they fetch weights and everything
-else that is older than this token, and then wait (programmatic dependent launch).
+A launch serves all levels: programs START[i] to START[i + 1] - 1 belong to level i. Pointers are
+tuples with one entry per level, and so is every field of LEVELS, which has all sizes that a kernel
+is compiled for; I is the level. RINGS[I] has the slots of a level's ring, and how far apart in
+memory its sequences and its slots are.
+
+The kernels of one sequence are short, and each needs what the one before it wrote. So on Hopper
+they are launched ahead: they fetch weights and everything else that is older than this token, and
+then wait (programmatic dependent launch).
 """
 
 from collections.abc import Sequence
@@ -31,32 +35,34 @@ def wait(AHEAD: tl.constexpr):
 def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
     """Pointer to ring I's row for `token`; `token` may be negative, down to -slots."""
     slots: tl.constexpr = RINGS[I][0]
-    return ptr + b * RINGS[I][1] + (token + slots) % slots * RINGS[I][2]
+    stride_b: tl.constexpr = RINGS[I][1]
+    stride_s: tl.constexpr = RINGS[I][2]
+    return ptr + b * stride_b + (token + slots) % slots * stride_s
 
 
 @triton.jit
-def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr, I: tl.constexpr):
-    """A row x of K channels, normalized by the norm of level I; x is zero outside of `mask`."""
-    if NORM[I] == "layer":
+def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr):
+    """A row x of K channels, normalized if NORM is not None; x is zero outside of `mask`."""
+    if NORM == "layer":
         x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
         x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5) * gamma + beta
-    elif NORM[I] == "rms":
+    elif NORM == "rms":
         x = x * (K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
     return x
 
 
 @triton.jit
-def activate(x, ACTIVATIONS: tl.constexpr, I: tl.constexpr):
-    """x after the activation of level I, if it has one."""
-    if ACTIVATIONS[I] == "gelu":
+def activate(x, ACTIVATION: tl.constexpr):
+    """x after the activation, if ACTIVATION is not None."""
+    if ACTIVATION == "gelu":
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATIONS[I] == "silu":
+    elif ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
     return x
 
 
 def rings_of(rings: Sequence[Tensor | None]) -> tuple:
-    """Return the slots of each ring that is not None, and its strides of sequences and slots."""
+    """Return RINGS, None for rings that are None."""
     return tuple(r if r is None else (r.shape[1], r.stride(0), r.stride(1)) for r in rings)
 
 

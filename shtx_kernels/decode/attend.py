@@ -7,6 +7,8 @@ Keys are stored as they came: the product is rotated instead, by the distance of
 alone, so no position is ever too large. A program has one head of one sequence.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,15 +20,35 @@ from ._device import ahead, rings_of, row_of, starts, wait
 MAX_KEYS = 64  # a step; not searched
 
 
+class Levels(NamedTuple):
+    """What the kernel is compiled for, one entry per level."""
+
+    START: tuple[int, ...]  # first programs
+    H: tuple[int, ...]  # heads
+    E: tuple[int, ...]  # channels of a head
+    L: tuple[int, ...]  # keys that a token sees at most
+    STRIDE: tuple[int, ...]  # tokens per token of the level
+    DILATION: tuple[int, ...]  # residue classes, how many tokens apart keys are
+    RINGS_QKV: tuple
+    RINGS_KV: tuple
+    RINGS_O: tuple
+    BLOCK_L: tuple[int, ...]  # keys of a step
+    BLOCK_E: tuple[int, ...]  # channels of a half of a head in a tile, at least E / 2
+
+
 @triton.jit
 def past(
     kv_ptr, rotation_ptr, b, head, token, n, keys, offs, mask,
-    H: tl.constexpr, E: tl.constexpr, DILATION: tl.constexpr, RINGS: tl.constexpr, I: tl.constexpr,
+    LEVELS: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the n-th earlier keys and values, and of their rotations."""
+    H: tl.constexpr = LEVELS.H[I]
+    E: tl.constexpr = LEVELS.E[I]
     HALF: tl.constexpr = E // 2
+    RINGS: tl.constexpr = LEVELS.RINGS_KV
     known = (n < keys)[:, None] & mask[None, :]
-    rows = row_of(kv_ptr, b, token - n * DILATION, RINGS, I)[:, None] + head * E + offs[None, :]
+    tokens = token - n * LEVELS.DILATION[I]
+    rows = row_of(kv_ptr, b, tokens, RINGS, I)[:, None] + head * E + offs[None, :]
     turn = rotation_ptr + n[:, None] * E + offs[None, :]
     k1 = tl.load(rows, mask=known, other=0.0)
     k2 = tl.load(rows + HALF, mask=known, other=0.0)
@@ -55,17 +77,22 @@ def fold(q1, q2, k1, k2, v1, v2, cos, sin, known, top, total, out1, out2):
 @triton.jit
 def attend_head(
     qkv_ptr, kv_ptr, out_ptr, rotation_ptr, b, head, token,
-    H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, DILATION: tl.constexpr,
-    RINGS_QKV: tl.constexpr, RINGS_KV: tl.constexpr, RINGS_O: tl.constexpr, I: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+    LEVELS: tl.constexpr, I: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence: its key and value go into the ring, its output to `out`."""
+    H: tl.constexpr = LEVELS.H[I]
+    E: tl.constexpr = LEVELS.E[I]
     HALF: tl.constexpr = E // 2
+    BLOCK_L: tl.constexpr = LEVELS.BLOCK_L[I]
+    BLOCK_E: tl.constexpr = LEVELS.BLOCK_E[I]
+    RINGS_QKV: tl.constexpr = LEVELS.RINGS_QKV
+    RINGS_KV: tl.constexpr = LEVELS.RINGS_KV
+    RINGS_O: tl.constexpr = LEVELS.RINGS_O
     offs, n = tl.arange(0, BLOCK_E), 1 + tl.arange(0, BLOCK_L)  # channels of a half, and keys
     mask = offs < HALF
-    keys = tl.minimum(token // DILATION + 1, L)
+    keys = tl.minimum(token // LEVELS.DILATION[I] + 1, LEVELS.L[I])
     k1, k2, v1, v2, cos, sin = past(
-        kv_ptr, rotation_ptr, b, head, token, n, keys, offs, mask, H, E, DILATION, RINGS_KV, I
+        kv_ptr, rotation_ptr, b, head, token, n, keys, offs, mask, LEVELS, I
     )
     q_ptrs = row_of(qkv_ptr, b, token, RINGS_QKV, I) + head * E + offs
     kv_ptrs = row_of(kv_ptr, b, token, RINGS_KV, I) + head * E + offs
@@ -89,9 +116,8 @@ def attend_head(
     )
     for first in range(BLOCK_L, keys - 1, BLOCK_L):
         k1, k2, v1, v2, cos, sin = past(
-            kv_ptr, rotation_ptr, b, head, token, first + n, keys, offs, mask,
-            H, E, DILATION, RINGS_KV, I,
-        )  # fmt: skip
+            kv_ptr, rotation_ptr, b, head, token, first + n, keys, offs, mask, LEVELS, I
+        )
         top, total, out1, out2 = fold(
             q1, q2, k1, k2, v1, v2, cos, sin, first + n < keys, top, total, out1, out2
         )
@@ -103,21 +129,18 @@ def attend_head(
 @triton.jit
 def _attend_kernel(
     position_ptr, qkv_ptrs, kv_ptrs, out_ptrs, rotation_ptrs,
-    START: tl.constexpr, H: tl.constexpr, E: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr,
-    DILATION: tl.constexpr, RINGS_QKV: tl.constexpr, RINGS_KV: tl.constexpr, RINGS_O: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+    LEVELS: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has one head of one sequence at one level."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
     for i in tl.static_range(len(qkv_ptrs)):
-        if (pid >= START[i]) & (pid < START[i + 1]):
-            if position % STRIDE[i] == 0:
+        if (pid >= LEVELS.START[i]) & (pid < LEVELS.START[i + 1]):
+            if position % LEVELS.STRIDE[i] == 0:
                 attend_head(
-                    qkv_ptrs[i], kv_ptrs[i], out_ptrs[i], rotation_ptrs[i], b, pid - START[i],
-                    position // STRIDE[i], H[i], E[i], L[i], DILATION[i], RINGS_QKV, RINGS_KV,
-                    RINGS_O, i, BLOCK_L[i], BLOCK_E[i], ACC, AHEAD,
+                    qkv_ptrs[i], kv_ptrs[i], out_ptrs[i], rotation_ptrs[i], b,
+                    pid - LEVELS.START[i], position // LEVELS.STRIDE[i], LEVELS, i, ACC, AHEAD,
                 )  # fmt: skip
             else:
                 wait(AHEAD)
@@ -139,12 +162,13 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
     qkv, kv, out, rotation, stride, dilation = zip(*attentions, strict=True)
     _, _, _, H, E = zip(*(ring.shape for ring in kv), strict=True)
     L, START = tuple(map(len, rotation)), starts(H)
+    levels = Levels(
+        START, H, E, L, stride, dilation, rings_of(qkv), rings_of(kv), rings_of(out),
+        BLOCK_L=tuple(min(MAX_KEYS, max(2, next_power_of_2(n - 1))) for n in L),
+        BLOCK_E=tuple(next_power_of_2(e // 2) for e in E),
+    )  # fmt: skip
     launch(
         _attend_kernel, (START[-1], len(position)),
         position, qkv, kv, out, rotation,
-        START=START, H=H, E=E, L=L, STRIDE=stride, DILATION=dilation,
-        RINGS_QKV=rings_of(qkv), RINGS_KV=rings_of(kv), RINGS_O=rings_of(out),
-        BLOCK_L=tuple(min(MAX_KEYS, max(2, next_power_of_2(n - 1))) for n in L),
-        BLOCK_E=tuple(next_power_of_2(e // 2) for e in E),
-        ACC=accumulator(qkv[0].dtype), **ahead(position.device),
+        LEVELS=levels, ACC=accumulator(qkv[0].dtype), **ahead(position.device),
     )  # fmt: skip

@@ -6,6 +6,8 @@ A level makes tokens at its own rate. While it makes none, the product of its la
 square of the norm of that are read from `kept`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,23 +24,34 @@ TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 
 
+class Levels(NamedTuple):
+    """What the kernels are compiled for, one entry per level."""
+
+    D: tuple[int, ...]  # channels
+    FIRST: tuple[int, ...]  # the first column of the weight, and how many columns there are
+    STRIDE: tuple[int, ...]  # tokens per token of the level
+    RINGS: tuple  # those of x
+
+
 @triton.jit
 def _merge_row_kernel(
     position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr,
-    J: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr, RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
+    J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has BLOCK_J rows of the weight for one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
+    FIRST: tl.constexpr = LEVELS.FIRST
+    D: tl.constexpr = LEVELS.D
+    RINGS: tl.constexpr = LEVELS.RINGS
     position = tl.load(position_ptr + b)
     offs_j, offs = pid * BLOCK_J + tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
     mask_j, due = offs_j < J, offs < WIDTH
     total, squares = tl.zeros([BLOCK_J], dtype=ACC), tl.zeros([], dtype=ACC)
     for i in tl.static_range(len(x_ptrs)):
         if kept_ptrs[i] is not None:
-            if position % STRIDE[i] != 0:
+            if position % LEVELS.STRIDE[i] != 0:
                 due = due & ((offs < FIRST[i]) | (offs >= FIRST[i] + D[i]))
                 kept = kept_ptrs[i] + b * (J + 1)
                 total += tl.load(kept + offs_j, mask=mask_j, other=0.0)
@@ -50,12 +63,12 @@ def _merge_row_kernel(
 
     x = tl.zeros([BLOCK_D], dtype=ACC)
     for i in tl.static_range(len(x_ptrs)):
-        x_row = row_of(x_ptrs[i], b, position // STRIDE[i], RINGS, i)
+        x_row = row_of(x_ptrs[i], b, position // LEVELS.STRIDE[i], RINGS, i)
         mask = due & (offs >= FIRST[i]) & (offs < FIRST[i] + D[i])
         x += tl.load(x_row + offs - FIRST[i], mask=mask, other=0.0).to(ACC)
     for i in tl.static_range(len(x_ptrs)):
         if kept_ptrs[i] is not None:
-            if position % STRIDE[i] == 0:
+            if position % LEVELS.STRIDE[i] == 0:
                 own = tl.where((offs >= FIRST[i]) & (offs < FIRST[i] + D[i]), x, 0.0)
                 kept = kept_ptrs[i] + b * (J + 1)
                 tl.store(kept + offs_j, tl.sum(w * own[None, :], axis=1), mask=mask_j)
@@ -70,10 +83,12 @@ def _merge_row_kernel(
 @triton.jit
 def part_of_rows(
     x_ptr, weight_ptr, b, token, due, offs_j,
-    J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RINGS: tl.constexpr, I: tl.constexpr,
+    J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The product and the sums of squares of a level, for the rows that make a token now."""
+    D: tl.constexpr = LEVELS.D[I]
+    RINGS: tl.constexpr = LEVELS.RINGS
     product = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
     squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
     if tl.max(due.to(tl.int32)) > 0:
@@ -91,8 +106,7 @@ def part_of_rows(
 @triton.jit(do_not_specialize=["B"])
 def _merge_rows_kernel(
     position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr, B,
-    J: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr, RINGS: tl.constexpr, STRIDE_OB: tl.constexpr,
+    J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, STRIDE_OB: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Every program has BLOCK_J rows of the weight for BLOCK_B sequences."""
@@ -104,16 +118,16 @@ def _merge_rows_kernel(
     total = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
     squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
     for i in tl.static_range(len(x_ptrs)):
-        due = (b < B) & (position % STRIDE[i] == 0)
+        due = (b < B) & (position % LEVELS.STRIDE[i] == 0)
         product, square = part_of_rows(
-            x_ptrs[i], weight_ptr + FIRST[i], b, position // STRIDE[i], due, offs_j,
-            J, D[i], WIDTH, RINGS, i, BLOCK_B, BLOCK_J, BLOCK_K,
+            x_ptrs[i], weight_ptr + LEVELS.FIRST[i], b, position // LEVELS.STRIDE[i], due, offs_j,
+            J, WIDTH, LEVELS, i, BLOCK_B, BLOCK_J, BLOCK_K,
         )  # fmt: skip
         if kept_ptrs[i] is not None:
             kept = kept_ptrs[i] + b * (J + 1)
             tl.store(kept + offs_j[None, :], product, mask=mask & due)
             tl.store(kept + J, square, mask=tl.where(pid == 0, due, False))
-            past = (b < B) & (position % STRIDE[i] != 0)
+            past = (b < B) & (position % LEVELS.STRIDE[i] != 0)
             product += tl.load(kept + offs_j[None, :], mask=mask & past, other=0.0)
             square += tl.load(kept + J, mask=past, other=0.0)
         total += product
@@ -139,10 +153,8 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
         return
     x, kept, stride = zip(*parts, strict=True)
     B, J, D = len(position), len(bias), tuple(t.shape[-1] for t in x)
-    constants = dict(
-        J=J, D=D, FIRST=starts(D), WIDTH=sum(D), STRIDE=stride, RINGS=rings_of(x),
-        STRIDE_OB=out.stride(0),
-    )  # fmt: skip
+    levels = Levels(D, starts(D), stride, rings_of(x))
+    constants = dict(J=J, WIDTH=sum(D), LEVELS=levels, STRIDE_OB=out.stride(0))
     if B == 1 or bias.dtype == torch.float64:
         BLOCK_D = next_power_of_2(sum(D))
         BLOCK_J = min(max(1, ROW_ELEMENTS // BLOCK_D), next_power_of_2(J))

@@ -1,5 +1,7 @@
 """out[m] = layer_norm(x[m]); each program has one row."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,26 +11,37 @@ from ..launch import accumulator, launch, next_power_of_2
 from ._device import ahead, normalize, rings_of, row_of, wait
 
 
+class Levels(NamedTuple):
+    """What the kernel is compiled for, one entry per level."""
+
+    D: tuple[int, ...]  # channels
+    STRIDE: tuple[int, ...]  # tokens per token of the level
+    RINGS_X: tuple
+    RINGS_O: tuple
+    BLOCK_D: tuple[int, ...]  # channels of a tile, at least D
+
+
 @triton.jit
 def _norm_kernel(
     position_ptr, x_ptrs, gamma_ptrs, beta_ptrs, out_ptrs,
-    D: tl.constexpr, STRIDE: tl.constexpr, RINGS_X: tl.constexpr, RINGS_O: tl.constexpr,
-    NORM: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+    LEVELS: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has one level of one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
+    RINGS_X: tl.constexpr = LEVELS.RINGS_X
+    RINGS_O: tl.constexpr = LEVELS.RINGS_O
     position = tl.load(position_ptr + b)
     wait(AHEAD)
     for i in tl.static_range(len(x_ptrs)):
-        if (pid == i) & (position % STRIDE[i] == 0):
-            token, offs = position // STRIDE[i], tl.arange(0, BLOCK_D[i])
-            mask = offs < D[i]
+        if (pid == i) & (position % LEVELS.STRIDE[i] == 0):
+            token, offs = position // LEVELS.STRIDE[i], tl.arange(0, LEVELS.BLOCK_D[i])
+            mask = offs < LEVELS.D[i]
             x_row = row_of(x_ptrs[i], b, token, RINGS_X, i)
             x = tl.load(x_row + offs, mask=mask, other=0.0).to(ACC)
             gamma = tl.load(gamma_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
             beta = tl.load(beta_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
-            y = normalize(x, gamma, beta, mask, D[i], NORM, i)
+            y = normalize(x, gamma, beta, mask, LEVELS.D[i], "layer")
             tl.store(row_of(out_ptrs[i], b, token, RINGS_O, i) + offs, y, mask=mask)
 
 
@@ -45,11 +58,9 @@ def norm(position: Tensor, norms: list[Norm]) -> None:
         return
     x, gamma, beta, out, stride = zip(*norms, strict=True)
     D = tuple(t.shape[-1] for t in x)
+    levels = Levels(D, stride, rings_of(x), rings_of(out), tuple(map(next_power_of_2, D)))
     launch(
         _norm_kernel, (len(norms), len(position)),
         position, x, gamma, beta, out,
-        D=D, STRIDE=stride, RINGS_X=rings_of(x), RINGS_O=rings_of(out),
-        NORM=("layer",) * len(norms),
-        BLOCK_D=tuple(map(next_power_of_2, D)),
-        ACC=accumulator(x[0].dtype), **ahead(position.device),
+        LEVELS=levels, ACC=accumulator(x[0].dtype), **ahead(position.device),
     )  # fmt: skip

@@ -8,6 +8,8 @@ weight, the first of them ahead of x. Several sequences are a small matrix produ
 normalized before it.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,19 +28,38 @@ TILE = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)
 MAX_ROWS = 64
 
 
+class Levels(NamedTuple):
+    """What a kernel is compiled for, one entry per level; None is what it does not read."""
+
+    K: tuple[int, ...]  # channels that are multiplied, of all taps
+    STRIDE: tuple[int, ...]  # tokens per token of the level
+    START: tuple[int, ...] | None = None  # first programs
+    O: tuple[int, ...] | None = None  # channels of the result
+    DILATION: tuple[int, ...] | None = None  # how far back the token shift reads, or 0
+    TAPS: tuple[int, ...] | None = None  # positions side by side, or 0
+    NORM: tuple[str | None, ...] | None = None
+    ACTIVATION: tuple[str | None, ...] | None = None
+    RINGS_X: tuple | None = None
+    RINGS_O: tuple | None = None
+    RINGS_R: tuple | None = None  # those of residuals
+    TILES: tuple[int, ...] | None = None  # tiles of a program
+    BLOCK_O: tuple[int, ...] | None = None  # channels of the result in a tile
+    BLOCK_K: tuple[int, ...] | None = None  # channels that are multiplied in a tile, at least K
+
+
 @triton.jit
-def source(
-    x_ptr, b, position, offs_k,
-    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
-    RINGS: tl.constexpr, I: tl.constexpr,
-):  # fmt: skip
+def source(x_ptr, b, position, offs_k, LEVELS: tl.constexpr, I: tl.constexpr):
     """Pointers to channels offs_k of the row that is multiplied."""
+    K: tl.constexpr = LEVELS.K[I]
+    DILATION: tl.constexpr = LEVELS.DILATION[I]
+    TAPS: tl.constexpr = LEVELS.TAPS[I]
+    RINGS: tl.constexpr = LEVELS.RINGS_X
     if TAPS > 0:
         width: tl.constexpr = K // TAPS
         token = position - (TAPS - 1) + offs_k // width
         pointers = row_of(x_ptr, b, token, RINGS, I) + offs_k % width
     else:
-        token = position // STRIDE
+        token = position // LEVELS.STRIDE[I]
         if DILATION > 0:
             token = tl.where(offs_k < (K + 1) // 2, token, token - DILATION)
         pointers = row_of(x_ptr, b, token, RINGS, I) + offs_k
@@ -46,12 +67,12 @@ def source(
 
 
 @triton.jit
-def weights_of(gamma_ptr, beta_ptr, offs, mask, NORM: tl.constexpr, I: tl.constexpr, ACC):
+def weights_of(gamma_ptr, beta_ptr, offs, mask, NORM: tl.constexpr, ACC: tl.constexpr):
     """gamma and beta of a norm; zeros for those that it does not have."""
     gamma, beta = tl.zeros(offs.shape, dtype=ACC), tl.zeros(offs.shape, dtype=ACC)
-    if NORM[I] is not None:
+    if NORM is not None:
         gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(ACC)
-    if NORM[I] == "layer":
+    if NORM == "layer":
         beta = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(ACC)
     return gamma, beta
 
@@ -59,25 +80,31 @@ def weights_of(gamma_ptr, beta_ptr, offs, mask, NORM: tl.constexpr, I: tl.conste
 @triton.jit
 def project_row(
     x_ptr, weight_ptr, out_ptr, gamma_ptr, beta_ptr, bias_ptr, residual_ptr, pid, b, position,
-    K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-    TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, RINGS_X: tl.constexpr,
-    RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+    LEVELS: tl.constexpr, I: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """A product with TILES tiles of the weight, each loaded while the one before is multiplied."""
+    K: tl.constexpr = LEVELS.K[I]
+    O: tl.constexpr = LEVELS.O[I]
+    NORM: tl.constexpr = LEVELS.NORM[I]
+    ACTIVATION: tl.constexpr = LEVELS.ACTIVATION[I]
+    RINGS_O: tl.constexpr = LEVELS.RINGS_O
+    RINGS_R: tl.constexpr = LEVELS.RINGS_R
+    TILES: tl.constexpr = LEVELS.TILES[I]
+    BLOCK_O: tl.constexpr = LEVELS.BLOCK_O[I]
+    BLOCK_K: tl.constexpr = LEVELS.BLOCK_K[I]
     first = pid * (TILES * BLOCK_O)
     end = tl.minimum(first + TILES * BLOCK_O, O)
     offs_k, offs_o = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_O)
-    mask_k, token = offs_k < K, position // STRIDE
+    mask_k, token = offs_k < K, position // LEVELS.STRIDE[I]
     w_ptrs = weight_ptr + offs_k[None, :]
     mask_w = (offs_o < end)[:, None] & mask_k[None, :]
     w = tl.load(w_ptrs + offs_o[:, None] * K, mask=mask_w, other=0.0)
-    gamma, beta = weights_of(gamma_ptr, beta_ptr, offs_k, mask_k, NORM, I, ACC)
-    x_ptrs = source(x_ptr, b, position, offs_k, K, STRIDE, DILATION, TAPS, RINGS_X, I)
+    gamma, beta = weights_of(gamma_ptr, beta_ptr, offs_k, mask_k, NORM, ACC)
+    x_ptrs = source(x_ptr, b, position, offs_k, LEVELS, I)
     wait(AHEAD)
 
     x = tl.load(x_ptrs, mask=mask_k, other=0.0).to(ACC)
-    x = normalize(x, gamma, beta, mask_k, K, NORM, I)
+    x = normalize(x, gamma, beta, mask_k, K, NORM)
     for tile in range(TILES):
         rows = offs_o + tile * BLOCK_O
         after = rows + BLOCK_O
@@ -89,7 +116,7 @@ def project_row(
         y = tl.sum(w.to(ACC) * x[None, :], axis=1)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + rows, mask=rows < O, other=0.0).to(ACC)
-        y = activate(y, ACTIVATION, I)
+        y = activate(y, ACTIVATION)
         if residual_ptr is not None:
             y += residual
         tl.store(row_of(out_ptr, b, token, RINGS_O, I) + rows, y, mask=rows < O)
@@ -99,59 +126,66 @@ def project_row(
 @triton.jit
 def _project_row_kernel(
     position_ptr, x_ptrs, weight_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, bias_ptrs, residual_ptrs,
-    START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
-    DILATION: tl.constexpr, TAPS: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    RINGS_X: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
+    LEVELS: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has some rows of one level's weight for one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
     for i in tl.static_range(len(x_ptrs)):
-        if (pid >= START[i]) & (pid < START[i + 1]):
-            if position % STRIDE[i] == 0:
+        if (pid >= LEVELS.START[i]) & (pid < LEVELS.START[i + 1]):
+            if position % LEVELS.STRIDE[i] == 0:
                 project_row(
                     x_ptrs[i], weight_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i],
-                    bias_ptrs[i], residual_ptrs[i], pid - START[i], b, position,
-                    K[i], O[i], STRIDE[i], DILATION[i], TAPS[i], NORM, ACTIVATION, RINGS_X,
-                    RINGS_O, RINGS_R, i, TILES[i], BLOCK_O[i], BLOCK_K[i], ACC, AHEAD,
+                    bias_ptrs[i], residual_ptrs[i], pid - LEVELS.START[i], b, position,
+                    LEVELS, i, ACC, AHEAD,
                 )  # fmt: skip
             else:
                 wait(AHEAD)
 
 
 @triton.jit
-def _normed_kernel(
-    position_ptr, x_ptrs, out_ptrs, gamma_ptrs, beta_ptrs,
-    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
-    NORM: tl.constexpr, RINGS_X: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Store the rows that are multiplied, normalized."""
+def store_normed(
+    x_ptr, out_ptr, gamma_ptr, beta_ptr, b, position, LEVELS: tl.constexpr, I: tl.constexpr
+):
+    """Store the row of a level that is multiplied, normalized."""
+    K: tl.constexpr = LEVELS.K[I]
+    NORM: tl.constexpr = LEVELS.NORM[I]
+    offs = tl.arange(0, LEVELS.BLOCK_K[I])
+    mask = offs < K
+    pointers = source(x_ptr, b, position, offs, LEVELS, I)
+    x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    gamma, beta = weights_of(gamma_ptr, beta_ptr, offs, mask, NORM, tl.float32)
+    x = normalize(x, gamma, beta, mask, K, NORM)
+    tl.store(out_ptr + b * K + offs, x, mask=mask)
+
+
+@triton.jit
+def _normed_kernel(position_ptr, x_ptrs, out_ptrs, gamma_ptrs, beta_ptrs, LEVELS: tl.constexpr):
+    """Every program has one level of one sequence."""
     pid = tl.program_id(0).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     position = tl.load(position_ptr + b)
     for i in tl.static_range(len(x_ptrs)):
-        if (pid == i) & (position % STRIDE[i] == 0):
-            offs = tl.arange(0, BLOCK_K[i])
-            mask = offs < K[i]
-            pointers = source(
-                x_ptrs[i], b, position, offs, K[i], STRIDE[i], DILATION[i], TAPS[i], RINGS_X, i
+        if (pid == i) & (position % LEVELS.STRIDE[i] == 0):
+            store_normed(
+                x_ptrs[i], out_ptrs[i], gamma_ptrs[i], beta_ptrs[i], b, position, LEVELS, i
             )
-            x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-            gamma, beta = weights_of(gamma_ptrs[i], beta_ptrs[i], offs, mask, NORM, i, tl.float32)
-            x = normalize(x, gamma, beta, mask, K[i], NORM, i)
-            tl.store(out_ptrs[i] + b * K[i] + offs, x, mask=mask)
 
 
 @triton.jit
 def project_rows(
     position_ptr, x_ptr, weight_ptr, out_ptr, bias_ptr, residual_ptr, tile, B,
-    K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    RINGS_O: tl.constexpr, RINGS_R: tl.constexpr, I: tl.constexpr,
+    LEVELS: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile [BLOCK_B, BLOCK_O] of a product, for the sequences that make a token now."""
+    K: tl.constexpr = LEVELS.K[I]
+    O: tl.constexpr = LEVELS.O[I]
+    STRIDE: tl.constexpr = LEVELS.STRIDE[I]
+    ACTIVATION: tl.constexpr = LEVELS.ACTIVATION[I]
+    RINGS_O: tl.constexpr = LEVELS.RINGS_O
+    RINGS_R: tl.constexpr = LEVELS.RINGS_R
     b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     position = tl.load(position_ptr + b, mask=b < B, other=1)
     due, token = (b < B) & (position % STRIDE == 0), position // STRIDE
@@ -169,7 +203,7 @@ def project_rows(
         mask = due & (offs_o < O)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + offs_o, mask=offs_o < O, other=0.0)
-        y = activate(y, ACTIVATION, I)
+        y = activate(y, ACTIVATION)
         if residual_ptr is not None:
             y += tl.load(row_of(residual_ptr, b, token, RINGS_R, I) + offs_o, mask=mask, other=0.0)
         tl.store(row_of(out_ptr, b, token, RINGS_O, I) + offs_o, y, mask=mask)
@@ -178,18 +212,17 @@ def project_rows(
 @triton.jit(do_not_specialize=["B"])
 def _project_rows_kernel(
     position_ptr, x_ptrs, weight_ptrs, out_ptrs, bias_ptrs, residual_ptrs, B,
-    START: tl.constexpr, K: tl.constexpr, O: tl.constexpr, STRIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RINGS_O: tl.constexpr, RINGS_R: tl.constexpr,
+    LEVELS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Every program has a tile of one level's product for BLOCK_B sequences."""
     pid = tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(x_ptrs)):
-        if (pid >= START[i]) & (pid < START[i + 1]):
+        if (pid >= LEVELS.START[i]) & (pid < LEVELS.START[i + 1]):
             project_rows(
                 position_ptr, x_ptrs[i], weight_ptrs[i], out_ptrs[i], bias_ptrs[i],
-                residual_ptrs[i], pid - START[i], B,
-                K[i], O[i], STRIDE[i], ACTIVATION, RINGS_O, RINGS_R, i, BLOCK_B, BLOCK_O, BLOCK_K,
+                residual_ptrs[i], pid - LEVELS.START[i], B,
+                LEVELS, i, BLOCK_B, BLOCK_O, BLOCK_K,
             )  # fmt: skip
 
 
@@ -202,13 +235,15 @@ def _project_row(position: Tensor, projections: list[Projection]) -> None:
     tiles = [cdiv(o, n) for o, n in zip(O, rows, strict=True)]
     TILES = tuple(cdiv(n * len(projections), PROGRAMS) for n in tiles)
     START = starts([cdiv(n, t) for n, t in zip(tiles, TILES, strict=True)])
+    levels = Levels(
+        K, each.stride, START, O, each.dilation, each.taps, each.norm, each.activation,
+        RINGS_X=rings_of(each.x), RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual),
+        TILES=TILES, BLOCK_O=rows, BLOCK_K=columns,
+    )  # fmt: skip
     launch(
         _project_row_kernel, (START[-1], len(position)),
         position, each.x, each.weight, each.out, each.gamma, each.beta, each.bias, each.residual,
-        START=START, K=K, O=O, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps,
-        NORM=each.norm, ACTIVATION=each.activation, RINGS_X=rings_of(each.x),
-        RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), TILES=TILES, BLOCK_O=rows,
-        BLOCK_K=columns, ACC=accumulator(each.weight[0].dtype), num_warps=4,
+        LEVELS=levels, ACC=accumulator(each.weight[0].dtype), num_warps=4,
         **ahead(position.device),
     )  # fmt: skip
 
@@ -219,19 +254,24 @@ def _project_rows(position: Tensor, projections: list[Projection]) -> None:
     B, x = len(position), each.x
     if any(p.norm or p.taps or p.x.shape[1] > 1 or not p.x.is_contiguous() for p in projections):
         x = tuple(t.new_empty(B, k) for t, k in zip(each.x, K, strict=True))
+        levels = Levels(
+            K, each.stride, DILATION=each.dilation, TAPS=each.taps, NORM=each.norm,
+            RINGS_X=rings_of(each.x), BLOCK_K=tuple(map(next_power_of_2, K)),
+        )  # fmt: skip
         launch(
             _normed_kernel, (len(x), B),
-            position, each.x, x, each.gamma, each.beta,
-            K=K, STRIDE=each.stride, DILATION=each.dilation, TAPS=each.taps, NORM=each.norm,
-            RINGS_X=rings_of(each.x), BLOCK_K=tuple(map(next_power_of_2, K)), num_warps=4,
+            position, each.x, x, each.gamma, each.beta, LEVELS=levels, num_warps=4,
         )  # fmt: skip
     BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
     START = starts([cdiv(o, TILE["BLOCK_O"]) for o in O])
+    levels = Levels(
+        K, each.stride, START, O, ACTIVATION=each.activation,
+        RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual),
+    )  # fmt: skip
     launch(
         _project_rows_kernel, (START[-1], cdiv(B, BLOCK_B)),
         position, x, each.weight, each.out, each.bias, each.residual, B,
-        START=START, K=K, O=O, STRIDE=each.stride, ACTIVATION=each.activation,
-        RINGS_O=rings_of(each.out), RINGS_R=rings_of(each.residual), BLOCK_B=BLOCK_B, **TILE,
+        LEVELS=levels, BLOCK_B=BLOCK_B, **TILE,
     )  # fmt: skip
 
 

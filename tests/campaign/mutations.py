@@ -35,7 +35,7 @@ class Mutation(NamedTuple):
 LISTED = [
     # sampling
     Mutation(
-        "shtx/sampler.py",
+        "shtx/generation/session.py",
         "if self.drawn % NOISE == 0 and",
         "if self.drawn == 0 and",
         "tests/test_generate.py::test_noise_is_never_used_twice",
@@ -387,8 +387,13 @@ LISTED = [
 # what drawn mutations of a file must be noticed by; of other files, all of tests/test_<name>.py
 TESTS = {
     "shtx/levels.py": "test_bad_input test_model",
-    "shtx/sampling.py": "test_generate test_bad_input",
-    "shtx/sampler.py": "test_generate",
+    "shtx/generation/arguments.py": "test_generate test_bad_input",
+    "shtx/generation/__init__.py": "test_generate test_bad_input",
+    "shtx/generation/decoder.py": "test_decode test_generate",
+    "shtx/generation/session.py": "test_generate test_generate_graphs",
+    "shtx/generation/stages.py": "test_decode",
+    "shtx/generation/state.py": "test_decode",
+    "shtx/generation/tokens.py": "test_generate",
     "shtx/layers.py": "test_model test_upstream",
     "shtx/train/checkpoint.py": "test_checkpoint test_home test_hostile",
     "shtx/train/home.py": "test_home test_train",

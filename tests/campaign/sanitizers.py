@@ -37,7 +37,7 @@ def every_op(dtype: torch.dtype) -> None:
     ids = draw(tokens=17)
     model(ids, return_loss=True)[0].backward()
     # without CUDA graphs: a capture needs PyTorch's cache of memory
-    with patch("shtx.sampler.Graphs", lambda device: None):
+    with patch("shtx.generation.session.Graphs", lambda device: None):
         for options in (dict(temperature=0), dict(top_k=5, top_p=0.5, seed=0)):
             model.generate(ids[:, :5], 20, **options)
     print("a step, tokens")

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from shtx.decode import Decoder
+from shtx.generation.arguments import Sampling
+from shtx.generation.decoder import Decoder
 from shtx.graphs import Graphs, run_aside
 from shtx.ops import FUSED, compile_ahead
 from shtx.plan import is_sharded
-from shtx.sampling import Sampling
 
 MAX_PROMPTS = 2  # lengths of a prompt, the latest, that a decoder has a graph for
 NOISE = 16  # tokens that noise is drawn for at once
 
 
-class Sampler:
+class Session:
     """A decoder that samples what it takes next. After `start`, `prefill` and `step`, `ids` (B,)
     are the sampled tokens, which the next call writes over."""
 
