@@ -49,7 +49,7 @@ WITH_GRAPHS = (*TRAIN_STEPS, "fused-graphs", "fused-reduce-overhead-compiled")
 
 def bench_model(benchmark, config, provider, wait_for_turn):
     config = shapes.configs(DEVICE)[config]
-    step = measure(benchmark, config, provider, wait_for_turn)
+    step = measure(benchmark, config, provider, wait_for_turn, build_reference, load)
     if provider == "fused" and DEVICE == "cuda":
         benchmark.extra_info["parts_ms"] = by_part(kernel_ms(step))
 
@@ -59,8 +59,8 @@ def measure(
     config: shapes.Config,
     provider: str,
     wait_for_turn: Callable,
-    build_reference: Callable = build_reference,
-    load: Callable = load,
+    build_reference: Callable,
+    load: Callable,
 ) -> Callable:
     """Add what was measured to the benchmark, and return the step.
 

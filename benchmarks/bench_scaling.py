@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.bench_model import measure
+from benchmarks.providers import build_reference, load
 from benchmarks.timing import DEVICE
 
 
@@ -49,7 +50,7 @@ def pytest_generate_tests(metafunc):
 
 def bench_scaling(benchmark, case, provider):
     try:
-        measure(benchmark, case.config_of(), provider, wait_for_turn=lambda: None)
+        measure(benchmark, case.config_of(), provider, lambda: None, build_reference, load)
         reason = None
     except torch.OutOfMemoryError as error:
         reason = str(error)
