@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -361,6 +362,18 @@ def test_the_pages_show_the_committed_results(tmp_path):
         page.write_text(source.read_text())
     cli.main(["table", "--write", *map(str, pages)])
     assert [page.read_text() for page in pages] == [page.read_text() for page in committed]
+
+
+def test_the_commits_of_results_are_commits():
+    files = (ROOT / "benchmarks" / "results").rglob("*.json")
+    named = {c for file in files for c in re.findall(r'"commit": "([^"+]+)', file.read_text())}
+    exists = {}
+    for commit in named:
+        command = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
+        exists[commit] = subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    if not any(exists.values()):
+        pytest.skip("the history of the project is not here")
+    assert [commit for commit in named if not exists[commit]] == []
 
 
 def test_the_campaigns_page_shows_its_file():
