@@ -1,7 +1,10 @@
 """The campaign knows the code that it changes, and the tests that must notice."""
 
+import subprocess
+import sys
+
 import pytest
-from helpers import ROOT
+from helpers import ROOT, child_environment
 
 from tests.campaign.mutations import LISTED, TESTS, UNSEEN
 
@@ -23,3 +26,16 @@ def test_files_of_drawn_mutations_and_their_tests_are_there():
 def test_explained_mutations_are_of_lines_that_are_there():
     for file, line in UNSEEN:
         assert line in (ROOT / file).read_text()
+
+
+def test_importing_the_campaign_changes_nothing():
+    code = """
+import torch
+from shtx.train import trainer
+before = trainer.SAMPLE, torch.get_num_threads()
+import tests.campaign.__main__
+assert (trainer.SAMPLE, torch.get_num_threads()) == before
+"""
+    command = [sys.executable, "-c", code]
+    environment = child_environment(ROOT, ROOT / "tests", OMP_NUM_THREADS="2")
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0

@@ -20,9 +20,7 @@ import shtx.train.run  # noqa: F401
 from shtx.cli import main
 from shtx.train import trainer
 
-torch.set_num_threads(1)
-trainer.SAMPLE = 16  # bytes: most of a small run is not to be its sample
-
+SAMPLE = 16  # bytes: most of a small run is not to be its sample
 PATIENCE = 120  # seconds, after which a process hangs
 NUMBERS = count()
 
@@ -80,6 +78,8 @@ class Child:
                 os.dup2(os.open(file, os.O_WRONLY), descriptor)
             sys.stdout, sys.stderr = (os.fdopen(d, "w", closefd=False) for d in (1, 2))
             os.environ |= environment
+            torch.set_num_threads(1)
+            trainer.SAMPLE = SAMPLE
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
             prepare()
