@@ -26,13 +26,6 @@ def raw(tmp_path):
     return path
 
 
-@pytest.fixture
-def out(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
-
-
 def path_of(corpus):
     (path,) = corpus.store.paths
     return path

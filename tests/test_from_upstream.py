@@ -13,6 +13,7 @@ import pytest
 import torch
 from covering import ROWS
 from helpers import DEVICE
+from next_latent_dumps import Convolution
 from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -25,17 +26,6 @@ from shtx.plan import unfused
 IS_4 = "num_rollouts" in inspect.signature(Upstream.__init__).parameters
 only_2 = pytest.mark.skipif(IS_4, reason="of 0.2.0")
 only_4 = pytest.mark.skipif(not IS_4, reason="of 0.4.0, in a folder of PYTHONPATH")
-
-
-class Convolution(nn.Module):
-    """A summarizer of one's own."""
-
-    def __init__(self, dim_embed, dim, stride):
-        super().__init__()
-        self.conv = nn.Conv1d(dim_embed, dim, 3, stride=stride)
-
-    def forward(self, x):
-        return self.conv(nn.functional.pad(x.mT, (2, 0))).mT
 
 
 class Weighted(nn.Module):

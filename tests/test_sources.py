@@ -37,13 +37,6 @@ SEQ_LEN = 32
 
 
 @pytest.fixture
-def out(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def parts(tmp_path):
     """Three files in a directory, and others that it hides."""
     folder = tmp_path / "texts"

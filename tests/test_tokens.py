@@ -25,13 +25,6 @@ DESCRIBED = Description(TOKENS, len(IDS), 4 * len(IDS), "a" * 64)
 
 
 @pytest.fixture
-def out(tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def file(tmp_path):
     IDS.astype(np.uint16).tofile(path := tmp_path / "tokens.bin")
     return path
