@@ -305,9 +305,12 @@ def title(results: dict) -> str:
     return small + ", ".join([machine["gpu"] or machine["cpu"], *versions])
 
 
+def commits_of(rows: list[dict]) -> str:
+    return f"commit {', '.join(sorted({row['commit'] for row in rows}))}"
+
+
 def tables(results: dict) -> str:
     """All results, in Markdown."""
-    commits = lambda rows: f"commit {', '.join(sorted({row['commit'] for row in rows}))}"
     text = [
         f"{title(results)}; copy {number(results['copy_gb_per_s'])} GB/s,"
         f" matrix product {number(results['matmul_tflop_per_s'])} TFLOP/s ({results['date']})"
@@ -321,7 +324,7 @@ def tables(results: dict) -> str:
         if not rows:
             continue
         line = LINES.get(bench, op_line)
-        text += [f"**{heading} ({commits(rows)})**"]
+        text += [f"**{heading} ({commits_of(rows)})**"]
         text += [aligned([line(row, rows, results) for row in rows])]
         reasons = [
             " ".join(["-", *filter(None, key(row)[1:])]) + f": {row['error']}"
@@ -331,16 +334,16 @@ def tables(results: dict) -> str:
         text += ["\n".join(reasons)]
         profiled = [row for row in rows if bench == "model" and "parts_ms" in row]
         if profiled:
-            text += [f"**{PARTS_TITLE} ({commits(profiled)})**"]
+            text += [f"**{PARTS_TITLE} ({commits_of(profiled)})**"]
             text += [aligned([parts_line(row) for row in profiled])]
     return "\n\n".join(filter(None, text))
 
 
 def glance(results: dict) -> str:
-    """What README shows: train steps beside those of upstream and of the best of plain PyTorch."""
+    """Compare train steps with those of upstream and of the best of plain PyTorch, for README."""
     models = [row for row in results["rows"] if row["bench"] == "model" and "error" not in row]
-    lines = []
-    for row in fastest_first([row for row in models if row["provider"] == "fused"]):
+    lines, ours = [], [row for row in models if row["provider"] == "fused"]
+    for row in fastest_first(ours):
         upstream, compiled = (
             find(models, row, provider).get("ms") for provider in ("upstream", "repaired-compiled")
         )
@@ -355,7 +358,9 @@ def glance(results: dict) -> str:
                 "throughput (tokens/s)": number(row["tokens_per_s"]),
             }
         )
-    return "\n\n".join([f"{title(results)} ({results['date']})", *([aligned(lines)] * bool(lines))])
+    if not ours:
+        return title(results)
+    return f"{title(results)} ({results['date']}, {commits_of(ours)})\n\n{aligned(lines)}"
 
 
 def splice(page: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What `generate` is told: its checks, and how a token is chosen from logits."""
+"""The arguments of `generate`: their checks, and how they choose a token from logits."""
 
 import inspect
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NO_KEYWORDS = {
 
 
 class Sampling(NamedTuple):
-    """What `ops.decode.sample` takes besides tensors: temperature, the k best, the nucleus."""
+    """The numbers that `ops.decode.sample` takes: temperature, how many are kept, the nucleus."""
 
     temperature: float
     top_k: int

@@ -1,4 +1,4 @@
-"""What a decoder keeps: rings of the past, copies of weights, and how a prompt fills the rings."""
+"""The state of a decoder: rings of the past, which a prompt fills, and copies of weights."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +11,7 @@ from shtx.levels import Level
 
 
 class Recent:
-    """What rings keep of the tokens of a prompt, sequence by sequence."""
+    """Finds the rows of a prompt that rings keep, sequence by sequence."""
 
     def __init__(self, lengths: Tensor):
         self.last, self.sequence = lengths - 1, arange(len(lengths), device=lengths.device)

@@ -14,7 +14,8 @@ from shtx.train.store import Part
 
 
 class Score(NamedTuple):
-    """
+    """Holds what a model takes for some data.
+
     Attributes:
         bits: of all bytes, or tokens, together.
         by_position: (context,), the mean of the bits that they took with 1, 2, ... before them

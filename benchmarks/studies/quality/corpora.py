@@ -60,7 +60,7 @@ def download(package: str, folder: Path) -> Path:
 
 
 def documents(package: Path, suffixes: tuple[str, ...]) -> Iterator[bytes]:
-    """What is in a package's files; a dictionary (.dz) page by page."""
+    """Read a package's files; a dictionary (.dz) page by page."""
     command = ["dpkg-deb", "--fsys-tarfile", str(package)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
