@@ -21,9 +21,8 @@ from shtx.train.arguments import parse
 from shtx.train.checkpoint import load
 from shtx.train.config import Config, Model
 from shtx.train.data import Corpus
-from shtx.train.metrics import Metrics, read
+from shtx.train.metrics import BYTE, Metrics, read
 from shtx.train.presets import PRESETS
-from shtx.train.progress import printable
 from shtx.train.run import place
 from shtx.train.stop import Stop
 from shtx.train.store import Store
@@ -242,9 +241,10 @@ def test_precisions(text, run, tmp_path, precision):
     assert (ours == fp32) == (precision == "tf32")  # on a CPU
 
 
-def test_printable():
-    assert printable("naïve [b]\tx\n".encode()) == "naïve [b]\tx\n"
-    assert printable(b"\xff\x00\x1b[2J\r\x7f\xc3") == r"\xff\x00\x1b[2J\r\x7f\xc3"
+def test_bytes_are_shown_as_text_or_escapes():
+    show = lambda text: BYTE.show([*text])
+    assert show("naïve [b]\tx\n".encode()) == "naïve [b]\tx\n"
+    assert show(b"\xff\x00\x1b[2J\r\x7f\xc3") == r"\xff\x00\x1b[2J\r\x7f\xc3"
 
 
 # resuming

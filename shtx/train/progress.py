@@ -103,8 +103,3 @@ def clock_of(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def printable(data: bytes) -> str:
-    """Text as it is; what is not UTF-8, or would move the cursor, as escapes."""
-    return visible(data.decode("utf-8", errors="backslashreplace"))
