@@ -26,6 +26,8 @@ STACK_LIMIT = {
 WIDE_STACK_LIMIT = {
     "_rotary_attention_fwd_kernel": 256,  # of heads of 128; none with 8 warps, which are untimed
     "_rotary_attention_bwd_dkdv_kernel": 72,  # with Triton 3.6; 48 with 3.9
+    "_norm_token_shift_bwd_kernel": 24,  # with Triton 3.6; none with 3.9
+    "_project_row_kernel": 56,  # with Triton 3.6; none with 3.9
 }
 
 
@@ -51,6 +53,11 @@ def compiled(*arguments: str) -> list[dict]:
     return rows
 
 
+def spilling(rows: list[dict], limit: dict[str, int]) -> list[dict]:
+    """All rows whose stack is larger than their kernel's limit, so that one run names them all."""
+    return [row for row in rows if row.get("STACK", 0) > limit.get(row["kernel"], 0)]
+
+
 @pytest.mark.parametrize(
     "target, dtype",
     [
@@ -69,10 +76,8 @@ def test_compiles(target, dtype):
     elif target == "cuda 90":
         left_out = set()
     assert {row["kernel"] for row in rows} == kernels_written() - left_out
-    for row in rows:
-        assert row.get("STACK", 0) <= STACK_LIMIT.get(row["kernel"], 0), row  # spills
+    assert not spilling(rows, STACK_LIMIT)
 
 
 def test_compiles_at_widths_of_4096_and_heads_of_128():
-    for row in compiled("cuda", "90", "bfloat16", "wide"):
-        assert row["STACK"] <= WIDE_STACK_LIMIT.get(row["kernel"], 0), row
+    assert not spilling(compiled("cuda", "90", "bfloat16", "wide"), WIDE_STACK_LIMIT)
