@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.providers import LOOPS
-
 HERE = Path(__file__).parent
 
 
@@ -19,15 +17,10 @@ class Job(NamedTuple):
     bench: str
     configs: tuple[str, ...] = ()
     provider: str = ""
+    compiles: bool = False  # for long: can take its first steps beside others
 
     def __str__(self):
         return " ".join(filter(None, (self.bench, "".join(self.configs), self.provider)))
-
-    @property
-    def compiles(self) -> bool:
-        own = self.provider in (*LOOPS, "fused-without")  # Triton kernels, on a single core
-        is_step = self.bench in ("model", "next_latent")
-        return is_step and (own or self.provider.endswith("-compiled"))
 
     @property
     def marker(self) -> str:
