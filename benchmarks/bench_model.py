@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -85,10 +85,13 @@ def step_line(row: dict, rows: list[dict], results: dict) -> dict:
 def bound_ms(row: dict, rows: list[dict], results: dict) -> dict[str, float]:
     """Parts of the bound of what a row measures; none where its floor was not measured."""
     rate = find(rows, row, *FLOORS).get("gemm_tflop_per_s")
-    if rate is None:
-        return {}
-    configs = shapes.configs("cpu" if results["small_shapes"] else "cuda")
-    return shapes.bound(configs[row["config"]], rate, results["copy_gb_per_s"])
+    device = "cpu" if results["small_shapes"] else "cuda"
+    return bound_of(row["config"], device, rate, results["copy_gb_per_s"]) if rate else {}
+
+
+@lru_cache(64)
+def bound_of(config: str, device: str, tflop_per_s: float, gb_per_s: float) -> dict[str, float]:
+    return shapes.bound(shapes.configs(device)[config], tflop_per_s, gb_per_s)
 
 
 def sums_line(parts: dict[str, float], config: str, whole: str) -> dict | None:

@@ -18,6 +18,7 @@ class Job(NamedTuple):
     configs: tuple[str, ...] = ()
     provider: str = ""
     compiles: bool = False  # for long: can take its first steps beside others
+    constants: str = ""  # those of a page of kernels to change, as `conftest.py` takes them
 
     def __str__(self):
         return " ".join(filter(None, (self.bench, "".join(self.configs), self.provider)))
@@ -46,6 +47,8 @@ class Process:
         command += ["--provider", job.provider]
         if job.configs:
             command += ["--config", ",".join(job.configs)]
+        if job.constants:
+            command += ["--constants", job.constants]
         if threads:
             command += ["--ready", self.ready]
         path = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
