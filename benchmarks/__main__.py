@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.benchmark import benchmarks, ops
+from benchmarks.cells import key
 from benchmarks.commit import resolve, stamp
 from benchmarks.runner import Job, run
 from benchmarks.shapes import CONFIGS
@@ -185,8 +186,8 @@ def measure(options: argparse.Namespace) -> int:
             report.add(results, [row | stamp for row in rows])
             save(results, options.out)
 
-        present = {report.key(row) for row in results["rows"]}
-        keep([row for row in impossible if report.key(row) not in present])
+        present = {key(row) for row in results["rows"]}
+        keep([row for row in impossible if key(row) not in present])
         compile_jobs = options.compile_jobs
         if memory := results["machine"]["gpu_memory_gib"]:
             compile_jobs = min(compile_jobs, max(1, memory // GIB_PER_COMPILATION))
