@@ -1,0 +1,26 @@
+"""What the cells of tables are made of."""
+
+
+def key(row: dict) -> tuple:
+    """What was measured."""
+    return tuple(row.get(name) for name in ("bench", "config", "shape", "variant", "provider"))
+
+
+def find(rows: list[dict], row: dict, *providers: str) -> dict:
+    """What `row` measures, by the first of `providers` that was measured."""
+    for provider in providers:
+        for other in rows:
+            if key(other) == key(row | {"provider": provider}) and "error" not in other:
+                return other
+    return {}
+
+
+def number(value: float | None) -> str:
+    """Format a number to three significant digits, without an exponent."""
+    if value is None:
+        return "-"
+    return f"{value:,.{max(0, 3 - len(str(int(value)).lstrip('0')))}f}"
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
