@@ -83,6 +83,12 @@ def test_errors(arguments, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.fixture(autouse=True)
+def any_commit(monkeypatch):
+    """Runs of changed files would be refused."""
+    monkeypatch.setattr(study, "resolve", lambda stamp: stamp)
+
+
 def test_a_run(tmp_path, monkeypatch, capsys):
     for module in (runs, study):
         monkeypatch.setattr(module, "SEQ_LEN", 32)
@@ -92,10 +98,11 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES["25M"], "flat", Shape((64,), 1))
     write_text(tmp_path / "python.bin")
     run, out = Run("python"), tmp_path / "out"
-    command = [str(tmp_path), str(out), "--minutes", "0.001", "--runs", run.name]
+    command = [str(tmp_path), str(out), "--minutes", "0.001", "--runs", run.name, "--commit", "c"]
     assert study.main(command) == 0
     found = json.loads((out / f"{run.name}.json").read_text())
-    assert run == report.run_of(found) and found["minutes"] == 0.001
+    assert run == report.run_of(found)
+    assert (found["minutes"], found["commit"]) == (0.001, "c")
     assert found["steps"] == found["curve"][-1][0] >= 3 and found["bytes"] == found["steps"] * 128
     assert 0 < found["curve"][-1][1] == pytest.approx(found["seconds"])
     assert 0 < found["test_bits_per_byte"] < 9 and len(found["sha256"]) == 64

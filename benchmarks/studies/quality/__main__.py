@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.__main__ import commit, make_folder
+from benchmarks.__main__ import STAMP_HELP, make_folder
+from benchmarks.commit import resolve
 from benchmarks.report import write
 from benchmarks.studies.quality import report
 from benchmarks.studies.quality.runs import BATCH, RUNS, SEQ_LEN, Run
@@ -94,7 +95,6 @@ def row_of(run: Run, out: Path, scores: dict) -> dict:
             "sha256": scores["data"]["sha256"],
             "device": scores["device"],
             "versions": scores["versions"],
-            "commit": commit(),
         }
     )
 
@@ -116,7 +116,7 @@ def work(gpu: int | None, waiting: queue.Queue, options: argparse.Namespace, fai
             failed.append(run.name)
             print(f"{run.name}: {error}, see {folder}/log.txt", flush=True)
             continue
-        row["minutes"] = options.minutes
+        row |= {"minutes": options.minutes, "commit": options.commit}
         write(options.out / f"{run.name}.json", json.dumps(row) + "\n")
         print(f"{run.name}: {row['test_bits_per_byte']:.4f} test bits per byte", flush=True)
 
@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--minutes", type=float, default=10.0, help="of training a run; default: 10")
     add("--gpus", type=int, default=torch.cuda.device_count(), help="default: all")
     add("--runs", nargs="+", metavar="NAME", default=names, help=f"of {' '.join(names)}")
+    add("--commit", metavar="STAMP", help=STAMP_HELP)
     add("--report", nargs="+", type=Path, metavar="OUT", help="results to be joined; trains none")
     add("--page", type=Path, metavar="DIR", help="for --report: where results and plot go")
     options = parser.parse_args(argv)
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     for corpus in {run.corpus for run in wanted}:
         if not (options.corpora / f"{corpus}.bin").exists():
             parser.error(f"CORPORA: {options.corpora / corpus}.bin does not exist")
+    options.commit = resolve(options.commit)
     make_folder("OUT", options.out)
     waiting, failed = queue.Queue(), []
     for run in wanted:
