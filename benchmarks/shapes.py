@@ -192,7 +192,7 @@ def bound(config: Config, tflop_per_s: float, gb_per_s: float) -> dict[str, floa
             # two products forward, five backward
             seen = config.batch * a * pairs(-(-M // a), level.window)
             parts["attention"] += depth * max(moved, of_flops(7 * 2 * seen * width))
-        # a norm: the stream that a branch is added to, its gradient before and after
+        # a norm passes the stream that a branch is added to, and its gradient before and after
         norms = 1 + (level.window != 0)
         parts["norms"] += depth * norms * of_bytes(2 * 3 * rows * d)
         # x, gelu and its slope out; dy, slope in, du out and gelu in: what no product hides
