@@ -1,4 +1,4 @@
-"""What a benchmark says of itself, and all of those that `python -m benchmarks` measures.
+"""A benchmark's description of itself, and the list of those that `python -m benchmarks` measures.
 
 A file `bench_<name>.py` here that has a BENCHMARK is one of them; nothing else names it.
 """
@@ -70,7 +70,7 @@ class Benchmark(NamedTuple):
         return [p for p in self.providers if DEVICE == "cuda" or not unfit(p)]
 
     def compiles(self, provider: str) -> bool:
-        """Whether first steps take so long that several processes should take theirs together."""
+        """Return whether first steps take so long that processes should take theirs together."""
         return self.first_steps and (self.is_fused(provider) or provider.endswith("-compiled"))
 
 

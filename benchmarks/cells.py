@@ -1,13 +1,13 @@
-"""What the cells of tables are made of."""
+"""Functions that make the cells of tables from rows of results."""
 
 
 def key(row: dict) -> tuple:
-    """What was measured."""
+    """Return what tells measurements apart; a row of the same key is measured anew."""
     return tuple(row.get(name) for name in ("bench", "config", "shape", "variant", "provider"))
 
 
 def find(rows: list[dict], row: dict, *providers: str) -> dict:
-    """What `row` measures, by the first of `providers` that was measured."""
+    """Return what `row` measures by the first of `providers` that was measured, or {}."""
     for provider in providers:
         for other in rows:
             if key(other) == key(row | {"provider": provider}) and "error" not in other:

@@ -1,4 +1,4 @@
-"""How ops bound by memory are measured: both directions, their bytes against those of a copy."""
+"""Measures ops bound by memory in both directions: their bytes against those of a copy."""
 
 from collections.abc import Callable
 from functools import partial

@@ -44,21 +44,22 @@ def shtx(folder: Path, gpu: int | None, *arguments) -> None:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
 
 
-def train(run: Run, corpus: Path, folder: Path, gpu: int | None, steps: int) -> Path:
+def train(corpus: Path, folder: Path, gpu: int | None, settings: dict) -> Path:
     """Return where the run is."""
-    settings, out = folder / "settings.json", folder / f"steps-{steps}"
-    settings.write_text(json.dumps(run.settings(steps)))
-    shtx(folder, gpu, "train", "--config", settings, "--data", corpus, "--out", out)
+    file, out = folder / "settings.json", folder / f"steps-{settings['steps']}"
+    file.write_text(json.dumps(settings))
+    shtx(folder, gpu, "train", "--config", file, "--data", corpus, "--out", out)
     return out
 
 
 def measure(run: Run, corpora: Path, folder: Path, gpu: int | None, minutes: float) -> dict:
     """Train, and return the row of results."""
     corpus = corpora / f"{run.corpus}.bin"
-    rows = read(train(run, corpus, folder, gpu, PROBE) / "metrics.jsonl")
+    probe = train(corpus, folder, gpu, run.settings(PROBE, validations=1))
+    rows = read(probe / "metrics.jsonl")
     speed = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row][-1]
     steps = max(PROBE + 1, int(minutes * 60 * speed / (BATCH * SEQ_LEN)))
-    out = train(run, corpus, folder, gpu, steps)
+    out = train(corpus, folder, gpu, run.settings(steps))
     best, scores = find(out, "best"), folder / "test.json"
     sizes = "--context", SEQ_LEN, "--stride", SEQ_LEN // 4
     shtx(folder, gpu, "eval", "--checkpoint", best, "--split", "test", *sizes, "--out", scores)

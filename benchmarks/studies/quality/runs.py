@@ -70,8 +70,8 @@ class Run(NamedTuple):
         words = *self[:4], f"seed {self.seed}"
         return "-".join(word.replace(", ", ".").replace(" ", "_") for word in words)
 
-    def settings(self, steps: int) -> dict:
-        """Return what `shtx train --config` takes."""
+    def settings(self, steps: int, validations: int = 20) -> dict:
+        """Return what `shtx train --config` takes for a run with so many validations."""
         shape = SHAPES[self.size][self.shape]
         return dict(
             split=(0.9, 0.05, 0.05),
@@ -80,7 +80,7 @@ class Run(NamedTuple):
             lr=LEARNING_RATES[self.size],
             schedule="wsd",
             seed=self.seed,
-            eval_every=max(1, steps // 20),
+            eval_every=max(1, steps // validations),
             eval_sequences=256,
             save_every=steps,
             keep=1,
