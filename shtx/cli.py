@@ -97,6 +97,9 @@ def dispatch(verb: str, *rest: str) -> int:
 
 
 def run(verb: str, argv: list[str], given: tuple[str, ...]) -> int:
+    if "--traceback" not in given:
+        # else a process whose peer is killed while they meet logs frames of C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with EndAtOnce(verb):
         module = import_module(MODULES[verb])
     with Stop(at_once=True) as stop:
