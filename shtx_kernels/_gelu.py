@@ -25,13 +25,22 @@ GROUP = 8
 
 
 @triton.jit
+def _constant(VALUE: tl.constexpr, ACC: tl.constexpr):
+    """VALUE in ACC; a bare constant is fp32 in Triton 3.6, and the only one in Gluon."""
+    if ACC == tl.float64:
+        return tl.full([1], VALUE, ACC)
+    else:
+        return VALUE
+
+
+@triton.jit
 def tail(u, ACC: tl.constexpr, NARROW: tl.constexpr):
     """w = |u|, at most 13, and Q(w), the probability of a standard normal variable above w.
 
     For 16-bit numbers log2 Q is a minimax polynomial of degree 8, which leaves Q with a relative
     error of 1e-5 up to w = 6: erf would take longer than reading and writing the numbers.
     """
-    w = tl.minimum(tl.abs(u), tl.full([1], 13.0, ACC), propagate_nan=tl.PropagateNan.ALL)
+    w = tl.minimum(tl.abs(u), 13.0, propagate_nan=tl.PropagateNan.ALL)
     if NARROW:
         p = w * 6.630474302937728e-08 - 3.4069560115312925e-06
         p = p * w + 7.647260645171627e-05
@@ -41,8 +50,7 @@ def tail(u, ACC: tl.constexpr, NARROW: tl.constexpr):
         p = p * w - 0.4583406150341034
         p = p * w - 1.1512579917907715
         return w, tl.exp2(p * w - 1.0)
-    half = tl.full([1], 0.5, ACC)  # a bare constant is fp32 in Triton 3.6
-    return w, half - half * tl.erf(w * tl.full([1], 0.7071067811865476, ACC))
+    return w, 0.5 - 0.5 * tl.erf(w * _constant(0.7071067811865476, ACC))
 
 
 @triton.jit
@@ -54,8 +62,8 @@ def gelu(u, w, q):
 @triton.jit
 def slope(u, w, q, ACC: tl.constexpr):
     """The derivative of gelu at u: Phi(u) + u phi(u), where phi is the density of Phi."""
-    bell = tl.exp2(tl.full([1], -0.7213475204444817, ACC) * w * w)
-    density = tl.full([1], 0.3989422804014327, ACC) * bell
+    bell = tl.exp2(_constant(-0.7213475204444817, ACC) * w * w)
+    density = _constant(0.3989422804014327, ACC) * bell
     below = q - w * density
     return tl.where(u < 0, below, 1.0 - below)
 
@@ -162,7 +170,7 @@ def _kernel_of_product(backward: bool, has_bias: bool) -> Kernel:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -172,7 +180,7 @@ def _product_gelu(x: Tensor, w: Tensor, u: Tensor, bias=None, da=None) -> Tensor
     block_m, block_n, block_k = PRODUCT["BLOCK_M"], PRODUCT["BLOCK_N"], PRODUCT["BLOCK_K"]
     programs = cdiv(M, block_m) * cdiv(N, block_n)
     if u.is_cuda:
-        programs = min(programs, RESIDENT * _multiprocessors(u.device))
+        programs = min(programs, RESIDENT * multiprocessors(u.device))
     w_tile = [block_n, block_k] if da is None else [block_k, block_n]
     descriptors = (
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
