@@ -4,22 +4,27 @@ On Hopper, GELU of 16-bit numbers is a part of the product that makes its argume
 of its result; elsewhere it is a pass over memory after a product of cuBLAS.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._dot import dot
 from ._target import capability
+from .internals import gluon_is_known
 from .launch import KINDS, Kernel, cdiv
 
 PASS = dict(TILE=2048, num_warps=4)  # TILE numbers for each program
 # Two programs share a multiprocessor: one multiplies while the other is busy with its GELU.
 PRODUCT = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3, maxnreg=128)
 RESIDENT = 2
+# Forward keeps u (1), of which backward makes gelu and its slope again, or both of these (2).
+KEPT = 1
 # rows of tiles that programs go through column by column, so that both factors stay in the L2 cache
 GROUP = 8
 
@@ -69,19 +74,47 @@ def slope(u, w, q, ACC: tl.constexpr):
 
 
 @triton.jit
+def finish(part, kept, ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr,
+           SLOPE: tl.constexpr):  # fmt: skip
+    """What takes the place of a product, and gelu(u).
+
+    Forward, the product is u, and u or gelu's slope there is kept. Backward, the product is the
+    gradient of gelu(u), and becomes that of u; if the slope was kept, gelu(u) is not computed.
+    """
+    if BACKWARD and SLOPE:
+        first, a = part * kept, part
+    elif BACKWARD:
+        w, q = tail(kept, ACC, NARROW)
+        first, a = part * slope(kept, w, q, ACC), gelu(kept, w, q)
+    else:
+        w, q = tail(part, ACC, NARROW)
+        a = gelu(part, w, q)
+        if SLOPE:
+            first = slope(part, w, q, ACC)
+        else:
+            first = part
+    return first, a
+
+
+@triton.jit
 def _gelu_kernel(
     u_ptr, a_ptr, da_ptr, size,
-    ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr, TILE: tl.constexpr,
+    ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr, SLOPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """a = gelu(u); in backward, the gradient of u takes the place of that of a as well."""
+    """a = gelu(u), and the slope in place of u, if it is to be kept; in backward, the gradient of u
+    takes the place of that of a as well.
+    """
     offs = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = offs < size
     u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(ACC)
-    w, q = tail(u, ACC, NARROW)
-    tl.store(a_ptr + offs, gelu(u, w, q), mask=mask)
+    part = tl.load(da_ptr + offs, mask=mask, other=0.0).to(ACC) if BACKWARD else u
+    first, a = finish(part, u, ACC, NARROW, BACKWARD, SLOPE)
+    tl.store(a_ptr + offs, a, mask=mask)
     if BACKWARD:
-        da = tl.load(da_ptr + offs, mask=mask, other=0.0).to(ACC)
-        tl.store(da_ptr + offs, da * slope(u, w, q, ACC), mask=mask)
+        tl.store(da_ptr + offs, first, mask=mask)
+    elif SLOPE:
+        tl.store(u_ptr + offs, first, mask=mask)
 
 
 @triton.jit
@@ -98,11 +131,11 @@ def quarters(t):
 
 @triton.jit(do_not_specialize=["M"])
 def _product_gelu_kernel(
-    x_desc, w_desc, u_ptr, a_ptr, da_ptr, bias_ptr, M, N, K,
-    BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x_desc, w_desc, kept_ptr, first_ptr, a_ptr, bias_ptr, M, N, K,
+    BACKWARD: tl.constexpr, SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """u = x w^T + bias and a = gelu(u); in backward, a = gelu(u) and da = x w gelu'(u).
+    """What `finish` makes of x w^T + bias, and in backward of x w and what was kept.
 
     After its product, a tile is finished by quarters, which leaves registers for two programs.
     """
@@ -125,48 +158,44 @@ def _product_gelu_kernel(
         offs_n = n + tl.arange(0, BLOCK_N // 4)[None, :]
         offs = offs_m.to(tl.int64) * N + offs_n
         if BACKWARD:
-            following = tl.load(u_ptr + offs, mask=(offs_m < M) & (offs_n < N), other=0.0)
+            following = tl.load(kept_ptr + offs, mask=(offs_m < M) & (offs_n < N), other=0.0)
         parts = quarters(acc)
         for i in tl.static_range(4):
             part = parts[i]
             mask = (offs_m < M) & (offs_n < N - i * (BLOCK_N // 4))
             here = offs + i * (BLOCK_N // 4)
+            kept = part
             if BACKWARD:
-                u = following.to(tl.float32)
+                kept = following.to(tl.float32)
                 if i < 3:
                     after = (offs_m < M) & (offs_n < N - (i + 1) * (BLOCK_N // 4))
-                    following = tl.load(u_ptr + here + BLOCK_N // 4, mask=after, other=0.0)
-                w, q = tail(u, tl.float32, True)
-                tl.store(da_ptr + here, part * slope(u, w, q, tl.float32), mask=mask)
-            else:
-                u = part
-                if HAS_BIAS:
-                    here_n = offs_n + i * (BLOCK_N // 4)
-                    u += tl.load(bias_ptr + here_n, mask=here_n < N, other=0.0).to(tl.float32)
-                w, q = tail(u, tl.float32, True)
-                tl.store(u_ptr + here, u, mask=mask)
-            tl.store(a_ptr + here, gelu(u, w, q), mask=mask)
+                    following = tl.load(kept_ptr + here + BLOCK_N // 4, mask=after, other=0.0)
+            if HAS_BIAS:
+                here_n = offs_n + i * (BLOCK_N // 4)
+                part += tl.load(bias_ptr + here_n, mask=here_n < N, other=0.0).to(tl.float32)
+            first, a = finish(part, kept, tl.float32, True, BACKWARD, SLOPE)
+            tl.store(first_ptr + here, first, mask=mask)
+            if not (BACKWARD and SLOPE):
+                tl.store(a_ptr + here, a, mask=mask)
 
 
 @lru_cache(KINDS)
-def _kernel_of_pass(dtype: torch.dtype, backward: bool) -> Kernel:
-    return Kernel(_gelu_kernel, dtype, NARROW=dtype.itemsize == 2, BACKWARD=backward, **PASS)
+def _kernel_of_pass(dtype: torch.dtype, backward: bool, slope: bool) -> Kernel:
+    constants = dict(NARROW=dtype.itemsize == 2, BACKWARD=backward, SLOPE=slope)
+    return Kernel(_gelu_kernel, dtype, **constants, **PASS)
 
 
-def gelu_pass(u: Tensor, da: Tensor | None = None) -> Tensor:
-    """gelu(u); its gradient da, if there is one, becomes the gradient of u in place."""
-    a, size = torch.empty_like(u), u.numel()
-    if size:
+def _pass(u: Tensor, a: Tensor, da: Tensor | None, slope: bool):
+    if size := u.numel():
         tensors = u, a, a if da is None else da
-        kernel = _kernel_of_pass(u.dtype, da is not None)
+        kernel = _kernel_of_pass(u.dtype, da is not None, slope)
         kernel((cdiv(size, PASS["TILE"]),), tensors, size)
-    return a
 
 
 @lru_cache
-def _kernel_of_product(backward: bool, has_bias: bool) -> Kernel:
-    constants = dict(BACKWARD=backward, HAS_BIAS=has_bias, GROUP=GROUP, **PRODUCT)
-    return Kernel(_product_gelu_kernel, **constants)
+def _kernel_of_product(backward: bool, slope: bool, has_bias: bool) -> Kernel:
+    constants = dict(BACKWARD=backward, SLOPE=slope, HAS_BIAS=has_bias, GROUP=GROUP)
+    return Kernel(_product_gelu_kernel, **constants, **PRODUCT)
 
 
 @lru_cache
@@ -174,49 +203,87 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _product_gelu(x: Tensor, w: Tensor, u: Tensor, bias=None, da=None) -> Tensor:
-    """gelu(u), after u = x w^T + bias; or, if there is a da, after da = x w gelu'(u)."""
-    (M, K), N, a = x.shape, u.shape[1], torch.empty_like(u)
+def within_product(
+    x: Tensor, w: Tensor, first: Tensor, a: Tensor, bias: Tensor | None = None,
+    kept: Tensor | None = None, slope: bool = False,
+):  # fmt: skip
+    """Fill `first` and `a` (M, N) with what `finish` says of a product.
+
+    Args:
+        x: (M, K).
+        w: (N, K); in backward, which is where something was kept, (K, N).
+        slope: whether the slope is what is kept.
+    """
+    (M, K), N, backward = x.shape, first.shape[1], kept is not None
     block_m, block_n, block_k = PRODUCT["BLOCK_M"], PRODUCT["BLOCK_N"], PRODUCT["BLOCK_K"]
     programs = cdiv(M, block_m) * cdiv(N, block_n)
-    if u.is_cuda:
-        programs = min(programs, RESIDENT * multiprocessors(u.device))
-    w_tile = [block_n, block_k] if da is None else [block_k, block_n]
+    if x.is_cuda:
+        programs = min(programs, RESIDENT * multiprocessors(x.device))
+    w_tile = [block_k, block_n] if backward else [block_n, block_k]
     descriptors = (
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         TensorDescriptor.from_tensor(w, w_tile),
     )
-    tensors = u, a, a if da is None else da, u if bias is None else bias
-    kernel = _kernel_of_product(da is not None, bias is not None)
+    tensors = kept if backward else first, first, a, first if bias is None else bias
+    kernel = _kernel_of_product(backward, slope, bias is not None)
     kernel((programs,), tensors, M, N, K, descriptors=descriptors)
+
+
+def _product(x: Tensor, w: Tensor, kept: Tensor) -> Callable | None:
+    """What makes the product together with GELU; None if a pass over memory does.
+
+    It was faster on Hopper, whose copy engine has to take all matrices.
+    """
+    rows, columns = w.shape
+    if not (
+        (x.itemsize == 2 and capability(x.device) == 90)
+        and (x.shape[0] > 0 and min(rows, columns) > 0 and rows % 8 == 0 and columns % 8 == 0)
+        and all(t.data_ptr() % 16 == 0 for t in (x, w, kept))
+    ):
+        return None
+    if knobs.runtime.interpret or not gluon_is_known():
+        return within_product
+    from . import _gelu_hopper
+
+    return _gelu_hopper.within_product
+
+
+def new_kept(like: Tensor, rows: int, width: int) -> Tensor:
+    """Uninitialised, for what forward keeps: (1, rows, width) is u, (2, rows, width) are gelu's
+    slope at u and gelu(u).
+    """
+    return like.new_empty(KEPT, rows, width)
+
+
+def gelu_pass(kept: Tensor) -> Tensor:
+    """gelu(u), given u in kept[0], where its slope takes its place if that is to be kept."""
+    u, slope = kept[0], len(kept) == 2
+    a = kept[1] if slope else torch.empty_like(u)
+    _pass(u, a, None, slope)
     return a
 
 
-def _within_product(x: Tensor, w: Tensor) -> bool:
-    """Whether GELU goes into the product: it was faster, and Hopper's copies take both factors."""
-    rows, columns = w.shape
-    return (
-        (x.itemsize == 2 and capability(x.device) == 90)
-        and (x.shape[0] > 0 and min(rows, columns) > 0 and rows % 8 == 0 and columns % 8 == 0)
-        and (x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0)
-    )
-
-
-def product_gelu(x: Tensor, w: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Write u = x w^T + bias, and return gelu(u)."""
-    if _within_product(x, w):
-        return _product_gelu(x, w, u, bias)
+def product_gelu(x: Tensor, w: Tensor, kept: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Fill `kept` for u = x w^T + bias, and return gelu(u)."""
+    u, slope = kept[0], len(kept) == 2
+    if product := _product(x, w, kept):
+        a = kept[1] if slope else torch.empty_like(u)
+        product(x, w, u, a, bias, slope=slope)
+        return a
     if bias is None:
         torch.mm(x, w.T, out=u)
     else:
         torch.addmm(bias, x, w.T, out=u)
-    return gelu_pass(u)
+    return gelu_pass(kept)
 
 
-def product_gelu_bwd(dy: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def product_gelu_bwd(dy: Tensor, w: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """gelu(u), and the gradient of u, where that of gelu(u) is dy w."""
-    du = torch.empty_like(u)
-    if _within_product(dy, w):
-        return _product_gelu(dy, w, u, da=du), du
+    du, slope = torch.empty_like(kept[0]), len(kept) == 2
+    a = kept[1] if slope else torch.empty_like(du)
+    if product := _product(dy, w, kept):
+        product(dy, w, du, a, kept=kept[0], slope=slope)
+        return a, du
     torch.mm(dy, w, out=du)
-    return gelu_pass(u, du), du
+    du.mul_(kept[0]) if slope else _pass(kept[0], a, du, False)
+    return a, du

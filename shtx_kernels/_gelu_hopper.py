@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._gelu import GROUP, gelu, multiprocessors, slope, tail
+from ._gelu import GROUP, finish, multiprocessors
 from .launch import Kernel, cdiv
 
 if hasattr(tma, "async_load"):  # Triton 3.9
@@ -99,21 +99,6 @@ def _split(acc, PARTS: gl.constexpr):
         first, second = _halves(left)
         third, fourth = _halves(right)
         return first, second, third, fourth
-
-
-@gluon.jit
-def _finish(part, kept, BACKWARD: gl.constexpr, SLOPE: gl.constexpr):
-    """What becomes of a part of the product, and gelu(u) if it is needed."""
-    if BACKWARD and SLOPE:
-        first, a = part * kept, part
-    elif BACKWARD:
-        w, q = tail(kept, gl.float32, True)
-        first, a = part * slope(kept, w, q, gl.float32), gelu(kept, w, q)
-    else:
-        w, q = tail(part, gl.float32, True)
-        a = gelu(part, w, q)
-        first = slope(part, w, q, gl.float32) if SLOPE else part
-    return first, a
 
 
 @gluon.constexpr_function
@@ -204,7 +189,7 @@ def _consume(
                 offs_n = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, of_part))
                 bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
                 part += bias.to(gl.float32).expand_dims(0)
-            first, a = _finish(part, kept, BACKWARD, SLOPE)
+            first, a = finish(part, kept, gl.float32, True, BACKWARD, SLOPE)
             first, a = first.to(first_desc.dtype), a.to(first_desc.dtype)
             if BUFFERS == 0:
                 _write(first, first_ptr, m, column, M, N, WARPS)
@@ -308,17 +293,11 @@ def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(t, [*t.shape], [*t.stride()], [*block], layout)
 
 
-def product_gelu(
+def within_product(
     x: Tensor, w: Tensor, first: Tensor, a: Tensor, bias: Tensor | None = None,
     kept: Tensor | None = None, slope: bool = False,
 ):  # fmt: skip
-    """Fill `first` and `a` (M, N) as the kernel says: backward if there is something kept.
-
-    Args:
-        x: (M, K).
-        w: (N, K); in backward (K, N).
-        slope: whether the slope is kept, not u.
-    """
+    """What `_gelu.within_product` does, with the same arguments."""
     (M, K), N, backward = x.shape, first.shape[1], kept is not None
     sizes = BACKWARD if backward else FORWARD
     block_m, block_n, block_k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")

@@ -16,23 +16,23 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._autograd import apply, as_needed, first_order
-from ._gelu import product_gelu, product_gelu_bwd
+from ._gelu import new_kept, product_gelu, product_gelu_bwd
 from ._register import register
 from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
 
 def _feed_forward_fwd(x, w_in, w_out):
     (B, M, _), width = x.shape, w_in.shape[0]
-    u = x.new_empty(B * M, width)
-    a = product_gelu(x.flatten(0, 1), w_in, u)
-    return linear(a.view(B, M, width), w_out), u
+    kept = new_kept(x, B * M, width)
+    a = product_gelu(x.flatten(0, 1), w_in, kept)
+    return linear(a.view(B, M, width), w_out), kept
 
 
-def _feed_forward_bwd(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
+def _feed_forward_bwd(dy, x, kept, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
     gradients = _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out)
     dx, dw_in, dw_out = gradients
     x, dy = x.flatten(0, 1), dy.flatten(0, 1)
-    a, du = product_gelu_bwd(dy, w_out, u)
+    a, du = product_gelu_bwd(dy, w_out, kept)
     if needs_dw_out:
         add_product(dw_out, dy.T, a, start=True)
     if needs_dw_in:
@@ -44,7 +44,7 @@ def _feed_forward_bwd(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out
 
 def _fake_fwd(x, w_in, w_out):
     B, M, _ = x.shape
-    return x.new_empty(B, M, w_out.shape[0]), x.new_empty(B * M, w_in.shape[0])
+    return x.new_empty(B, M, w_out.shape[0]), new_kept(x, B * M, w_in.shape[0])
 
 
 def _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
@@ -55,9 +55,9 @@ def _new_gradients(x, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out):
     return dx, dw_in, x.new_empty(*(w_out.shape if needs_dw_out else (0,)), dtype=acc)
 
 
-def _bwd_flops(dy, x, u, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out, **_) -> int:
+def _bwd_flops(dy, x, kept, w_in, w_out, needs_dx, needs_dw_in, needs_dw_out, **_) -> int:
     of_in, of_out = (needs_dx + needs_dw_in) * prod(w_in), (1 + needs_dw_out) * prod(w_out)
-    return 2 * u[0] * (of_in + of_out)
+    return 2 * kept[1] * (of_in + of_out)
 
 
 _forward = register(
@@ -69,10 +69,10 @@ _forward = register(
 )
 _backward = register(
     "feed_forward_bwd",
-    "(Tensor dy, Tensor x, Tensor u, Tensor w_in, Tensor w_out, bool needs_dx, bool needs_dw_in,"
+    "(Tensor dy, Tensor x, Tensor kept, Tensor w_in, Tensor w_out, bool needs_dx, bool needs_dw_in,"
     " bool needs_dw_out) -> (Tensor, Tensor, Tensor)",
     _feed_forward_bwd,
-    fake=lambda dy, x, u, *arguments: _new_gradients(x, *arguments),
+    fake=lambda dy, x, kept, *arguments: _new_gradients(x, *arguments),
     flops=_bwd_flops,
 )
 
@@ -83,8 +83,8 @@ class _FeedForward(torch.autograd.Function):
         ctx.dtypes = x.dtype, w_in.dtype, w_out.dtype
         x = cast(x, dtype).contiguous()
         w_in, w_out = (narrow(w, dtype).contiguous() for w in (w_in, w_out))
-        y, u = _forward(x, w_in, w_out)
-        ctx.save_for_backward(x, u, w_in, w_out)
+        y, kept = _forward(x, w_in, w_out)
+        ctx.save_for_backward(x, kept, w_in, w_out)
         return y
 
     @staticmethod

@@ -1,0 +1,103 @@
+"""The products with GELU in Gluon: what overlaps in them, on a CPU, and their results, on Hopper."""
+
+import random
+import re
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gluon import Descriptor, Hazard, Pointer, Program
+from helpers import DEVICE, ROOT
+from triton import knobs
+
+from shtx_kernels import _gelu
+from shtx_kernels.internals import gluon_is_known
+
+PAGE = (ROOT / "shtx_kernels/_gelu_hopper.py").read_text()
+M, N, K, BLOCK_M, PART, BLOCK_K = 26, 45, 19, 8, 4, 8
+OPTIONS = {
+    "forward": dict(BACKWARD=False, SLOPE=False, HAS_BIAS=True),
+    "forward, slope": dict(BACKWARD=False, SLOPE=True, HAS_BIAS=False),
+    "backward": dict(BACKWARD=True, SLOPE=False, HAS_BIAS=False),
+    "backward, slope": dict(BACKWARD=True, SLOPE=True, HAS_BIAS=False),
+}
+
+
+def finish(part, kept, ACC, NARROW, BACKWARD, SLOPE):
+    """`_gelu.finish` without GELU, which is tested with the op."""
+    if BACKWARD:
+        return part * kept, kept + 1
+    return (part - 1 if SLOPE else part), part + 1
+
+
+def run(source, seed, BACKWARD, SLOPE, HAS_BIAS, STAGES, GROUPS, PARTS, BUFFERS, programs=2):
+    """Run the page's kernel in a random order, and compare what it fills with what it should."""
+    begin, end = source.index("@gluon.jit"), source.index("@lru_cache")
+    code = re.sub(r"@gluon\.\w+(\(.*\))?\n", "", source[begin:end])
+    torch.manual_seed(0)
+    new = lambda *shape: torch.randint(-3, 4, shape).float()
+    x, w, bias, kept = new(M, K), new(N, K), new(N), new(M, N)
+    first, a = torch.full((2, M, N), torch.nan)
+    block_n = PART * PARTS
+    for pid in range(programs):
+        program = Program(pid, programs, seed)
+        space = dict(program.globals, finish=finish)
+        exec(code, space)
+        descriptors = (
+            Descriptor(x, BLOCK_M, BLOCK_K),
+            Descriptor(w.T.contiguous(), BLOCK_K, block_n)
+            if BACKWARD
+            else Descriptor(w, block_n, BLOCK_K),
+            *(Descriptor(t, BLOCK_M, PART) for t in (kept if BACKWARD else first, first, a)),
+        )
+        space["_product_gelu_hopper_kernel"](
+            *descriptors, *map(Pointer, (first, a, bias)), M, N, K,
+            BACKWARD, SLOPE, HAS_BIAS, 2, STAGES, GROUPS, PARTS, BUFFERS, 24, 240, 4,
+        )  # fmt: skip
+    expected = finish(x @ w.T + bias * HAS_BIAS, kept, None, None, BACKWARD, SLOPE)
+    assert torch.equal(first, expected[0])
+    assert (BACKWARD and SLOPE) or torch.equal(a, expected[1])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_in_any_order(options):
+    """Seven or more tiles for each program, three steps each, and fewer programs than tiles."""
+    for seed, (stages, groups, (parts, buffers)) in enumerate(
+        product((2, 3, 5), (1, 2), ((1, 1), (2, 1), (2, 2), (4, 2), (2, 0)))
+    ):
+        run(PAGE, seed, **options, STAGES=stages, GROUPS=groups, PARTS=parts, BUFFERS=buffers)
+
+
+BROKEN = {  # a line of the page, and what stands there instead
+    "a wait for a free stage": ("mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)", ""),
+    "a wait for a filled stage": ("mbarrier.wait(ready.index(stage), (step // STAGES) & 1)", ""),
+    "the phase of a stage": ("(step // STAGES) & 1)\n            w =", "0)\n            w ="),
+    "a stage that is free too early": ("warpgroup_mma_wait(1", "warpgroup_mma_wait(2"),
+    "the last stage's end": ("arrive(free.index((step + STAGES - 1) % STAGES), count=1)", "wait"),
+    "the end of a product": ("acc = warpgroup_mma_wait(0, deps=(acc,))", ""),
+    "a turn": ("mbarrier.arrive(turn.index(1 - WHICH), count=1)", "pass"),
+    "the first turn": ("mbarrier.arrive(turn.index(0), count=1)", "pass"),
+    "what was kept": ("mbarrier.wait(fetched.index(WHICH), mine & 1)", "pass"),
+    "its phase": ("mbarrier.wait(fetched.index(WHICH), mine & 1)", "mbarrier.wait(fetched.index(WHICH), 0)"),
+    "the last tile's copies": ("            tma.store_wait(0)\n            meet()", "            meet()"),
+    "a buffer's copies": ("tma.store_wait(2 * (BUFFERS - 1))", "pass"),
+    "too few copies waited for": ("tma.store_wait(2 * (BUFFERS - 1))", "tma.store_wait(2 * BUFFERS)"),
+    "threads that meet before": ("meet()  # every", "pass  # every"),
+    "threads that meet after": ("fence_async_shared()\n                meet()", "fence_async_shared()"),
+    "a fence": ("fence_async_shared()\n", "pass\n"),
+    "the end": ("        mine += 1\n    tma.store_wait(0)", "        mine += 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line, instead", BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_found(line, instead):
+    """In some order, forward or backward, so that the test above can fail."""
+    assert PAGE.count(line) == 1
+    broken, choice = PAGE.replace(line, instead), random.Random(0)
+    with pytest.raises((Hazard, AssertionError, TypeError)):
+        for seed in range(100):
+            options = dict(OPTIONS["forward"] if seed % 2 else OPTIONS["backward"])
+            parts, buffers = choice.choice(((1, 1), (2, 1), (2, 2)))
+            options |= dict(STAGES=choice.choice((2, 3)), PARTS=parts, BUFFERS=buffers)
+            run(broken, seed, **options, GROUPS=2)
