@@ -260,8 +260,14 @@ def _product_gelu_hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (p, 0, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS)),
-                (_consume, (p, 1, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS)),
+                (
+                    _consume,
+                    (p, 0, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS),
+                ),
+                (
+                    _consume,
+                    (p, 1, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS),
+                ),
                 (_copy, (p, BACKWARD, GROUP, PARTS)),
             ],
             [num_warps, 1],
@@ -270,7 +276,10 @@ def _product_gelu_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (p, 0, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS)),
+                (
+                    _consume,
+                    (p, 0, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS),
+                ),
                 (_copy, (p, BACKWARD, GROUP, PARTS)),
             ],
             [1],

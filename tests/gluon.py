@@ -113,6 +113,7 @@ class Program:
     def __init__(self, pid: int, programs: int, seed: int):
         self.pid, self.programs, self.random = pid, programs, random.Random(seed)
         self.workers, self.under_way, self.error, self.buffers = [], [], None, []
+        self.haste = self.random.choice((0.0, 0.2, 0.8))  # of what happens beside the threads
         self.globals = dict(
             gl=self._language(),
             mbarrier=SimpleNamespace(
@@ -176,7 +177,10 @@ class Program:
                 for i, e in enumerate(self.under_way)
                 if e.queue is None or e.queue not in queues[:i]
             ]
-            able = [w for w in waiting if w.until()] + first
+            able = [w for w in waiting if w.until()]
+            if first and (not able or self.random.random() < self.haste):
+                # without haste the oldest is late, too
+                able = first if self.haste else first[-1:]
             if not able:
                 self.error = Hazard("deadlock") if waiting else None
                 break

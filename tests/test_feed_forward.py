@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
 
-from shtx_kernels import feed_forward, reference
+from shtx_kernels import _gelu, feed_forward, reference
 
 CASES = [  # B, M, D, F, D_out
     (1, 1, 1, 1, 1),
@@ -75,6 +75,13 @@ def test_keeps_the_pre_activation_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         feed_forward(x, w_in, w_out)
     assert sum(t.numel() for t in kept) == sum(t.numel() for t in (x, w_in, w_out)) + 18 * 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keeps_gelu_and_its_slope(dtype, monkeypatch):
+    monkeypatch.setattr(_gelu, "KEPT", 2)
+    assert_as_accurate(feed_forward, reference.feed_forward, draw(*CASES[2]), dtype)
+    assert_as_accurate(feed_forward, reference.feed_forward, draw(*CASES[4]), dtype)
 
 
 def test_the_graph_can_be_walked_twice():
