@@ -12,36 +12,29 @@ This is written in Gluon, which has no interpreter and compiles for no other tar
 
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._gelu import GROUP, finish, multiprocessors
 from .launch import Kernel, cdiv
 
+mbarrier, tma = hopper.mbarrier, hopper.tma
 if hasattr(tma, "async_load"):  # Triton 3.9
     copy_in, copy_out, meet = tma.async_load, tma.async_store, gl.barrier
 else:
     copy_in, copy_out = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
     meet = gl.thread_barrier
 
-# Tiles, by direction and what is kept: PARTS of a tile are finished one after the other, BUFFERS of
-# them are on their way to memory; with no buffers, threads write results themselves.
-PAIR = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=4, GROUPS=2, PARTS=2, num_warps=4)
+# A tile is finished in PARTS, of which BUFFERS at once are on their way to memory; with no buffers,
+# threads write results themselves. One group has 8 warps, each of two has 4.
+PAIR = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STAGES=4, GROUPS=2, PARTS=4)
 FORWARD = PAIR | dict(BUFFERS=1)
 BACKWARD = PAIR | dict(BUFFERS=1)
 # 384 threads of 168 registers: the copying warp gives most of its own to those that multiply
 REGISTERS, COPYING, MULTIPLYING = 168, 24, 240
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
@@ -164,14 +157,14 @@ def _consume(
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             w = w_bufs.index(stage) if BACKWARD else w_bufs.index(stage).permute((1, 0))
-            acc = warpgroup_mma(x_bufs.index(stage), w, acc, use_acc=i > 0, is_async=True)
+            acc = hopper.warpgroup_mma(x_bufs.index(stage), w, acc, use_acc=i > 0, is_async=True)
             # the product before has ended, and with it what reads its stage
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+            acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
             step += 1
         if GROUPS == 2:
             mbarrier.arrive(turn.index(1 - WHICH), count=1)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
 
         if BACKWARD:
@@ -205,7 +198,7 @@ def _consume(
                 first_buf.store(first)
                 if HAS_A:
                     out_bufs.index(slot).store(a)
-                fence_async_shared()
+                hopper.fence_async_shared()
                 meet()
                 copy_out(first_desc, [m, column], first_buf)
                 if HAS_A:
@@ -222,83 +215,63 @@ def _barriers(NUMBER: gl.constexpr):
     return bars
 
 
+@gluon.jit
+def _tiles(desc, NUMBER: gl.constexpr):
+    shape: gl.constexpr = [NUMBER] + desc.block_type.shape
+    return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+
+
 @gluon.jit(do_not_specialize=["M"])
 def _product_gelu_hopper_kernel(
     x_desc, w_desc, kept_desc, first_desc, a_desc, first_ptr, a_ptr, bias_ptr, M, N, K,
     BACKWARD: gl.constexpr, SLOPE: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, BUFFERS: gl.constexpr,
-    COPYING: gl.constexpr, MULTIPLYING: gl.constexpr, num_warps: gl.constexpr,
+    COPYING: gl.constexpr, MULTIPLYING: gl.constexpr,
 ):  # fmt: skip
-    """Forward, of u = x w^T + bias: a = gelu(u), and first is u, or gelu's slope there. Backward:
-    first is x w times the slope, and a = gelu(u), where u was kept; if the slope was, there is no a.
-    """
-    x_bufs = gl.allocate_shared_memory(
-        x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout
-    )
-    w_bufs = gl.allocate_shared_memory(
-        w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout
-    )
-    part: gl.constexpr = first_desc.block_type.shape
+    """What `finish` makes of x w^T + bias, and in backward of x w and what was kept."""
+    x_bufs, w_bufs = _tiles(x_desc, STAGES), _tiles(w_desc, STAGES)
     kept_bufs, out_bufs = x_bufs, x_bufs
     if BACKWARD:
-        kept_bufs = gl.allocate_shared_memory(
-            x_desc.dtype, [GROUPS * PARTS] + part, first_desc.layout
-        )
+        kept_bufs = _tiles(kept_desc, GROUPS * PARTS)
     OUTPUTS: gl.constexpr = 2 - BACKWARD - (BACKWARD and SLOPE)  # that have buffers of their own
     if OUTPUTS * BUFFERS > 0:
-        out_bufs = gl.allocate_shared_memory(
-            x_desc.dtype, [OUTPUTS * GROUPS * BUFFERS] + part, first_desc.layout
-        )
+        out_bufs = _tiles(first_desc, OUTPUTS * GROUPS * BUFFERS)
     ready, free, turn, fetched = _barriers(STAGES), _barriers(STAGES), _barriers(2), _barriers(2)
     mbarrier.arrive(turn.index(0), count=1)  # the first group multiplies first
 
     steps = gl.cdiv(K, x_desc.block_type.shape[1])
-    tiles_m, tiles_n = gl.cdiv(M, x_desc.block_type.shape[0]), gl.cdiv(N, part[1] * PARTS)
+    tiles_m = gl.cdiv(M, x_desc.block_type.shape[0])
+    tiles_n = gl.cdiv(N, first_desc.block_type.shape[1] * PARTS)
     tensors = x_desc, w_desc, kept_desc, first_desc, a_desc, first_ptr, a_ptr, bias_ptr
     sizes, bufs = (M, N, tiles_m, tiles_n, steps), (x_bufs, w_bufs, kept_bufs, out_bufs)
     p = tensors, sizes, bufs, (ready, free, turn, fetched)
+    # a tuple of constants that had a name would be one of numbers
     if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (p, 0, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS),
-                ),
-                (
-                    _consume,
-                    (p, 1, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS),
-                ),
-                (_copy, (p, BACKWARD, GROUP, PARTS)),
-            ],
-            [num_warps, 1],
-            [MULTIPLYING, COPYING],
-        )
+        gl.warp_specialize([
+            (_consume, (p, 0, 2, 4, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS)),
+            (_consume, (p, 1, 2, 4, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS)),
+            (_copy, (p, BACKWARD, GROUP, PARTS)),
+        ], [4, 1], [MULTIPLYING, COPYING])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (p, 0, GROUPS, num_warps, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS),
-                ),
-                (_copy, (p, BACKWARD, GROUP, PARTS)),
-            ],
-            [1],
-            [COPYING],
-        )
+        gl.warp_specialize([
+            (_consume, (p, 0, 1, 8, BACKWARD, SLOPE, HAS_BIAS, GROUP, PARTS, BUFFERS)),
+            (_copy, (p, BACKWARD, GROUP, PARTS)),
+        ], [1], [COPYING])  # fmt: skip
 
 
 @lru_cache
 def _kernel_of(sizes: tuple, **constants) -> Kernel:
     sizes = {name: size for name, size in sizes if not name.startswith("BLOCK")}
+    warps = 4 if sizes["GROUPS"] == 2 else 8
     return Kernel(
         _product_gelu_hopper_kernel,
-        **constants, **sizes,
+        **constants, **sizes, num_warps=warps,
         GROUP=GROUP, COPYING=COPYING, MULTIPLYING=MULTIPLYING, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
 def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[t.dtype])
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
     return TensorDescriptor(t, [*t.shape], [*t.stride()], [*block], layout)
 
 

@@ -122,8 +122,10 @@ class Program:
             ),
             tma=SimpleNamespace(store_wait=self._store_wait),
             copy_in=self._copy_in, copy_out=self._copy_out, meet=self._meet,
-            fence_async_shared=self._fence,
-            warpgroup_mma=self._multiply, warpgroup_mma_wait=self._multiply_wait,
+            hopper=SimpleNamespace(
+                fence_async_shared=self._fence,
+                warpgroup_mma=self._multiply, warpgroup_mma_wait=self._multiply_wait,
+            ),
         )  # fmt: skip
 
     def _language(self):
