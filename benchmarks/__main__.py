@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,14 +13,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.providers import OPS, PROVIDERS, WHOLE, by_default, why_not
+from benchmarks.benchmark import benchmarks, ops
+from benchmarks.cells import key
+from benchmarks.commit import resolve, stamp
 from benchmarks.runner import Job, run
-from benchmarks.shapes import CONFIGS, SCALED, foldable
+from benchmarks.shapes import CONFIGS
 from benchmarks.timing import DEVICE
 
 HERE = Path(__file__).parent
-KINDS = ("ops", *WHOLE)
 GIB_PER_COMPILATION = 25  # GPU memory: the most that a model's first steps take
+STAMP_HELP = "what `python -m benchmarks commit` prints where git is, for a copy of the tree"
 EXAMPLES = """examples:
   python -m benchmarks model --config A C --out results   train steps of two configurations
   PYTHONPATH=FOLDER python -m benchmarks next_latent        steps against upstream 0.4.0 in FOLDER
@@ -31,8 +32,13 @@ EXAMPLES = """examples:
   python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
   python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one
   python -m benchmarks table --out DIR                      tables and charts of results/*.json
+  python -m benchmarks commit                               the commit, for --commit in a copy
 A row whose benchmark failed has the reason in place of times; the exit status is then 1.
 """
+
+
+def kinds_there_are() -> list[str]:
+    return ["ops", *(name for name in benchmarks() if name not in ops())]
 
 
 def check(name: str, got: list[str], allowed) -> list[str]:
@@ -40,20 +46,6 @@ def check(name: str, got: list[str], allowed) -> list[str]:
         if value not in allowed:
             sys.exit(f"{name}: {value!r} is unknown, choose from {' '.join(allowed)}")
     return list(dict.fromkeys(got))
-
-
-def commit() -> str:
-    def git(*args):
-        return subprocess.check_output(
-            ["git", "-C", HERE, *args], stderr=subprocess.DEVNULL, text=True
-        ).strip()
-
-    try:
-        return git("rev-parse", "--short=10", "HEAD") + (
-            "+dirty" if git("status", "--porcelain") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def make_folder(option: str, path: Path):
@@ -108,39 +100,40 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("kinds", nargs="*", metavar="KIND", help=f"of {' '.join(KINDS)}; default: all")
+    add("kinds", nargs="*", metavar="KIND", help=f"of {' '.join(kinds_there_are())}; default: all")
     add(
         "--config", nargs="+", default=list(CONFIGS), metavar="NAME", help=f"of {' '.join(CONFIGS)}"
     )
-    add("--op", nargs="+", default=OPS, metavar="NAME", help=f"of {' '.join(OPS)}")
+    add("--op", nargs="+", default=ops(), metavar="NAME", help=f"of {' '.join(ops())}")
     add("--provider", nargs="+", metavar="NAME", help="default: all that suit the device")
     add("--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help="for results.json")
     add("--compile-jobs", type=int, default=1, metavar="N", help="models compiled side by side")
     add("--cache", type=Path, metavar="DIR", help="compiled code to keep; default: none is kept")
     add("--timeout", type=float, default=500, metavar="SECONDS", help="for a process")
-    add("--commit", default=commit(), metavar="HASH", help="for the record, where git has none")
+    add("--commit", metavar="STAMP", help=STAMP_HELP)
     return parser.parse_args(argv)
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
     """What to measure, and a row for each that this machine cannot."""
-    kinds = check("KIND", options.kinds or list(KINDS), KINDS)
+    kinds = check("KIND", options.kinds or kinds_there_are(), kinds_there_are())
     names = check("--config", options.config, CONFIGS)
-    ops = check("--op", options.op, OPS)
-    benches = [bench for kind in kinds for bench in (ops if kind == "ops" else [kind])]
-    known = list(dict.fromkeys(p for bench in benches for p in PROVIDERS[bench]))
+    chosen = check("--op", options.op, ops())
+    benches = [bench for kind in kinds for bench in (chosen if kind == "ops" else [kind])]
+    known = list(dict.fromkeys(p for bench in benches for p in benchmarks()[bench].providers))
     asked = check("--provider", options.provider, known) if options.provider else None
 
     jobs, impossible = [], []
     for bench in benches:
-        wanted = [p for p in PROVIDERS[bench] if p in (asked or by_default(bench))]
-        for config in [names] if bench in OPS else [[name] for name in names]:
-            if bench == "scaling" and config[0] not in SCALED:
-                continue
+        benchmark = benchmarks()[bench]
+        wanted = [p for p in benchmark.providers if p in (asked or benchmark.by_default())]
+        for together in [names] if bench in ops() else [[name] for name in names]:
             for provider in wanted:
-                if provider == "floor-folded" and not foldable(config[0]):
+                configs = tuple(name for name in together if benchmark.has(provider, name))
+                if not configs:
                     continue
-                job, reason = Job(bench, tuple(config), provider), why_not(provider, bench)
+                job = Job(bench, configs, provider, benchmark.compiles(provider))
+                reason = benchmark.why_not(provider)
                 jobs += [job] * (reason is None)
                 impossible += job.failed(reason) if reason else []
     return jobs, impossible
@@ -171,6 +164,7 @@ def measure(options: argparse.Namespace) -> int:
     path = options.out / "results.json"
     older = report.read(path) if path.exists() else None
     make_folder("--out", options.out)
+    commit = resolve(options.commit)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, exit_at_sigterm():
         cache = options.cache or Path(folder, "cache")
@@ -182,18 +176,18 @@ def measure(options: argparse.Namespace) -> int:
             sys.exit(f"the machine could not be measured: {ceilings['error']}")
         del ceilings["bench"]
         date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        results = {"commit": options.commit, "date": date, "small_shapes": DEVICE == "cpu"}
+        results = {"commit": commit, "date": date, "small_shapes": DEVICE == "cpu"}
         results |= ceilings | {"rows": []}
         results = report.join(older, results) if older else results
         print(report.title(results), flush=True)
 
         def keep(rows):
-            stamp = {"commit": options.commit, "date": date}
+            stamp = {"commit": commit, "date": date}
             report.add(results, [row | stamp for row in rows])
             save(results, options.out)
 
-        present = {report.key(row) for row in results["rows"]}
-        keep([row for row in impossible if report.key(row) not in present])
+        present = {key(row) for row in results["rows"]}
+        keep([row for row in impossible if key(row) not in present])
         compile_jobs = options.compile_jobs
         if memory := results["machine"]["gpu_memory_gib"]:
             compile_jobs = min(compile_jobs, max(1, memory // GIB_PER_COMPILATION))
@@ -211,6 +205,9 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
+    if argv == ["commit"]:
+        print(stamp())
+        return 0
     return print_table(argv[1:]) if argv[:1] == ["table"] else measure(parse(argv))
 
 

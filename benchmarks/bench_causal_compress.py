@@ -13,8 +13,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import shtx_kernels
-from benchmarks.products import agree, extra_mib, floor, flops, time_runs
+from benchmarks.benchmark import Benchmark, Table
+from benchmarks.cells import find, number
+from benchmarks.products import agree, extra_mib, floor, flops, table, time_runs
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, DTYPE, autocast, graphed, median_ms
 from shtx_kernels import reference
 
@@ -59,13 +61,18 @@ def products(*args, stride):
         return page.causal_compress(*args, stride=stride)
 
 
-OPS = {
-    "fused": getattr(shtx_kernels, "causal_compress", None),
-    "products": products,
-    "reference": reference.causal_compress,
-    "reference-compiled": torch.compile(reference.causal_compress),
-    "cublas": None,
-}
+OF = "of every token, windows side by side in memory"
+COMMON = table("causal_compress", OF, "B x N x V x D x D_out x C x stride")
+
+
+def line(row: dict, rows: list[dict], results: dict) -> dict:
+    ms, second = row.get("ms"), find(rows, row, "cublas").get("second_ms")
+    left = number((ms - second) * 1e3 if ms and second else None)
+    return COMMON.line(row, rows, results) | {"less cublas's second product (us)": left}
+
+
+OPS = ours("causal_compress") | {"products": products, "cublas": None}
+BENCHMARK = Benchmark((*OPS,), (Table(COMMON.title, line),), fused=("products",))
 
 
 def draw(case: Case) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -6,17 +6,15 @@ those of the linear layers, where widths differ, made of every token of their le
 
 import torch
 
-import shtx_kernels
 from benchmarks import shapes
-from benchmarks.products import agree, extra_mib, flops, time_runs
+from benchmarks.benchmark import Benchmark
+from benchmarks.products import agree, extra_mib, flops, table, time_runs
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, autocast
 from shtx_kernels import reference
 
-OPS = {
-    "fused": getattr(shtx_kernels, "chunk_summary", None),
-    "reference": reference.chunk_summary,
-    "reference-compiled": torch.compile(reference.chunk_summary),
-}
+OPS = ours("chunk_summary")
+BENCHMARK = Benchmark((*OPS,), (table("chunk_summary", "of every token"),))
 SETS = 4
 
 

@@ -5,19 +5,15 @@ As a block of the configuration calls it under autocast: narrow rows, fp32 weigh
 
 import torch
 
-import shtx_kernels
-from benchmarks.products import measure
+from benchmarks.benchmark import Benchmark
+from benchmarks.products import measure, table
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, DTYPE
-from shtx_kernels import reference
 
 MULT = 4  # inner width over D
 
-OPS = {
-    "fused": getattr(shtx_kernels, "feed_forward", None),
-    "reference": reference.feed_forward,
-    "reference-compiled": torch.compile(reference.feed_forward),
-    "cublas": None,
-}
+OPS = ours("feed_forward") | {"cublas": None}
+BENCHMARK = Benchmark((*OPS,), (table("feed_forward", "an inner layer of 4 D", "B x M x D"),))
 
 
 def bench_feed_forward(benchmark, shape, provider):

@@ -10,11 +10,16 @@ All of it is of the third call and later ones, as a server makes them: in the fi
 compiled and all that is not a step runs eagerly; in the second, it is captured.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.providers import FUSED, OURS, build_reference, load
+from benchmarks.benchmark import Benchmark, Table
+from benchmarks.cells import find, number, ratio
+from benchmarks.charts import bars
+from benchmarks.providers import build_reference, load
 from benchmarks.timing import DEVICE, DTYPE, autocast, check_agreement, median_ms
 from shtx.generation.decoder import Decoder
 
@@ -25,18 +30,44 @@ STEPS = 8  # the logits of the last one are compared
 BATCHES = {"batch 1": 1, "batch 64": 64}
 
 
+def line(row: dict, rows: list[dict], results: dict) -> dict:
+    us, first, state = (row.get(name) for name in ("us_per_token", "first_us", "state_bytes"))
+    upstream = find(rows, row, "upstream").get("us_per_token")
+    floor = ratio(row.get("weight_bytes"), results["copy_gb_per_s"] * 1e3)
+    return {
+        "config": row["config"],
+        "variant": row.get("variant", "-"),
+        "provider": row["provider"],
+        "prompt + new": f"{row.get('prompt_tokens', '-')} + {row.get('new_tokens', '-')}",
+        "first token (ms)": number(first and first / 1e3),
+        "per token (us)": number(us),
+        "rate (tokens/s)": number(row.get("tokens_per_s")),
+        "of the floor (%)": number(ratio(floor and floor * 100, us)),
+        "speed-up over upstream (x)": number(ratio(upstream, us)),
+        "state of a sequence (MiB)": number(state and state / 2**20),
+    }
+
+
+BENCHMARK = Benchmark(
+    ("fused", "reference", "upstream"),
+    (Table("Generation, as calls repeat; floor: weights of a token at the speed of a copy", line),),
+    place=5,
+    chart=partial(bars, "tokens_per_s", "rate (tokens/s), higher is better"),
+)
+
+
 @pytest.mark.parametrize("variant", BATCHES)
 @torch.no_grad()
 def bench_generate(benchmark, config, variant, provider):
     config, batch = shapes.configs(DEVICE)[config], BATCHES[variant]
     reference = build_reference(config)
-    new = NEW if provider in FUSED else FEW[batch > 1]
+    new = NEW if provider == "fused" else FEW[batch > 1]
     prompt_tokens = PROMPT + (NEW - new) // 2
     prompt = torch.randint(1, config.model["num_tokens"], (batch, prompt_tokens), device=DEVICE)
     with autocast():
         expected = reference(prompt)[:, -1]
         model = load(provider, reference, config)
-        if provider in OURS:
+        if provider != "upstream":
             model = model.to(DTYPE)
             decoder = Decoder(model, batch, prompt_tokens + new)
             logits = decoder.prefill(model, prompt[:, :-STEPS])

@@ -17,8 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from matplotlib.figure import Figure
 
 from benchmarks import shapes
+from benchmarks.benchmark import Benchmark, Table
+from benchmarks.cells import find, number, ratio
 from benchmarks.providers import build_reference, load
 from benchmarks.timing import DEVICE, DTYPE, autocast, elapsed_ms, mark, synchronize
 from shtx import TrainStep
@@ -58,6 +61,61 @@ CASES = [
     for gpus in GPUS
     if (case := Case(name, scaling, gpus)).config_of().batch % gpus == 0
 ]
+
+
+def share_of_one(row: dict, rows: list[dict]) -> float | None:
+    """Throughput over that of as many GPUs as if each were alone; in FLOPs where one GPU has fewer
+    layers.
+    """
+    one = find(rows, row | {"variant": "GPUs: 1"}, row["provider"])
+    alone, together = (
+        each.get("tokens_per_s") and each["tokens_per_s"] * each.get("flop_per_token", 1)
+        for each in (one, row)
+    )
+    return ratio(together, alone and alone * row.get("gpus", 1))
+
+
+def line(row: dict, rows: list[dict], results: dict) -> dict:
+    share = share_of_one(row, rows)
+    return {
+        "config": row["config"],
+        "scaling": row.get("shape", "-"),
+        "GPUs": str(row.get("gpus", "-")),
+        "provider": row["provider"],
+        "batch x length": f"{row.get('batch', '-')} x {row.get('seq_len', '-')}",
+        "step (ms)": number(row.get("ms")),
+        "throughput (tokens/s)": number(row.get("tokens_per_s")),
+        "of as many alone (%)": number(share and 100 * share),
+        "peak memory of one (GiB)": number(row.get("peak_gib")),
+    }
+
+
+def chart(rows: list[dict]) -> Figure:
+    """Throughput on several GPUs over that on one."""
+    figure = Figure((5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    lines = {}
+    for row in sorted(rows, key=lambda row: row["gpus"]):
+        if share := share_of_one(row, rows):
+            line = lines.setdefault(f"{row['config']}, {row['shape']}", [])
+            line.append((row["gpus"], row["gpus"] * share))
+    for label, line in sorted(lines.items()):
+        axis.plot(*zip(*line, strict=True), marker="o", label=label)
+    ticks = sorted({row["gpus"] for row in rows})
+    axis.plot(ticks, ticks, color="tab:gray", linestyle="--", label="as if each were alone")
+    axis.set_xticks(ticks)
+    axis.set(xlabel="GPUs", ylabel="throughput over that of one GPU (x)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+ALONE, TOGETHER = shapes.CONFIGS["E"].model["depth"], shapes.SHARDED["E"]
+TITLE = (
+    "Train step on several GPUs; weak: a batch each, strong: four batches for all;"
+    f" of E {ALONE} layers on one GPU, {TOGETHER} on several"
+)
+BENCHMARK = Benchmark(("fused",), (Table(TITLE, line),), place=4, chart=chart)
 
 
 def pytest_generate_tests(metafunc):

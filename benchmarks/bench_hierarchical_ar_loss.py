@@ -7,24 +7,14 @@ backward   reads p, h    writes dp, dh
 import pytest
 import torch
 
-import shtx_kernels
-from benchmarks.timing import (
-    DEVICE,
-    DTYPE,
-    autocast,
-    copies,
-    graphed,
-    median_ms,
-    time_copy,
-    time_op,
-)
+from benchmarks.benchmark import Benchmark
+from benchmarks.passes import table, time_copy, time_op
+from benchmarks.providers import ours
+from benchmarks.timing import DEVICE, DTYPE, autocast, copies, graphed, median_ms
 from shtx_kernels import reference
 
-OPS = {
-    "fused": getattr(shtx_kernels, "hierarchical_ar_loss", None),
-    "reference": reference.hierarchical_ar_loss,
-    "reference-compiled": torch.compile(reference.hierarchical_ar_loss),
-}
+OPS = ours("hierarchical_ar_loss")
+BENCHMARK = Benchmark((*OPS, "copy"), (table("hierarchical_ar_loss", "B x M x D"),))
 ALL, KERNEL = "products and all", "kernel alone"
 
 

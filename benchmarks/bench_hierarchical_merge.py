@@ -6,18 +6,15 @@ weights. FLOPs are those of products at each level's own rate.
 
 import torch
 
-import shtx_kernels
 from benchmarks import shapes
-from benchmarks.products import agree, extra_mib, floor, flops, time_runs
+from benchmarks.benchmark import Benchmark
+from benchmarks.products import agree, extra_mib, floor, flops, table, time_runs
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, DTYPE, autocast, copies
 from shtx_kernels import reference
 
-OPS = {
-    "fused": getattr(shtx_kernels, "hierarchical_merge", None),
-    "reference": reference.hierarchical_merge,
-    "reference-compiled": torch.compile(reference.hierarchical_merge),
-    "cublas": None,
-}
+OPS = ours("hierarchical_merge") | {"cublas": None}
+BENCHMARK = Benchmark((*OPS,), (table("hierarchical_merge", "every level's at its own rate"),))
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -5,17 +5,13 @@ As a block of the configuration calls it under autocast: narrow rows, an fp32 we
 
 import torch
 
-import shtx_kernels
-from benchmarks.products import measure
+from benchmarks.benchmark import Benchmark
+from benchmarks.products import measure, table
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, DTYPE
-from shtx_kernels import reference
 
-OPS = {
-    "fused": getattr(shtx_kernels, "linear", None),
-    "reference": reference.linear,
-    "reference-compiled": torch.compile(reference.linear),
-    "cublas": None,
-}
+OPS = ours("linear") | {"cublas": None}
+BENCHMARK = Benchmark((*OPS,), (table("linear", "to a width of 3 D", "B x M x D"),))
 
 
 def bench_linear(benchmark, shape, provider):

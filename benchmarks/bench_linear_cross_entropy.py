@@ -1,10 +1,10 @@
 """linear_cross_entropy, forward and backward: its products' FLOPs against those of cuBLAS alone."""
 
 import pytest
-import torch
 
-import shtx_kernels
-from benchmarks.losses import Case, time_loss
+from benchmarks.benchmark import Benchmark
+from benchmarks.losses import Case, table, time_loss
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE
 from shtx_kernels import reference
 
@@ -34,17 +34,12 @@ def cut(x, weight, targets):
     return linear_cross_entropy(x.flatten(0, 1), w, targets.flatten(), filter_eps=None)
 
 
-OPS = {
-    "fused": getattr(shtx_kernels, "linear_cross_entropy", None),
-    "reference": reference.linear_cross_entropy,
-    "reference-compiled": torch.compile(reference.linear_cross_entropy),
-    "liger": liger,
-    "cut-cross-entropy": cut,
-    "cublas": None,
-}
+PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+OPS = ours("linear_cross_entropy") | {"liger": liger, "cut-cross-entropy": cut, "cublas": None}
+BENCHMARK = Benchmark((*OPS,), (table("linear_cross_entropy"),), peers=PEERS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def bench_linear_cross_entropy(benchmark, case, provider):
-    graph = provider not in ("liger", "cut-cross-entropy")
+    graph = provider not in PEERS
     time_loss(benchmark, case, OPS[provider], reference.linear_cross_entropy, graph)

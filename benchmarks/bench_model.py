@@ -7,18 +7,23 @@ where that is faster, or without.
 `repaired-compiled` is the peer to beat: the reference with the best attention PyTorch has.
 
 Its floor: every matrix product of forward, input gradient and weight gradient through cuBLAS in
-one CUDA graph, and AdamW on as many parameters.
+one CUDA graph, and AdamW on as many parameters. Its bound, `shapes.bound`, adds to the products at
+the floor's rate what else has to pass memory, at the rate of a copy.
 """
 
 import math
 import re
 import time
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 
 from benchmarks import shapes
-from benchmarks.providers import FLOORS, LOOPS, build_reference, load
+from benchmarks.benchmark import Benchmark, Table
+from benchmarks.cells import find, number, ratio
+from benchmarks.charts import bars
+from benchmarks.providers import build_reference, load
 from benchmarks.timing import (
     DEVICE,
     DTYPE,
@@ -43,8 +48,88 @@ PARTS = {  # parts of a fused step, by names of kernels; the first that fits cou
     "cuBLAS": "nvjet|gemm|gemv|cutlass|cublas|splitK",
     "others": "",
 }
+FLOORS = ("floor-folded", "floor")
+# the model in TrainStep, in the plain loop under model.graphs and without, and compiled
+LOOPS = (
+    *("fused", "fused-graphs", "fused-eager"),
+    *("fused-compiled", "fused-reduce-overhead-compiled"),
+)
 TRAIN_STEPS = ("fused", "fused-without")
+OTHERS = (
+    *("reference-compiled", "reference"),
+    *("repaired-compiled", "upstream-compiled", "upstream"),
+)
 WITH_GRAPHS = (*TRAIN_STEPS, "fused-graphs", "fused-reduce-overhead-compiled")
+
+
+def step_line(row: dict, rows: list[dict], results: dict) -> dict:
+    floor, bound = find(rows, row, *FLOORS).get("ms"), bound_ms(row, rows, results)
+    upstream = find(rows, row, "upstream").get("ms")
+    first = f"{number(row.get('first_steps_s'))} {row.get('caches', '')}"
+    return {
+        "config": row["config"],
+        "provider": row["provider"],
+        "step (ms)": number(row.get("ms")),
+        "of the host (ms)": number(row.get("host_ms")),
+        "over floor (x)": number(ratio(row.get("ms"), floor)),
+        "over bound (x)": number(ratio(row.get("ms"), sum(bound.values()))),
+        "over TrainStep (x)": number(ratio(row.get("ms"), find(rows, row, "fused").get("ms"))),
+        "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
+        "throughput (tokens/s)": number(row.get("tokens_per_s")),
+        "peak memory (GiB)": number(row.get("peak_gib")),
+        "first step (s)": number(row.get("first_step_s")),
+        "first two steps (s)": first.strip(),
+    }
+
+
+def bound_ms(row: dict, rows: list[dict], results: dict) -> dict[str, float]:
+    """Parts of the bound of what a row measures; none where its floor was not measured."""
+    rate = find(rows, row, *FLOORS).get("gemm_tflop_per_s")
+    device = "cpu" if results["small_shapes"] else "cuda"
+    return bound_of(row["config"], device, rate, results["copy_gb_per_s"]) if rate else {}
+
+
+@lru_cache(64)
+def bound_of(config: str, device: str, tflop_per_s: float, gb_per_s: float) -> dict[str, float]:
+    return shapes.bound(shapes.configs(device)[config], tflop_per_s, gb_per_s)
+
+
+def sums_line(parts: dict[str, float], config: str, whole: str) -> dict | None:
+    """The sum of the parts and each of them; None where there are none."""
+    line = {"config": config, f"{whole} (ms)": number(sum(parts.values()))}
+    return line | {f"{part} (ms)": number(ms) for part, ms in parts.items()} if parts else None
+
+
+def bound_line(row: dict, rows: list[dict], results: dict) -> dict | None:
+    is_floor = row == find(rows, row, *FLOORS)
+    parts = bound_ms(row, rows, results) if is_floor else {}
+    return sums_line(parts, row["config"], "bound")
+
+
+def parts_line(row: dict, rows: list[dict], results: dict) -> dict | None:
+    return sums_line(row.get("parts_ms", {}), row["config"], "all kernels")
+
+
+STEPS_TITLE = (
+    "Train step; floor: its matrix products through cuBLAS, and AdamW; bound: those products, and"
+    " once through memory what no product can hide"
+)
+BOUND_TITLE = "What the bound of a train step is made of, at the rates of its floor and of a copy"
+BENCHMARK = Benchmark(
+    (*FLOORS, *LOOPS, *OTHERS),
+    (
+        Table(STEPS_TITLE, step_line),
+        Table(BOUND_TITLE, bound_line),
+        Table("What the kernels of the fused train step take", parts_line),
+    ),
+    place=1,
+    peers={"repaired-compiled": None},  # FlexAttention has no backward on a CPU
+    has=lambda provider, config: (
+        provider != "floor-folded" or shapes.foldable(shapes.CONFIGS[config])
+    ),
+    first_steps=True,
+    chart=partial(bars, "ms", "step (ms), lower is better"),
+)
 
 
 def bench_model(benchmark, config, provider, wait_for_turn):

@@ -15,9 +15,38 @@ from torch.nn import Module
 
 from benchmarks import shapes
 from benchmarks.bench_model import measure
+from benchmarks.benchmark import Benchmark, Table
+from benchmarks.cells import find, number, ratio
 from benchmarks.providers import compiled
 from benchmarks.timing import DEVICE
 from shtx.next_latent import HierarchicalTransformer
+
+
+def line(row: dict, rows: list[dict], results: dict) -> dict:
+    without = find(rows, row, "fused-without").get("ms")
+    upstream = find(rows, row, "upstream").get("ms")
+    return {
+        "config": row["config"],
+        "provider": row["provider"],
+        "step (ms)": number(row.get("ms")),
+        "over TrainStep without the loss (x)": number(ratio(row.get("ms"), without)),
+        "over TrainStep (x)": number(ratio(row.get("ms"), find(rows, row, "fused").get("ms"))),
+        "speed-up over upstream (x)": number(ratio(upstream, row.get("ms"))),
+        "throughput (tokens/s)": number(row.get("tokens_per_s")),
+        "peak memory (GiB)": number(row.get("peak_gib")),
+    }
+
+
+BENCHMARK = Benchmark(
+    (
+        *("fused", "fused-without", "reference-compiled", "reference"),
+        *("upstream-compiled", "upstream"),
+    ),
+    (Table("Train step with the loss of next latents; upstream: 0.4.0", line),),
+    place=2,
+    upstream="0.4.0",
+    first_steps=True,
+)
 
 
 def build_reference(config: shapes.Config) -> Module:

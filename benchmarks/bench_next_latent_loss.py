@@ -6,10 +6,10 @@ layers as wide as the level, narrow rows, fp32 weights.
 
 import torch
 
-import shtx_kernels
-from benchmarks.products import measure
+from benchmarks.benchmark import Benchmark
+from benchmarks.products import measure, table
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, DTYPE
-from shtx_kernels import reference
 
 
 def bind(op, valid, steps):
@@ -22,12 +22,9 @@ def bind(op, valid, steps):
     return call
 
 
-OPS = {
-    "fused": getattr(shtx_kernels, "next_latent_loss", None),
-    "reference": reference.next_latent_loss,
-    "reference-compiled": torch.compile(reference.next_latent_loss),
-    "cublas": None,
-}
+OF = "three layers, the first of them 2 D wide"
+OPS = ours("next_latent_loss") | {"cublas": None}
+BENCHMARK = Benchmark((*OPS,), (table("next_latent_loss", OF, "B x M x D"),))
 
 
 def bench_next_latent_loss(benchmark, shape, provider):

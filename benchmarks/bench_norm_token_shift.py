@@ -8,8 +8,10 @@ backward   reads r, dr, dy    writes dx, and dbranch if its dtype is another
 import pytest
 import torch
 
-import shtx_kernels
-from benchmarks.timing import DEVICE, DTYPE, time_copy, time_op
+from benchmarks.benchmark import Benchmark
+from benchmarks.passes import table, time_copy, time_op
+from benchmarks.providers import ours
+from benchmarks.timing import DEVICE, DTYPE
 from shtx_kernels import reference
 
 
@@ -21,12 +23,10 @@ def liger(x, gamma, **_):
     return x, LigerRMSNormFunction.apply(x, gamma, eps, offset, all_fp32, in_place)
 
 
-OPS = {
-    "fused": getattr(shtx_kernels, "norm_token_shift", None),
-    "reference": reference.norm_token_shift,
-    "reference-compiled": torch.compile(reference.norm_token_shift),
-    "liger": liger,
-}
+OPS = ours("norm_token_shift") | {"liger": liger}
+BENCHMARK = Benchmark(
+    (*OPS, "copy"), (table("norm_token_shift", "B x M x D"),), peers={"liger": "liger_kernel"}
+)
 
 PLAIN = "rms, no shift, no branch"  # all that Liger has
 # norm, branch and shift, dtype of x; the first is what a block calls under autocast

@@ -3,10 +3,10 @@
 from functools import partial
 
 import pytest
-import torch
 
-import shtx_kernels
-from benchmarks.losses import Case, time_loss
+from benchmarks.benchmark import Benchmark
+from benchmarks.losses import Case, table, time_loss
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE
 from shtx_kernels import reference
 
@@ -19,12 +19,8 @@ CASES = {
     "cpu": [Case(64, 16, 50, 2)],
 }[DEVICE]
 
-OPS = {
-    "fused": getattr(shtx_kernels, "reconstruction_loss", None),
-    "reference": reference.reconstruction_loss,
-    "reference-compiled": torch.compile(reference.reconstruction_loss),
-    "cublas": None,
-}
+OPS = ours("reconstruction_loss") | {"cublas": None}
+BENCHMARK = Benchmark((*OPS,), (table("reconstruction_loss"),))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from local_attention import LocalAttention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-import shtx_kernels
+from benchmarks.benchmark import Benchmark
+from benchmarks.passes import table, time_op
+from benchmarks.providers import ours
 from benchmarks.repaired import angles, block_mask, rotate
-from benchmarks.timing import DEVICE, DTYPE, autocast, time_op
+from benchmarks.timing import DEVICE, DTYPE, autocast
 from shtx_kernels import reference
 
 
@@ -111,6 +112,8 @@ def flash_window(q, k, v, window, scale):
 
 @lru_cache
 def local_attention(E: int, window: int, scale: float | None, device: torch.device):
+    from local_attention import LocalAttention  # a peer, not a dependency
+
     return LocalAttention(
         dim=E, window_size=window, causal=True, autopad=True, scale=scale, exact_windowsize=True
     ).to(device)
@@ -124,17 +127,18 @@ def local_mha(qkv, heads, *, window, dilation=1, xpos=False, scale=None):
     return rearrange(out, "(b a) h n e -> b (n a) (h e)", a=dilation)
 
 
-OPS = {
-    "fused": getattr(shtx_kernels, "rotary_attention", None),
-    "reference": reference.rotary_attention,
-    "reference-compiled": torch.compile(reference.rotary_attention),
-    "flex": around(flex, block_mask),
-}
+OPS = ours("rotary_attention") | {"flex": around(flex, block_mask)}
 WINDOWED = OPS | {"flash-window": around(flash_window), "local-mha": local_mha}
 FULL = OPS | {
     "sdpa-flash": around(partial(sdpa, backend=SDPBackend.FLASH_ATTENTION)),
     "sdpa-cudnn": around(partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION)),
 }
+ON_GPU = ("flex", "flash-window", "sdpa-flash", "sdpa-cudnn")
+BENCHMARK = Benchmark(
+    (*(WINDOWED | FULL),),
+    (table("rotary_attention", "B x M x H x E"),),
+    peers=dict.fromkeys(ON_GPU),
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,17 +6,15 @@ is one, made of every token.
 
 import torch
 
-import shtx_kernels
 from benchmarks import shapes
-from benchmarks.products import agree, extra_mib, flops, time_runs
+from benchmarks.benchmark import Benchmark
+from benchmarks.products import agree, extra_mib, flops, table, time_runs
+from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, autocast
 from shtx_kernels import reference
 
-OPS = {
-    "fused": getattr(shtx_kernels, "token_embedding", None),
-    "reference": reference.token_embedding,
-    "reference-compiled": torch.compile(reference.token_embedding),
-}
+OPS = ours("token_embedding")
+BENCHMARK = Benchmark((*OPS,), (table("token_embedding", "of every token"),))
 SETS = 4
 
 

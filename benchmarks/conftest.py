@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.shapes import CONFIGS, level_shapes
+from benchmarks.spaces import set_constants
 from benchmarks.timing import DEVICE
 
 
@@ -20,7 +21,13 @@ def pytest_addoption(parser):
     parser.addoption("--config", type=names, default=list(CONFIGS), help="names, with commas")
     parser.addoption("--provider", type=names, default=["reference"], help="names, with commas")
     parser.addoption("--rows", type=Path, help="file that gets a line of JSON for each result")
+    parser.addoption("--constants", type=json.loads, help="arguments of set_constants, as JSON")
     parser.addoption("--ready", type=Path, help="file to make once compiled; then wait for a line")
+
+
+def pytest_configure(config):
+    if arguments := config.getoption("--constants"):
+        set_constants(**arguments)
 
 
 def pytest_generate_tests(metafunc):

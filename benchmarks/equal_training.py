@@ -28,8 +28,9 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import report, shapes
-from benchmarks.__main__ import check, commit, make_folder
+from benchmarks.__main__ import STAMP_HELP, check, make_folder
 from benchmarks.bench_ceilings import machine
+from benchmarks.commit import resolve
 from benchmarks.timing import DEVICE
 from shtx import TrainStep
 from shtx.ops import why_not_fused
@@ -60,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--repeats", type=int, default=20, metavar="N", help="of the check repeat")
     add("--data", type=Path, metavar="FILE", help="default: that of shtx train")
     add("--out", type=Path, default=Path("runs/equal_training"), metavar="DIR")
-    add("--commit", default=commit(), metavar="HASH", help="for the record, where git has none")
+    add("--commit", metavar="STAMP", help=STAMP_HELP)
     options = parser.parse_args(argv)
     options.only = check("--only", options.only, CHECKS)
     options.config = check("--config", options.config, CHANGES)
@@ -290,6 +291,7 @@ def main(argv: list[str]) -> int:
     if reason := why_not_fused(torch.device(DEVICE)):
         sys.exit(f"the fused model cannot run: {reason}")
     make_folder("--out", options.out)
+    options.commit = resolve(options.commit)
     path = options.out / "equal_training.json"
     results = {"machine": machine(), "small_shapes": DEVICE == "cpu", "checks": [], "curves": []}
     if path.exists():

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import products
+from benchmarks.benchmark import Table
 from benchmarks.timing import (
     DEVICE,
     DTYPE,
@@ -34,6 +36,10 @@ class Case(NamedTuple):
     @property
     def flops(self) -> int:
         return 6 * self.T * self.D * self.V * self.C
+
+
+def table(op: str) -> Table:
+    return products.table(op, "with all logits in memory", "T x D x V x C")
 
 
 def draw(case: Case) -> tuple[torch.Tensor, ...]:

@@ -4,10 +4,13 @@ The floor is their products alone, through cuBLAS, on matrices side by side in m
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.benchmark import Table
+from benchmarks.cells import find, number, ratio
 from benchmarks.timing import (
     DEVICE,
     DTYPE,
@@ -75,3 +78,25 @@ def time_runs(benchmark, runs: list[Callable]) -> dict:
     """Milliseconds of one of the runs, all of them in one CUDA graph on a GPU."""
     (ms,) = median_ms(benchmark, graphed(runs))
     return {"ms": ms / len(runs)}
+
+
+def table(op: str, of: str, shape: str | None = None) -> Table:
+    """The table of an op, whose products through cuBLAS are those `of` what is said here.
+
+    shape: the form of a row's `shape`; None where it has a `config` instead.
+    """
+    title = f"{op}, forward and backward; cublas: its products alone, {of}"
+    return Table(title, partial(line, shape))
+
+
+def line(shape: str | None, row: dict, rows: list[dict], results: dict) -> dict:
+    ms, floor = row.get("ms"), find(rows, row, "cublas").get("ms")
+    return {
+        f"shape {shape}" if shape else "config": row.get("shape" if shape else "config", "-"),
+        "provider": row["provider"],
+        "fwd + bwd (us)": number(ms and ms * 1e3),
+        "rate (TFLOP/s)": number(ratio(row.get("flops"), ms and ms * 1e9)),
+        "of the rate of cublas (%)": number(ratio(floor and floor * 100, ms)),
+        "extra memory (MiB)": number(row.get("extra_mib")),
+        "over fused (x)": number(ratio(ms, find(rows, row, "fused").get("ms"))),
+    }

@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.providers import LOOPS
-
 HERE = Path(__file__).parent
 
 
@@ -19,15 +17,11 @@ class Job(NamedTuple):
     bench: str
     configs: tuple[str, ...] = ()
     provider: str = ""
+    compiles: bool = False  # for long: can take its first steps beside others
+    constants: str = ""  # those of a page of kernels to change, as `conftest.py` takes them
 
     def __str__(self):
         return " ".join(filter(None, (self.bench, "".join(self.configs), self.provider)))
-
-    @property
-    def compiles(self) -> bool:
-        own = self.provider in (*LOOPS, "fused-without")  # Triton kernels, on a single core
-        is_step = self.bench in ("model", "next_latent")
-        return is_step and (own or self.provider.endswith("-compiled"))
 
     @property
     def marker(self) -> str:
@@ -53,6 +47,8 @@ class Process:
         command += ["--provider", job.provider]
         if job.configs:
             command += ["--config", ",".join(job.configs)]
+        if job.constants:
+            command += ["--constants", job.constants]
         if threads:
             command += ["--ready", self.ready]
         path = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]

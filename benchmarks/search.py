@@ -1,9 +1,10 @@
 """Times tile sizes of the fused ops' kernels on this GPU, those of attention checked against fp64.
 
-    python -m benchmarks.search [OP ...] --out DIR
+    python -m benchmarks.search [PAGE ...] --out DIR
 
-Prints the fastest of each case and writes all of them to DIR/search.json. The constants of
-shtx_kernels/norm_token_shift.py and shtx_kernels/rotary_attention/tiles.py are its outcome.
+Prints the fastest of each case and writes all of them to DIR/search.json. Attention's tiles are
+compiled side by side and timed here; other pages of shtx_kernels have their constants in
+`spaces.py`, and are timed by the benchmarks of the ops that they belong to.
 """
 
 import argparse
@@ -13,12 +14,10 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
-from importlib import import_module
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -26,12 +25,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks import report
+from benchmarks.__main__ import STAMP_HELP, check, make_folder
 from benchmarks.bench_ceilings import machine
+from benchmarks.cells import key
+from benchmarks.commit import resolve
+from benchmarks.runner import Job, run
+from benchmarks.spaces import SPACES, grid
 from benchmarks.timing import graphed
 from shtx_kernels import launch, reference
 from shtx_kernels.rotary_attention import library, rotations, tiles
 
-NORM = import_module("shtx_kernels.norm_token_shift")  # the attribute of that name is the op
+TILES = "rotary_attention.tiles"
+PAGES = [TILES, *SPACES]  # attention first: its processes must fork before CUDA starts
+TIMEOUT = 500  # seconds for a choice
 STAY = ExitStack()  # what a process that compiles holds to its end
 FORWARDS = FORWARD, FORWARD_BY_TILES = "forward", "forward_by_tiles"
 BY_TILES = "backward_by_tiles"
@@ -58,10 +65,6 @@ CASES = [
     Case(128, 64, 16, 2048, 4),
     Case(64, -1, 128, 256, 8),
 ]
-
-
-def grid(**axes) -> list[dict]:
-    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
 def candidates(kernel: str, case: Case) -> list[dict]:
@@ -176,46 +179,36 @@ def measure(kernel: str, case: Case, sizes: dict, sets: list, truth: list) -> di
         return row | dict(ms=None, problem=str(problem)[:100])
 
 
-def search_norm() -> list[dict]:
-    """norm_token_shift as a block calls it under autocast: rms, all in bf16 but the weight."""
-    names = "FWD_TILE", "BWD_TILE", "WARP_TILE", "BWD_PROGRAMS", "STAGES"
-    rows, shipped = [], {name: getattr(NORM, name) for name in names}
-    op, backward = torch.ops.shtx.norm_token_shift, torch.ops.shtx.norm_token_shift_bwd
-    forward_once = lambda x, g, branch, dr: op(x, g, None, branch, 1, torch.bfloat16)
-    backward_once = lambda r, g, dy, dr: backward(r, g, dr, dy, False, 1, torch.bfloat16)
-    tiles = ((1024, 1024), (2048, 512), (2048, 1024), (4096, 1024), (8192, 1024))
-    for B, M, D in ((8, 2048, 1024), (32, 1024, 512), (32, 1024, 256), (32, 1024, 128)):
-        random = lambda *size: torch.randn(size, device="cuda", dtype=torch.bfloat16)
-        gamma = torch.randn(D, device="cuda")
-        sets = [
-            (random(B, M, D), gamma, random(B, M, D), random(B, M, D))
-            for _ in range(2 + 2**28 // (B * M * D * 4))
-        ]
-        directions = {
-            "fwd": ([partial(forward_once, *s) for s in sets], [(None, None)]),
-            "bwd": (
-                [partial(backward_once, *s) for s in sets],
-                [(programs, stages) for programs in (264, 528, 1056) for stages in (1, 2, 3)],
-            ),
-        }
-        for kernel, (calls, more) in directions.items():
-            tried = []
-            for (tile, warp), (programs, stages) in product(tiles, more):
-                sizes = dict(WARP_TILE=warp, BWD_PROGRAMS=programs, STAGES=stages)
-                sizes[f"{kernel.upper()}_TILE"] = tile
-                for name, value in sizes.items():
-                    setattr(NORM, name, value)
-                NORM._kernel_of.cache_clear()
-                row = dict(kernel=f"norm_token_shift_{kernel}", B=B, M=M, D=D) | sizes
-                tried.append(row | dict(ms=time_ms(calls)))
-            rows += sorted(tried, key=lambda row: row["ms"])
-            print(f"norm_token_shift {kernel} {D}", flush=True)
-            for row in rows[-len(tried) :][:3]:
-                print(f"  {row['ms']:7.4f} ms  { ({name: row.get(name) for name in names}) }")
-    for name, value in shipped.items():
-        setattr(NORM, name, value)
-    NORM._kernel_of.cache_clear()
-    return rows
+def time_of(row: dict) -> float:
+    """Milliseconds, or microseconds a token; infinite where there was an error."""
+    times = [row[name] for name in ("ms", "us_per_token") if name in row]
+    both = [row[f"{way}_ms"] for way in ("forward", "backward") if f"{way}_ms" in row]
+    return times[0] if times else sum(both) or math.inf
+
+
+def try_choice(bench: str, page: str, choice: dict, configs: tuple, cache: Path) -> list[dict]:
+    """Rows of a benchmark, which asserts agreement with the reference, in a process of its own."""
+    constants = json.dumps({"page": page, "values": choice})
+    with TemporaryDirectory() as folder:
+        job = Job(bench, configs, "fused", constants=constants)
+        [(_, rows)] = run([job], Path(folder), cache, TIMEOUT)
+    return [row | {"page": page, "constants": choice} for row in rows]
+
+
+def search_page(page: str, cache: Path, keep: Callable[[list[dict]], None]):
+    """Time the constants that ship, then every choice; print the fastest of each case."""
+    space = SPACES[page]
+    for bench in space.benches:
+        rows = []
+        for choice in [{}, *space.choices]:
+            tried = try_choice(bench, page, choice, space.configs, cache)
+            keep(tried)
+            rows += tried
+        for case in dict.fromkeys(map(key, rows)):
+            same = [row for row in rows if key(row) == case]
+            print(page, *filter(None, case), flush=True)
+            for row in [same[0], *sorted(same, key=time_of)[:3]]:
+                print(f"  {time_of(row):9.4f}  {row['constants'] or 'as shipped'}", flush=True)
 
 
 def search_attention(keep: Callable[[list[dict]], None]):
@@ -249,25 +242,31 @@ def search_attention(keep: Callable[[list[dict]], None]):
             keep(tried)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ops = "rotary_attention", "norm_token_shift"
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {' '.join(ops)}; default: all")
-    parser.add_argument("--out", type=Path, default=Path("runs/search"), metavar="DIR")
-    options = parser.parse_args()
-    if unknown := set(options.ops) - set(ops):
-        parser.error(f"OP: choose from {', '.join(ops)}, got {', '.join(unknown)}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+def main(argv: list[str]):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("pages", nargs="*", metavar="PAGE", help=f"of {' '.join(PAGES)}; default: all")
+    add("--out", type=Path, default=Path("runs/search"), metavar="DIR")
+    add("--commit", metavar="STAMP", help=STAMP_HELP)
+    options = parser.parse_args(argv)
+    pages = check("PAGE", options.pages or PAGES, PAGES)
+    make_folder("--out", options.out)
+    results = {"commit": resolve(options.commit), "rows": []}
 
-    def keep(more: list[dict]):
-        rows.extend(more)
-        results = json.dumps({"machine": machine(), "rows": rows}, indent=1)
-        (options.out / "search.json").write_text(results + "\n")
+    def keep(rows: list[dict]):
+        results["machine"] = machine()
+        results["rows"] += rows
+        report.write(options.out / "search.json", json.dumps(results, indent=1) + "\n")
 
-    for op in options.ops or ops:  # attention first: its processes must fork before CUDA starts
-        search_attention(keep) if op == "rotary_attention" else keep(search_norm())
+    with TemporaryDirectory() as cache:
+        for page in sorted(pages, key=PAGES.index):
+            if page == TILES:
+                search_attention(keep)
+            else:
+                search_page(page, Path(cache), keep)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -79,7 +79,6 @@ CONFIGS = {
 }
 
 SHARDED = {"E": 20}  # layers of what several GPUs have parts of, with checkpointing by block
-SCALED = ("B", "C")  # measured at several batches and lengths
 
 # The same levels, narrow and short, for a CPU.
 SMALL = {
@@ -147,14 +146,66 @@ def products(config: Config, folded: bool = False) -> list[Product]:
     return out
 
 
-def foldable(name: str) -> bool:
+def foldable(config: Config) -> bool:
     """Whether the table of `products` has far fewer rows than what it replaces."""
-    return CONFIGS[name].model["num_tokens"] <= 256
+    return config.model["num_tokens"] <= 256
 
 
 def flops(products: list[Product]) -> int:
     """Count those of one forward; a train step has three times as many."""
     return sum(2 * p.rows * p.inner * p.columns * p.times for p in products)
+
+
+def pairs(tokens: int, window: int | None) -> int:
+    """Count the queries and keys i - window <= j <= i that see each other among so many tokens."""
+    reach = tokens - 1 if window is None else min(window, tokens - 1)
+    return tokens * (reach + 1) - reach * (reach + 1) // 2
+
+
+def bound(config: Config, tflop_per_s: float, gb_per_s: float) -> dict[str, float]:
+    """Milliseconds that an exact train step in bf16 must take at least, by part.
+
+    Products run at `tflop_per_s` and no slower for their epilogues, in which all else hides but the
+    tensors that must pass memory, each once, at `gb_per_s`. What stays in the L2 cache is free.
+    """
+    model, folded = on_meta(config), foldable(config)
+    V, N, depth = (config.model[name] for name in ("num_tokens", "seq_len", "depth"))
+    parameters = sum(p.numel() for p in model.parameters())
+    of_flops = lambda count: count / tflop_per_s / 1e9
+    of_bytes = lambda count: count / gb_per_s / 1e6
+
+    parts = {
+        "products": of_flops(3 * flops(products(config, folded))),
+        # reads a weight, its gradient and two moments, and writes all but the gradient, in fp32
+        "AdamW": of_bytes(28 * parameters),
+        "narrow weights": of_bytes(2 * parameters),
+    }
+    parts |= dict.fromkeys(("attention", "norms", "GELU", "merge", "compress"), 0.0)
+    parts["losses"] = of_bytes(2 * config.batch * N * V)  # logits are read once
+    for level in model.levels:
+        M = -(-N // level.stride)
+        rows, d, inner = config.batch * M, level.dim, int(level.dim * level.ff_mult)
+        if level.window != 0:
+            width, a = level.heads * level.dim_head, level.dilation
+            # q, k, v, out; then those again, dout, dq, dk, dv
+            moved = of_bytes(2 * 12 * rows * width)
+            # two products forward, five backward
+            seen = config.batch * a * pairs(-(-M // a), level.window)
+            parts["attention"] += depth * max(moved, of_flops(7 * 2 * seen * width))
+        # a norm passes the stream that a branch is added to, and its gradient before and after
+        norms = 1 + (level.window != 0)
+        parts["norms"] += depth * norms * of_bytes(2 * 3 * rows * d)
+        # x, gelu and its slope out; dy, slope in, du out and gelu in: what no product hides
+        pair = 2 * (of_bytes(2 * rows * (d + 2 * inner)) - of_flops(2 * rows * d * inner))
+        parts["GELU"] += depth * max(0.0, pair)
+        if len(model.levels) > 1:  # a level and its branch are read, their sum is written
+            parts["merge"] += depth * of_bytes(2 * 3 * rows * d)
+        if level.compress > 1:
+            # without a product before it, gelu of the table's sums is written, its gradient read
+            parts["compress"] += of_bytes(2 * 2 * rows * 4 * max(model.dims)) * folded
+            # logits, read once; two tensors read forward, read again and their gradients written
+            parts["losses"] += of_bytes(2 * rows * (level.compress * V + 6 * d))
+    return parts
 
 
 def weight_bytes(config: Config, batch: int) -> float:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +33,12 @@ from benchmarks import (
     bench_reconstruction_loss,
     bench_rotary_attention,
     bench_scaling,
-    providers,
+    benchmark,
     report,
     runner,
     shapes,
 )
+from benchmarks import commit as commits
 from benchmarks.bench_rotary_attention import Case
 from benchmarks.timing import DEVICE, DTYPE, check_agreement
 from shtx_kernels import reference
@@ -64,7 +66,41 @@ def test_folding_replaces_the_convolutions_alone():
         2 * (32 * 1024 // stride - 256) * c * 1024 * 4096 for c, stride in ((2, 1), (4, 1), (16, 8))
     )
     assert shapes.flops(direct) - shapes.flops(folded) == saved
-    assert [name for name in shapes.CONFIGS if shapes.foldable(name)] == list("BCDE")
+    assert [n for n, config in shapes.CONFIGS.items() if shapes.foldable(config)] == list("BCDE")
+
+
+def test_the_bound_of_a_step_is_that_of_its_products_and_its_bytes():
+    """By hand, at 2.4 FLOPs and a byte a nanosecond: attention of one level is bound by bytes."""
+    small = dict(num_tokens=8, dim=(4, 16), depth=2, seq_len=32, heads=1, dim_head=2, ff_mult=1)
+    small |= dict(hierarchies=(1, 4), hierarchical_stride=(1, 2), window_sizes=(3, None))
+    config = shapes.Config(3, small)  # 96 and 48 rows
+    parameters = sum(p.numel() for p in Upstream(**small).parameters())
+    seen = 3 * (1 + 2 + 3 + 29 * 4), 3 * 2 * (8 * 9 // 2)  # the second level in two classes
+    nanoseconds = {
+        "products": 3 * shapes.flops(shapes.products(config, folded=True)) / 2.4,
+        "AdamW": 28 * parameters,
+        "narrow weights": 2 * parameters,
+        "attention": 2 * (12 * 96 * 2 * 2 + 7 * 2 * seen[1] * 2 / 2.4),
+        "norms": 2 * 2 * 6 * (96 * 4 + 48 * 16),
+        "GELU": 2 * 2 * (2 * 96 * (4 + 2 * 4) - 2 * 96 * 4 * 4 / 2.4),  # of the narrow level
+        "merge": 2 * 6 * (96 * 4 + 48 * 16),
+        "compress": 2 * 2 * 48 * 4 * 16,
+        "losses": 2 * (96 * 8 + 48 * 4 * 8) + 6 * 2 * 48 * 16,
+    }
+    assert 7 * 2 * seen[0] * 2 / 2.4 < 12 * 96 * 2 * 2  # by bytes
+    parts = shapes.bound(config, tflop_per_s=0.0024, gb_per_s=1.0)
+    assert parts == pytest.approx({part: ns / 1e6 for part, ns in nanoseconds.items()})
+    one = shapes.Config(3, dict(num_tokens=300, dim=8, depth=1, seq_len=32, window_sizes=0))
+    alone = shapes.bound(one, tflop_per_s=1e9, gb_per_s=1.0)
+    assert [alone[part] for part in ("attention", "merge", "compress")] == [0, 0, 0]
+    assert alone["norms"] == pytest.approx(6 * 96 * 8 / 1e6)  # before the feed-forward alone
+
+
+@pytest.mark.parametrize("tokens, window", [(1, None), (7, None), (7, 0), (7, 3), (7, 9)])
+def test_pairs_are_those_that_attention_sees(tokens, window):
+    sees = lambda i, j: j <= i and (window is None or i - window <= j)
+    counted = sum(sees(i, j) for i in range(tokens) for j in range(tokens))
+    assert shapes.pairs(tokens, window) == counted
 
 
 def test_generation_reads_every_weight_it_multiplies_by():
@@ -328,11 +364,30 @@ def test_a_step_with_next_latents(monkeypatch, provider):
 
 
 def test_each_benchmark_has_its_upstream(monkeypatch):
-    assert providers.why_not("upstream", "model") is None
-    assert "is 0.2.0, the peer is 0.4.0" in providers.why_not("upstream", "next_latent")
-    monkeypatch.setattr(providers, "version", lambda name: "0.4.0")
-    assert providers.why_not("upstream", "next_latent") is None
-    assert "is 0.4.0, the peer is 0.2.0" in providers.why_not("upstream", "model")
+    model, next_latent = (benchmark.benchmarks()[name] for name in ("model", "next_latent"))
+    assert model.why_not("upstream") is None
+    assert "is 0.2.0, the peer is 0.4.0" in next_latent.why_not("upstream")
+    monkeypatch.setattr(benchmark, "version", lambda name: "0.4.0")
+    assert next_latent.why_not("upstream") is None
+    assert "is 0.4.0, the peer is 0.2.0" in model.why_not("upstream")
+
+
+@pytest.mark.parametrize("provider", ["flex", "liger", "fused", "upstream", "reference"])
+def test_what_a_provider_needs_is_said(provider, monkeypatch):
+    """A GPU, a package, the interpreter, upstream, nothing."""
+    peers = {"flex": None, "liger": "no_such_package"}
+    bench = benchmark.Benchmark(
+        ("flex", "liger", "fused", "upstream", "reference"), (), peers=peers
+    )
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    assert bench.by_default() == ["upstream", "reference"]
+    on_a_cpu = bench.why_not(provider)
+    assert (on_a_cpu == "needs a CUDA device") == (provider in peers)
+    monkeypatch.setattr(benchmark, "DEVICE", "cuda")
+    monkeypatch.setattr(benchmark, "why_not_fused", lambda device: f"not on {device}")
+    assert bench.by_default() == list(bench.providers)
+    reasons = {"liger": "no-such-package is not installed", "fused": "not on cuda"}
+    assert bench.why_not(provider) == reasons.get(provider)
 
 
 @pytest.mark.parametrize("provider", ["reference", "local-mha"])
@@ -428,25 +483,10 @@ def test_a_peer_without_such_attention_is_left_out(window, provider):
         )
 
 
-def test_every_op_has_its_providers():
+def test_every_benchmark_but_two_has_a_table():
     benches = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
-    assert benches == {"ceilings", "host", *providers.PROVIDERS}
-    everything = bench_rotary_attention.WINDOWED | bench_rotary_attention.FULL
-    assert set(providers.PROVIDERS["rotary_attention"]) == everything.keys()
-    copied = {"copy", *bench_hierarchical_ar_loss.OPS}
-    assert set(providers.PROVIDERS["hierarchical_ar_loss"]) == copied
-    for bench in (
-        bench_causal_compress,
-        bench_feed_forward,
-        bench_hierarchical_merge,
-        bench_linear,
-        bench_linear_cross_entropy,
-        bench_next_latent_loss,
-        bench_reconstruction_loss,
-    ):
-        op = bench.__name__.rpartition("bench_")[2]
-        assert set(providers.PROVIDERS[op]) == bench.OPS.keys()
-    assert set(providers.OPS) == report.SHAPES.keys()
+    assert benches == {"ceilings", "host", *benchmark.benchmarks()}
+    assert all(each.tables and each.providers for each in benchmark.benchmarks().values())
 
 
 def test_ops_are_chosen():
@@ -458,7 +498,7 @@ def test_ops_are_chosen():
     ]
     assert not impossible
     jobs, _ = cli.plan(cli.parse(["ops"]))
-    assert [*dict.fromkeys(job.bench for job in jobs)] == providers.OPS
+    assert [*dict.fromkeys(job.bench for job in jobs)] == benchmark.ops()
 
 
 def test_agreement_is_relative_to_the_norm():
@@ -487,50 +527,126 @@ def test_a_time_limit_ends_as_an_exception_does():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+PLANTED = """
+from benchmarks.benchmark import Benchmark, Table
+
+line = lambda row, rows, results: {"provider": row["provider"], "wheat (t)": str(row["wheat"])}
+BENCHMARK = Benchmark(("reference",), (Table("What was planted", line),))
+
+
+def bench_planted(benchmark, provider):
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info["wheat"] = 7
+"""
+
+
 def test_the_command_on_a_cpu(tmp_path):
-    """With a provider that works, one that fails and one that cannot run here."""
+    """With a provider that works, one that fails and one that cannot run here.
+
+    In a copy of the tree without git, with one file more, which is a benchmark.
+    """
+    for folder in commits.FOLDERS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results"))
+    (tmp_path / "benchmarks" / "bench_planted.py").write_text(PLANTED)
     peer = tmp_path / "peer" / "simple_hierarchical_transformer.py"
     peer.parent.mkdir()
     peer.write_text("raise ImportError('broken\\npeer')")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "benchmarks", "model", "--config", "C", "--compile-jobs", "2"]
+    command = [sys.executable, "-m", "benchmarks", "model", "ops"]
+    command += ["--config", "C", "--compile-jobs", "2", "--op", "planted"]
     command += ["--provider", "upstream", "reference", "fused"]
-    command += ["--out", out, "--commit", "cafe"]
-    env = child_environment(peer.parent, CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command += ["--out", out, "--commit", f"0123456789-{commits.digest(tmp_path)}"]
+    env = child_environment(peer.parent, tmp_path, CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr  # one failed
 
     results = json.loads((out / "results.json").read_text())
-    assert results["small_shapes"] and results["commit"] == "cafe"
+    assert results["small_shapes"] and results["commit"] == "0123456789"
     assert results["machine"]["torch"] == torch.__version__
     assert results["machine"].keys() >= {"gpu", "driver", "torch", "triton", "cuda", "python"}
     assert results["copy_gb_per_s"] > 0.1 and results["matmul_tflop_per_s"] > 1e-4
 
+    planted = results["rows"].pop()
+    assert planted["bench"] == "planted" and planted["wheat"] == 7
     rows = {row["provider"]: row for row in results["rows"]}
     assert len(rows) == len(results["rows"]) == 3
     assert rows["upstream"]["error"] == "ImportError: broken peer"
     assert "TRITON_INTERPRET=1" in rows["fused"]["error"]
     row = rows["reference"]
-    assert row.items() >= {"bench": "model", "config": "C", "commit": "cafe", "batch": 2}.items()
+    assert (
+        row.items() >= {"bench": "model", "config": "C", "commit": "0123456789", "batch": 2}.items()
+    )
     assert row["ms"] > 0 and row["tokens_per_s"] == pytest.approx(2 * 128 / row["ms"] * 1e3)
     assert row["host_ms"] == pytest.approx(row["ms"], rel=0.9)  # a CPU is its own host
     assert row["caches"] == "cold" and row["first_steps_s"] > row["first_step_s"] > 0
     assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
 
     assert "SMALL SHAPES ON A CPU" in done.stdout and report.tables(results) in done.stdout
+    assert "| provider  | wheat (t) |" in done.stdout and "| reference |         7 |" in done.stdout
     assert (out / "model.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_compiling_side_by_side_measures_one_by_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runner.Job, "compiles", True)  # no need to wait for Inductor
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    jobs = [runner.Job("model", (config,), "reference") for config in "BC"]
+    jobs = [runner.Job("model", (config,), "reference", compiles=True) for config in "BC"]
     rows = [row for _, rows in runner.run(jobs, tmp_path, tmp_path, 200, 2) for row in rows]
     assert sorted(row["config"] for row in rows) == ["B", "C"]
     assert all(row["ms"] > 0 and row["caches"] == "cold, side by side" for row in rows), rows
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["model B reference ...", "model C reference ..."]
     assert sorted(lines[2:]) == ["model B reference compiled", "model C reference compiled"]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree in git, with a function that runs git there."""
+    (tmp_path / "shtx").mkdir()
+    (tmp_path / "shtx" / "model.py").write_text("depth = 1\n")
+    person = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+    git = lambda *args: subprocess.run(
+        ["git", "-C", tmp_path, *person, *args], check=True, capture_output=True
+    )
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "first")
+    return tmp_path, git
+
+
+def test_results_name_the_commit_that_git_has(tree):
+    root, git = tree
+    first = commits.resolve(None, root)
+    assert re.fullmatch("[0-9a-f]{10}", first) and commits.stamp(root).startswith(f"{first}-")
+    (root / "results.json").write_text("{}")
+    assert commits.resolve(None, root) == first  # which runs nothing
+    for file, text in (("model.py", "depth = 2\n"), ("more.py", "")):
+        (root / "shtx" / file).write_text(text)
+        for ask in (commits.stamp, partial(commits.resolve, None)):
+            with pytest.raises(SystemExit, match=rf"commit first, .*shtx/{file}"):
+                ask(root)
+        git("add", ".")
+        git("commit", "--message", "next")
+    assert commits.resolve(None, root) != first
+
+
+def test_a_copy_of_the_tree_needs_a_stamp_of_its_files(tree):
+    root, _ = tree
+    stamp = commits.stamp(root)
+    shutil.rmtree(root / ".git")
+    assert commits.resolve(None, root) == "unknown"
+    assert commits.resolve(stamp, root) == stamp[:10]
+    for text in ("cafe", stamp[:10], stamp.upper(), f"{stamp} "):
+        with pytest.raises(SystemExit, match="--commit: .* is not what `python -m benchmarks comm"):
+            commits.resolve(text, root)
+    (root / "shtx" / "model.py").write_text("depth = 2\n")
+    with pytest.raises(SystemExit, match=f"--commit: the files here are not those of {stamp}"):
+        commits.resolve(stamp, root)
+    with pytest.raises(SystemExit, match="git has no commit of "):
+        commits.stamp(root)
+
+
+def test_the_git_of_a_folder_around_the_tree_is_not_its_git(tree):
+    root, _ = tree
+    assert commits.head(root / "shtx") is None
 
 
 @pytest.mark.parametrize(

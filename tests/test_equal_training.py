@@ -17,6 +17,7 @@ TINY |= dict(window_sizes=(4, None), ff_mult=(1, 2), depth=1)
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "configs", lambda device: {"B": shapes.Config(1, TINY)})
+    monkeypatch.setattr(script, "resolve", lambda stamp: stamp)
     (tmp_path / "text").write_bytes(b"so it goes, again and again. " * 40)
 
     def run(*arguments) -> tuple[int, dict]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import DEVICE
 
-from benchmarks import providers, repaired, runner, shapes
+from benchmarks import providers, repaired, shapes
+from benchmarks.benchmark import benchmarks
 from benchmarks.timing import DTYPE, check_agreement
 from shtx_kernels import reference
 
@@ -55,6 +56,7 @@ def test_the_model_is_one_graph():
 
 
 def test_it_is_measured_where_its_attention_has_a_gradient():
-    assert "repaired-compiled" in providers.PROVIDERS["model"]
-    assert (providers.why_not("repaired-compiled", "model") is None) == (DEVICE == "cuda")
-    assert runner.Job("model", ("A",), "repaired-compiled").compiles
+    model = benchmarks()["model"]
+    assert "repaired-compiled" in model.providers
+    assert (model.why_not("repaired-compiled") is None) == (DEVICE == "cuda")
+    assert model.compiles("repaired-compiled") and not model.compiles("upstream")

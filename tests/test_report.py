@@ -10,6 +10,9 @@ from helpers import ROOT
 
 from benchmarks import __main__ as cli
 from benchmarks import report
+from benchmarks.bench_gpus import share_of_one
+from benchmarks.benchmark import benchmarks
+from benchmarks.cells import key, number
 
 RESULTS = {
     "commit": "abc",
@@ -26,7 +29,8 @@ RESULTS = {
         | {"first_step_s": 29.0, "first_steps_s": 31.0, "host_ms": 3.5}
         | {"parts_ms": {"attention": 4.0, "cuBLAS": 20.5}},
         {"bench": "model", "config": "B", "provider": "floor", "commit": "abc", "ms": 40.0},
-        {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0},
+        {"bench": "model", "config": "B", "provider": "floor-folded", "commit": "abc", "ms": 20.0}
+        | {"gemm_tflop_per_s": 600.0},
         {"bench": "model", "config": "A", "provider": "fused", "commit": "abc"}
         | {"error": "OutOfMemoryError: much"},
         *(
@@ -106,14 +110,19 @@ RESULTS = {
 TITLE = "GPU X, driver 1.2, torch 9, triton 8; copy 4,000 GB/s, matrix product 700 TFLOP/s"
 TABLES = [
     """
-    config | provider | step (ms) | of the host (ms) | over floor (x) | over TrainStep (x) |
-        speed-up over upstream (x) | throughput (tokens/s) | peak memory (GiB) | first step (s) |
-        first two steps (s)
-    A | fused | - | - | - | - | - | - | - | - | -
-    B | floor-folded | 20.0 | - | 1.00 | 0.800 | 10.0 | - | - | - | -
-    B | fused | 25.0 | 3.50 | 1.25 | 1.00 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
-    B | floor | 40.0 | - | 2.00 | 1.60 | 5.00 | - | - | - | -
-    B | upstream | 200 | - | 10.0 | 8.00 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
+    config | provider | step (ms) | of the host (ms) | over floor (x) | over bound (x) |
+        over TrainStep (x) | speed-up over upstream (x) | throughput (tokens/s) |
+        peak memory (GiB) | first step (s) | first two steps (s)
+    A | fused | - | - | - | - | - | - | - | - | - | -
+    B | floor-folded | 20.0 | - | 1.00 | 0.952 | 0.800 | 10.0 | - | - | - | -
+    B | fused | 25.0 | 3.50 | 1.25 | 1.19 | 1.00 | 8.00 | 1,310,720 | 9.50 | 29.0 | 31.0 warm
+    B | floor | 40.0 | - | 2.00 | 1.90 | 1.60 | 5.00 | - | - | - | -
+    B | upstream | 200 | - | 10.0 | 9.52 | 8.00 | 1.00 | 163,840 | 22.2 | - | 1.50 cold
+    """,
+    """
+    config | bound (ms) | products (ms) | AdamW (ms) | narrow weights (ms) | attention (ms) |
+        norms (ms) | GELU (ms) | merge (ms) | compress (ms) | losses (ms)
+    B | 21.0 | 16.3 | 1.56 | 0.112 | 1.16 | 0.805 | 0.217 | 0.403 | 0.285 | 0.126
     """,
     """
     config | all kernels (ms) | attention (ms) | cuBLAS (ms)
@@ -249,9 +258,11 @@ def test_tables(results_file, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"{TITLE} (2030-01-02)\n\n**Train step; ")
     headings = [line for line in text.splitlines() if line.startswith("**")]
-    profile = headings.pop(1)
+    bound, profile = headings.pop(1), headings.pop(1)
+    assert bound.startswith("**What the bound of a train step is made of, at")
+    assert bound.endswith(" (commit abc)**")
     assert profile == "**What the kernels of the fused train step take (commit def)**"
-    benches = [*(b for b in report.TITLES if b in BENCHES), *sorted(BENCHES - report.TITLES.keys())]
+    benches = [bench for bench in benchmarks() if bench in BENCHES]
     for bench, heading in zip(benches, headings, strict=True):
         commits = sorted({row["commit"] for row in RESULTS["rows"] if row["bench"] == bench})
         assert heading.endswith(f" (commit {', '.join(commits)})**")
@@ -260,6 +271,11 @@ def test_tables(results_file, capsys):
     assert "\n\n- A fused: OutOfMemoryError: much\n\n" in text
     assert "\n\n- 1 x 16384 x 8 x 64 w 64 flex: ValueError: off\n" in text
     assert "\n\n**norm_token_shift; copy: the row of that name, which moves as many bytes," in text
+
+
+def test_rows_that_no_benchmark_can_show_are_named():
+    with pytest.raises(SystemExit, match="bench_wheat.py does not say how to show its rows"):
+        report.tables(RESULTS | {"rows": [{"bench": "wheat", "commit": "abc"}]})
 
 
 def test_a_table_is_aligned_markdown():
@@ -292,7 +308,7 @@ def test_tables_go_between_the_markers_of_two_pages(results_file, tmp_path, caps
         assert texts[1].count(report.tables(RESULTS)) == 1
         ((head, line),) = cells(texts[0])
         shown = dict(zip(head, line, strict=True))
-        step = next(r for r in RESULTS["rows"] if report.key(r)[::4] == ("model", "fused"))
+        step = next(r for r in RESULTS["rows"] if key(r)[::4] == ("model", "fused"))
         assert shown["config"] == step["config"] and float(shown["shtx (ms)"]) == step["ms"]
     pages[1].write_text("# shtx\n")
     with pytest.raises(SystemExit, match="lacks <!-- benchmarks:begin -->"):
@@ -352,7 +368,7 @@ def test_damaged_results_are_named(tmp_path, text):
     + [(211.4, "211"), (65536.2, "65,536")],
 )
 def test_numbers_have_three_digits(value, text):
-    assert report.number(value) == text
+    assert number(value) == text
 
 
 def test_the_pages_show_the_committed_results(tmp_path):
@@ -390,4 +406,4 @@ def test_gpus_of_more_layers_are_compared_by_flops():
         | dict(gpus=n, tokens_per_s=speed, flop_per_token=flops)
         for n, speed, flops in ((1, 100.0, 6.0), (2, 60.0, 18.0))
     ]
-    assert report.share_of_one(rows[1], rows) == pytest.approx(0.9)
+    assert share_of_one(rows[1], rows) == pytest.approx(0.9)

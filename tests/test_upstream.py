@@ -45,12 +45,15 @@ def test_same_numbers(row, impl):
     theirs, ours = pair(options, impl)
     ids = draw(options, tokens)
 
-    for name in ("return_hierarchical_token_embeds", "return_hierarchical_embeds"):
-        embeds = [m(ids, **{name: True}, ablate_hierarchical_merge=ablate) for m in (ours, theirs)]
-        for level, (o, t) in enumerate(zip(*embeds, strict=True)):
-            assert_same(o, t, f"{name} of level {level}")
-    logits = [m(ids, ablate_hierarchical_merge=ablate) for m in (ours, theirs)]
-    assert_same(*logits, "logits")
+    # The loss and its gradients come from all of these, and the interpreter takes its time.
+    if impl == "reference" or DEVICE == "cuda":
+        for name in ("return_hierarchical_token_embeds", "return_hierarchical_embeds"):
+            options = {name: True, "ablate_hierarchical_merge": ablate}
+            embeds = [m(ids, **options) for m in (ours, theirs)]
+            for level, (o, t) in enumerate(zip(*embeds, strict=True)):
+                assert_same(o, t, f"{name} of level {level}")
+        logits = [m(ids, ablate_hierarchical_merge=ablate) for m in (ours, theirs)]
+        assert_same(*logits, "logits")
 
     results = [m(ids, return_loss=True, ablate_hierarchical_merge=ablate) for m in (ours, theirs)]
     for loss, _ in results:
