@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .._autograd import apply, first_order
-from .._gelu import new_kept
 from .._register import register
 from .._rows import MAX_D, contiguous_rows
 from ..products import cast, narrow, product_dtype, sum_dtype
@@ -32,17 +31,16 @@ def _new_outputs(weights, h, steps, dtype) -> tuple:
     (B, M, D), R = h.shape, steps.shape[0]
     rows, acc = B * max(0, M - R), sum_dtype(h.dtype)
     new = lambda *shape, dtype: h.new_empty(shape, dtype=dtype)
-    y = new(R, 2, rows, D, dtype=dtype)  # the input of the MLP
     return (
         new(R, dtype=acc),
         new(2, weights[0].shape[0], D, dtype=dtype),  # the first layer with the norm folded in
-        y,
+        new(R, 2, rows, D, dtype=dtype),  # y: the input of the MLP
         new(R, rows, D, dtype=dtype),  # out: its output
         new(R - 1, rows, D, dtype=acc),  # all latents but the first and the last
         new(R, 2, rows, dtype=acc),  # statistics of the norm
         new(R - 1, rows, dtype=acc),  # past: the sum of a row's losses so far
-        # hidden: what GELU keeps after all layers but the last
-        [new_kept(y, rows, w.shape[0]) for _ in range(R) for w in weights[:-1]],
+        # hidden: the pre-activations of all layers but the last
+        [new(rows, w.shape[0], dtype=dtype) for _ in range(R) for w in weights[:-1]],
     )
 
 

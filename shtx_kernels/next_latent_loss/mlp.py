@@ -30,15 +30,15 @@ def unfold(dfolded, dbias, first, gamma, beta) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mlp(y, weights, biases, hidden, out):
-    """Fill out (rows, D), and `hidden` with what GELU keeps after all layers but the last."""
-    u = hidden[0][0] if hidden else out
+    """Fill out (rows, D), and `hidden` with the pre-activations of all layers but the last."""
+    u = hidden[0] if hidden else out
     torch.addmm(biases[0], y[0], weights[0][0].T, out=u)
     torch.addmm(u, y[1], weights[0][1].T, out=u)
     if not hidden:
         return
-    a = gelu_pass(hidden[0])
-    for weight, bias, kept in zip(weights[1:-1], biases[1:-1], hidden[1:], strict=True):
-        a = product_gelu(a, weight, kept, bias)
+    a = gelu_pass(u)
+    for weight, bias, u in zip(weights[1:-1], biases[1:-1], hidden[1:], strict=True):
+        a = product_gelu(a, weight, u, bias)
     torch.addmm(biases[-1], a, weights[-1].T, out=out)
 
 
