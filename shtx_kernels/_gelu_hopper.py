@@ -128,27 +128,24 @@ def _multiply(p, WHICH: gl.constexpr, BACKWARD: gl.constexpr, GROUP: gl.constexp
         third, fourth = _halves(right)
         parts = first, second, third, fourth
         for j in gl.static_range(4):
-            place = [m, n + j * COLUMNS]
+            # in backward, results take the place of what was kept
+            out_buf = part_bufs.index(4 * WHICH + j if BACKWARD else 2 * WHICH)
             if BACKWARD:
-                buf = part_bufs.index(4 * WHICH + j)
-                kept = buf.load(first.type.layout).to(gl.float32)
+                kept = out_buf.load(first.type.layout).to(gl.float32)
                 out, _ = finish(parts[j], kept, gl.float32, True, True, True)
-                meet()  # every thread has read what was kept
-                buf.store(out.to(out_desc.dtype))
-                hopper.fence_async_shared()
-                meet()
-                copy_out(out_desc, place, buf)
             else:
                 kept, out = finish(parts[j], parts[j], gl.float32, True, False, True)
                 tma.store_wait(0)
-                meet()  # every thread sees that the buffers are free
-                kept_buf, out_buf = part_bufs.index(2 * WHICH), part_bufs.index(2 * WHICH + 1)
-                kept_buf.store(kept.to(kept_desc.dtype))
-                out_buf.store(out.to(out_desc.dtype))
-                hopper.fence_async_shared()
-                meet()
-                copy_out(kept_desc, place, kept_buf)
-                copy_out(out_desc, place, out_buf)
+            meet()  # every thread has read what was kept, or sees that the buffers are free
+            out_buf.store(out.to(out_desc.dtype))
+            if not BACKWARD:
+                part_bufs.index(2 * WHICH + 1).store(kept.to(kept_desc.dtype))
+            hopper.fence_async_shared()
+            meet()
+            place = [m, n + j * COLUMNS]
+            copy_out(out_desc, place, out_buf)
+            if not BACKWARD:
+                copy_out(kept_desc, place, part_bufs.index(2 * WHICH + 1))
         mine += 1
     tma.store_wait(0)
 

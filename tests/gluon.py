@@ -24,7 +24,6 @@ class Tile(torch.Tensor):
     """A tensor in registers."""
 
     type = SimpleNamespace(layout=None)
-    expand_dims = torch.Tensor.unsqueeze
 
     def split(self):
         return self[..., 0], self[..., 1]
@@ -44,16 +43,6 @@ class Descriptor:
 
     def at(self, place: list[int]) -> tuple:
         return tuple(slice(a, a + b) for a, b in zip(place, self.block_type.shape, strict=True))
-
-
-class Pointer:
-    """The address of a tensor, or those of some of its elements."""
-
-    def __init__(self, t: torch.Tensor, offs=0):
-        self.t, self.offs = t.view(-1), offs
-
-    def __add__(self, offs):
-        return Pointer(self.t, self.offs + offs)
 
 
 class Barrier:
@@ -133,13 +122,9 @@ class Program:
         return SimpleNamespace(
             constexpr=object, static_range=range, minimum=min, cdiv=lambda a, b: -(-a // b),
             program_id=lambda axis: self.pid, num_programs=lambda axis: self.programs,
-            float32=torch.float32, int64=torch.int64,
-            NVMMADistributedLayout=nothing, SliceLayout=nothing, DistributedLinearLayout=nothing,
-            convert_layout=lambda t, layout: t,
+            float32=torch.float32, int64=torch.int64, NVMMADistributedLayout=nothing,
             zeros=lambda shape, dtype, layout: tile(torch.full(shape, torch.nan, dtype=dtype)),
-            arange=lambda start, end, layout: tile(torch.arange(start, end)),
-            load=lambda p, mask, other: tile(torch.where(mask, p.t[p.offs * mask], other)),
-            store=self._store, allocate_shared_memory=self._allocate,
+            allocate_shared_memory=self._allocate,
             warp_specialize=self._specialize,
         )  # fmt: skip
 
@@ -278,11 +263,6 @@ class Program:
         self.pause(lambda: all(event.done for event in older))
         for event in older:
             event.waited = True
-
-    def _store(self, pointer, t, mask):
-        self.pause()
-        where = mask.expand(t.shape)
-        pointer.t[pointer.offs.expand(t.shape)[where]] = t[where].as_subclass(torch.Tensor)
 
     def _fence(self):
         self.pause()
