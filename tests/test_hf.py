@@ -202,6 +202,7 @@ def trained(folder, model, **options):
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            dataloader_pin_memory=False,  # rows are on the device already
             use_cpu=DEVICE == "cpu",
         )
         | options,

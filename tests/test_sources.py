@@ -215,7 +215,7 @@ HEADER[512 + 2560 + 3] ^= 1  # in the second member's name
         ("x.zip", lambda: zip_of({"a": A, "b": tar_of({"c": B})}), "unpacked, it is tar"),
         ("x.zst", lambda: cut(zst_of(TEXT), -3), "corrupt .zst file: ends before"),
         ("x.zst", lambda: zst_of(TEXT)[:2000] + bytes(50), "corrupt .zst file: "),
-        ("x.zst", lambda: TEXT, "corrupt .zst file: "),
+        ("x.zst", lambda: zst_of(TEXT)[:0] + TEXT, "corrupt .zst file: "),
     ],
 )
 def test_damaged_archives(tmp_path, out, name, make, message):

@@ -173,6 +173,9 @@ def _kernel_of_level(D: int, dtype: torch.dtype, has_branch: bool, first: bool) 
     return Kernel(
         _hierarchical_merge_level_fwd_kernel, dtype, D=D, HAS_BRANCH=has_branch, FIRST=first,
         ALIGNED=_power_of_two_in(D), **matrix_config(D, **LEVEL_TILE),
+        # a square that is fused with the sum across lanes gives each lane another last bit, and all
+        # of them write the sum
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

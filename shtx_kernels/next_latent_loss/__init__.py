@@ -184,8 +184,8 @@ class _NextLatentLoss(torch.autograd.Function):
         dh, dsummaries, *ofs, dweights, dbiases = _backward(
             weights, dsums.contiguous(), *inputs, *ctx.options, *kept, hidden, needs[1]
         )
-        ofs += [t for pair in zip(dweights, dbiases, strict=True) for t in pair]
-        ofs = [cast(t, dtype) for t, dtype in zip(ofs, ctx.dtypes, strict=True)]
+        of_layers = [t for pair in zip(dweights, dbiases, strict=True) for t in pair]
+        ofs = [cast(t, dtype) for t, dtype in zip([*ofs, *of_layers], ctx.dtypes, strict=True)]
         gradients = dh, dsummaries, None, *ofs[:2], None, None, None, None, *ofs[2:]
         return tuple(t if need else None for t, need in zip(gradients, needs, strict=True))
 

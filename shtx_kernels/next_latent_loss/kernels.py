@@ -18,7 +18,7 @@ from ..launch import KINDS, Kernel, cdiv
 from ..products import sum_dtype
 
 TILE = 2048  # numbers of a tile
-WARP_TILE = 512  # numbers of a tile that a warp holds
+WARP_TILE = 1024  # numbers of a tile that a warp holds
 # options of the norm's kernels: backward subtracts products, so all must be rounded alike
 ALIKE = dict(enable_fp_fusion=False)
 DISTANCES = ("mse", "smooth_l1", "mse_and_cosine_sim")

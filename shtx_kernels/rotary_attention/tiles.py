@@ -1,10 +1,8 @@
 """What kernels are compiled with, by head width E, window (-1 for all keys), bytes of a number and
 device.
 
-All are the fastest on an H200. Those of `forward` and of the backward by keys and by queries come
-from `python -m benchmarks.search`, whose outcome is in benchmarks/results/search/h200.json. Those
-by tiles come from a sweep of prototypes, whose outcome was not kept. Wider numbers and heads have
-the tiles that fit.
+All are the fastest on an H200: the outcome of `python -m benchmarks.search` is in
+benchmarks/results/search/h200.json. Wider numbers and heads have the tiles that fit.
 """
 
 import torch
@@ -26,8 +24,10 @@ def forward_by_tiles(E: int, window: int, itemsize: int, device: torch.device) -
         return None
     if E <= 16 and window <= 16:
         return dict(BLOCK=16, HALO=16, num_warps=1, num_stages=1)
-    halo = max(16, next_power_of_2(window))
-    return dict(BLOCK=64, HALO=halo, num_warps=4, num_stages=1)
+    sizes = dict(BLOCK=64, HALO=max(16, next_power_of_2(window)), num_warps=4, num_stages=1)
+    if E <= 32 or not _hopper(device):
+        return sizes
+    return sizes | dict(maxnreg=96 if window <= 32 else 128)
 
 
 def forward(E: int, window: int, itemsize: int, device: torch.device) -> dict:
