@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._gelu import GROUP, finish, multiprocessors
+from ._gelu import finish, multiprocessors
 from .launch import Kernel, cdiv
 
 mbarrier, tma = hopper.mbarrier, hopper.tma
@@ -33,6 +33,7 @@ else:
 # The fastest of 15 on one H200: larger tiles, tiles of one group of eight warps, fewer stages, more
 # buffers, and results that threads write themselves took up to 30% longer.
 BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 128, 64, 5
+GROUP = 8  # rows of tiles that programs go through column by column, as in the twin
 # 384 threads of 168 registers: the copying warp gives most of its own to those that multiply
 REGISTERS, COPYING, MULTIPLYING = 168, 24, 240
 
