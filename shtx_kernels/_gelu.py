@@ -285,7 +285,7 @@ def product_gelu_bwd(dy: Tensor, w: Tensor, kept: Tensor) -> tuple[Tensor, Tenso
     """gelu(u), and the gradient of u, where that of gelu(u) is dy w."""
     if not (len(dy) and _takes(dy, w)):
         u = kept.flatten(0, -2)
-        du = torch.mm(dy, w)
+        du = torch.mm(dy, w, out=torch.empty_like(u))
         return gelu_pass(u, du), du
     (first, a, slope), dy, w = _parts(kept), _aligned(dy), _aligned(w)
     du = torch.empty_like(first)
