@@ -29,8 +29,7 @@ RESIDENT = 2
 WIDE = 512
 # numbers of a row of x from which on Gluon is faster forward; backward it always was, by 18 to 30%
 DEEP = 1024
-# rows of tiles that programs go through column by column, so that both factors stay in the L2 cache
-GROUP = 8
+GROUP = 8  # rows of tiles that programs go through column by column
 
 
 @triton.jit
@@ -80,10 +79,9 @@ def slope(u, w, q, ACC: tl.constexpr):
 @triton.jit
 def finish(part, kept, ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr,
            SLOPE: tl.constexpr):  # fmt: skip
-    """What takes the place of a product, and gelu(u).
-
-    Forward, the product is u, and u or gelu's slope there is kept. Backward, the product is the
-    gradient of gelu(u), and becomes that of u; if the slope was kept, gelu(u) is not computed.
+    """What takes the place of a product, and gelu(u). Forward, the product is u, and u or gelu's
+    slope there is kept. Backward, the product is the gradient of gelu(u), and becomes that of u; if
+    the slope was kept, gelu(u) is not computed.
     """
     if BACKWARD and SLOPE:
         first, a = part * kept, part
@@ -117,6 +115,15 @@ def _gelu_kernel(
 
 
 @triton.jit
+def place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile: columns of GROUP tiles, so that factors stay in the L2 cache."""
+    group = tile // (GROUP * tiles_n)
+    rows = min(tiles_m - group * GROUP, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return group * GROUP + within % rows, within // rows
+
+
+@triton.jit
 def quarters(t):
     """The four quarters of a matrix's columns, in order."""
     ROWS: tl.constexpr = t.shape[0]
@@ -141,11 +148,8 @@ def _product_gelu_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     start = tl.program_id(0).to(tl.int64).to(tl.int32)
     for tile in tl.range(start, tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        group = tile // (GROUP * tiles_n)
-        rows = tl.minimum(tiles_m - group * GROUP, GROUP)
-        within = tile % (GROUP * tiles_n)
-        m, n = (group * GROUP + within % rows) * BLOCK_M, within // rows * BLOCK_N
-
+        m, n = place(tile, tiles_m, tiles_n, GROUP)
+        m, n = m * BLOCK_M, n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             if BACKWARD:

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._gelu import finish, multiprocessors
+from ._gelu import finish, multiprocessors, place
 from .launch import Kernel, cdiv
 
 mbarrier, tma = hopper.mbarrier, hopper.tma
@@ -33,18 +33,9 @@ else:
 # The fastest of 15 on one H200: larger tiles, tiles of one group of eight warps, fewer stages, more
 # buffers, and results that threads write themselves took up to 30% longer.
 BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 128, 64, 5
-GROUP = 8  # rows of tiles that programs go through column by column, as in the twin
+GROUP = 8  # as of the twin
 # 384 threads of 168 registers: the copying warp gives most of its own to those that multiply
 REGISTERS, COPYING, MULTIPLYING = 168, 24, 240
-
-
-@gluon.jit
-def _place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """Row and column of a tile: columns of GROUP tiles, so that factors stay in the L2 cache."""
-    group = tile // (GROUP * tiles_n)
-    rows = gl.minimum(tiles_m - group * GROUP, GROUP)
-    within = tile % (GROUP * tiles_n)
-    return group * GROUP + within % rows, within // rows
 
 
 @gluon.jit
@@ -61,7 +52,7 @@ def _copy(p, BACKWARD: gl.constexpr, GROUP: gl.constexpr):
     STAGES: gl.constexpr = x_bufs.type.shape[0]
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        m, n = place(tile, tiles_m, tiles_n, GROUP)
         for i in range(steps):
             stage, bar = step % STAGES, ready.index(step % STAGES)
             mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -97,7 +88,7 @@ def _multiply(p, WHICH: gl.constexpr, BACKWARD: gl.constexpr, GROUP: gl.constexp
     mine = 0
     start = gl.program_id(0) + WHICH * gl.num_programs(0)
     for tile in range(start, tiles_m * tiles_n, 2 * gl.num_programs(0)):
-        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        m, n = place(tile, tiles_m, tiles_n, GROUP)
         m, n = m * BLOCK_M, n * (COLUMNS * 4)
         if BACKWARD:  # what was kept arrives while the tensor cores work
             tma.store_wait(0)
@@ -143,10 +134,10 @@ def _multiply(p, WHICH: gl.constexpr, BACKWARD: gl.constexpr, GROUP: gl.constexp
                 part_bufs.index(2 * WHICH + 1).store(kept.to(kept_desc.dtype))
             hopper.fence_async_shared()
             meet()
-            place = [m, n + j * COLUMNS]
-            copy_out(out_desc, place, out_buf)
+            at = [m, n + j * COLUMNS]
+            copy_out(out_desc, at, out_buf)
             if not BACKWARD:
-                copy_out(kept_desc, place, part_bufs.index(2 * WHICH + 1))
+                copy_out(kept_desc, at, part_bufs.index(2 * WHICH + 1))
         mine += 1
     tma.store_wait(0)
 

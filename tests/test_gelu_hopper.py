@@ -33,7 +33,7 @@ def run(source, seed, backward, stages, programs=2):
     w_tile = (BLOCK_K, 4 * PART) if backward else (4 * PART, BLOCK_K)
     for pid in range(programs):
         program = Program(pid, programs, seed)
-        space = dict(program.globals, finish=finish)
+        space = dict(program.globals, finish=finish, place=_gelu.place.fn)
         exec(code, space)
         space["_product_gelu_hopper_kernel"](
             Descriptor(x, BLOCK_M, BLOCK_K), Descriptor(w, *w_tile),
