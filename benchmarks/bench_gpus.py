@@ -7,16 +7,16 @@ has room for; its steps run blocks again in the backward, on one GPU, too.
 """
 
 import gc
-import json
+import multiprocessing
 import tempfile
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from matplotlib.figure import Figure
 
 from benchmarks import shapes
@@ -127,8 +127,14 @@ def pytest_generate_tests(metafunc):
 def bench_gpus(benchmark, case, provider):
     config = case.config_of()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (case, config, provider, Path(folder)), case.gpus)
-        row = json.loads(Path(folder, "row").read_text())
+        given = case, config, provider, f"file://{folder}/rendezvous"
+        futures = [worker(rank).submit(work, rank, *given) for rank in range(case.gpus)]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        try:
+            row, *_ = [future.result(timeout=60) for future in futures]
+        except BaseException:
+            end_workers()  # those that still wait for the one that failed, too
+            raise
     tokens = config.batch * config.model["seq_len"]
     row |= {"gpus": case.gpus, "batch": config.batch, "seq_len": config.model["seq_len"]}
     flop_per_token = 3 * shapes.flops(shapes.products(config)) / tokens
@@ -136,19 +142,34 @@ def bench_gpus(benchmark, case, provider):
     benchmark.extra_info |= row
 
 
-def work(rank: int, case: Case, config: shapes.Config, provider: str, folder: Path):
-    """Measure in one process; the first leaves what all have measured in the folder."""
+@cache
+def worker(rank: int) -> ProcessPoolExecutor:
+    """Return the process that measures on a GPU. It lives on from case to case, as it takes longer
+    to import PyTorch and to load kernels than to measure.
+    """
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def end_workers() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+    worker.cache_clear()
+
+
+def work(rank: int, case: Case, config: shapes.Config, provider: str, rendezvous: str) -> dict:
+    """Measure in one process."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
+        torch.cuda.reset_peak_memory_stats()
     backend = "nccl" if DEVICE == "cuda" else "gloo"
-    rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group(backend, rendezvous, world_size=case.gpus, rank=rank)
     row = measure(rank, case, config, provider)
-    if rank == 0:
-        Path(folder, "row").write_text(json.dumps(row))
     gc.collect()  # a sharded model has groups of processes, which must not end after all others
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
     dist.barrier()  # none leaves while the other is at work
     dist.destroy_process_group()
+    return row
 
 
 def measure(rank: int, case: Case, config: shapes.Config, provider: str) -> dict:

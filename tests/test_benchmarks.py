@@ -251,6 +251,8 @@ def test_scaling_has_a_row_for_each_batch_and_length(monkeypatch):
 def test_processes_share_a_train_step(monkeypatch):
     in_tiny_configuration(monkeypatch)
     case = bench_gpus.Case("C", "strong", 2)
+    with pytest.raises(ValueError, match="disagrees"):  # it fails no later case
+        row_of(bench_gpus.bench_gpus, case=case._replace(gpus=3), provider="reference")
     row = row_of(bench_gpus.bench_gpus, case=case, provider="reference")
     assert (row["gpus"], row["batch"], row["seq_len"]) == (2, 4, 128) and row["ms"] > 0
     assert row["tokens_per_s"] == pytest.approx(4 * 128 / row["ms"] * 1e3)
