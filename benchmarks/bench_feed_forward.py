@@ -1,7 +1,10 @@
 """feed_forward, forward and backward: its products' FLOPs against those of cuBLAS alone.
 
-As a block of the configuration calls it under autocast: narrow rows, fp32 weights.
+As most blocks of the configuration call it under autocast: narrow rows, fp32 weights, a slope that
+is kept.
 """
+
+from functools import partial
 
 import torch
 
@@ -12,7 +15,9 @@ from benchmarks.timing import DEVICE, DTYPE
 
 MULT = 4  # inner width over D
 
-OPS = ours("feed_forward") | {"cublas": None}
+OPS = {
+    provider: op and partial(op, keep_slope=True) for provider, op in ours("feed_forward").items()
+} | {"cublas": None}
 BENCHMARK = Benchmark((*OPS,), (table("feed_forward", "an inner layer of 4 D", "B x M x D"),))
 
 

@@ -63,7 +63,14 @@ SPACES = {
             num_stages=(3, 4),
             maxnreg=(128, 255),
         )
-        + each(RESIDENT=(1, 2), GROUP=(4, 8, 16)),
+        + each(
+            RESIDENT=(1, 2), GROUP=(4, 8, 16), WIDE=(128, 256, 512, 1024), DEEP=(128, 512, 1024)
+        ),
+    ),
+    "_gelu_hopper": Space(
+        ("feed_forward",),
+        grid(BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(64,), STAGES=(3, 4, 5))
+        + each(GROUP=(4, 8, 16)),
     ),
     "_one_hot": Space(
         ("token_embedding", "causal_compress"),
@@ -128,6 +135,7 @@ SPACES = {
 }
 UNTIMED = {  # what kernels can do, mathematics, and what belongs to cuBLAS or to Triton
     "_cross_entropy": {"ALIGN", "LN2", "LOG2_E", "ROUND"},
+    "_gelu_hopper": {"COPYING", "MULTIPLYING", "REGISTERS"},
     "_rows": {"MAX_D"},
     "launch": {"KINDS", "LEAST", "MOST"},
     "next_latent_loss.kernels": {"COSINE", "SMOOTH"},

@@ -386,6 +386,13 @@ class WindowAttention(Layer, LocalMHA):
 
 
 class FeedForward(Layer):
+    """
+    Attributes:
+        keeps_slope: what `feed_forward` calls keep_slope.
+    """
+
+    keeps_slope = False
+
     def __init__(self, level: Level):
         super().__init__()
         dim_inner = int(level.dim * level.ff_mult)
@@ -413,7 +420,8 @@ class FeedForward(Layer):
         """Transform y (B, M, D), which is normalized. No tokens meet, whatever their dilation."""
         _, to_inner, gelu, to_out = self.net
         if plan.reads(to_inner, gelu, to_out):
-            return plan.ops.feed_forward(y, to_inner.weight, to_out.weight)
+            weights = to_inner.weight, to_out.weight
+            return plan.ops.feed_forward(y, *weights, keep_slope=self.keeps_slope)
         return to_out(gelu(to_inner(y)))
 
     def token_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -125,6 +125,13 @@ def launches_are_known() -> bool:
     return triton.__version__.startswith(("3.6.", "3.9."))
 
 
+def gluon_is_known() -> bool:
+    """Whether kernels in Gluon, which is experimental, were run with this version of Triton.
+    Otherwise: their twins in Triton run.
+    """
+    return torch.version.hip is None and triton.__version__.startswith("3.6.")
+
+
 def is_watched(kernel) -> bool:
     """Whether somebody is to see the launches of a kernel, or compiles it in another thread."""
     if active_mode.get() is not None or kernel.pre_run_hooks:

@@ -88,14 +88,15 @@ class Kernel:
 
         Args:
             grid: the programs along one to three axes.
-            tensors: the tensors, all on one device.
+            tensors: the tensors, all on one device; there may be none beside descriptors.
             numbers: the numbers, which come after the tensors.
             descriptors: descriptors of tensors, which come before the tensors.
         """
         if not self.direct or _compile_only.get() or is_watched(self.kernel):
             self._launch(grid, tensors, numbers, descriptors)
             return
-        device, active = tensors[0].get_device(), driver.active
+        like = tensors[0] if tensors else descriptors[0].base
+        device, active = like.get_device(), driver.active
         current = active.get_current_device()
         if device != current and device >= 0:
             with torch.cuda.device(device):

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from shtx import HierarchicalTransformer, ops
 from shtx.generation.decoder import Decoder
 from shtx.next_latent import HierarchicalTransformer as NextLatent
+from shtx_kernels import _gelu, _gelu_hopper
 from shtx_kernels.launch import compile_only
 from shtx_kernels.rotary_attention import library
 
@@ -131,6 +132,19 @@ def launch_all(dtype: str, name: str):
     for back in (False, True):
         library.rotate_classes(qkv, classes, table, 1, True, False, back)
         library.regroup(qkv[..., : 8 * 64], classes[0], 1, back)
+    if dtype == "bfloat16" and driver.active.get_current_target().arch == 90:
+        launch_products()
+
+
+def launch_products():
+    """Both twins of the products with GELU, of which one is chosen by the version of Triton."""
+    x, w = torch.empty(TOKENS, 512, dtype=torch.bfloat16), torch.empty(2048, 512).bfloat16()
+    u, a, kept = x.new_empty(3, TOKENS, 2048)
+    for slope in (False, True):
+        _gelu.within_product(x, w, u, a, slope=slope)
+        _gelu.within_product(x, w.T.contiguous(), u, a, kept=kept, slope=slope)
+    _gelu_hopper.within_product(x, w, kept, a, backward=False)
+    _gelu_hopper.within_product(x, w.T.contiguous(), kept, a, backward=True)
 
 
 if __name__ == "__main__":

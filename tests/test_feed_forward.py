@@ -3,6 +3,7 @@ import torch
 from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
 
 from shtx_kernels import feed_forward, reference
+from shtx_kernels._target import capability
 
 CASES = [  # B, M, D, F, D_out
     (1, 1, 1, 1, 1),
@@ -12,6 +13,10 @@ CASES = [  # B, M, D, F, D_out
     (3, 50, 72, 392, 40),  # several tiles of a product each way, the last ones cut off
     (1, 1100, 8, 136, 8),  # more rows of tiles than a group has
 ]
+
+ON_HOPPER = pytest.mark.skipif(
+    capability(torch.device(DEVICE)) != 90, reason="elsewhere u is kept, whatever is asked for"
+)
 
 
 def draw(B, M, D, F, D_out):
@@ -69,12 +74,46 @@ def test_one_gradient_alone(wanted):
     assert torch.equal(alone, gradients[wanted])
 
 
-def test_keeps_the_pre_activation_alone():
-    x, w_in, w_out = (t.requires_grad_() for t in draw(2, 9, 16, 64, 16))
+WIDE = 2, 9, 520, 72, 520  # B, M, D, F, D_out: of which GELU's slope is kept, if that is allowed
+
+
+def keeping(op):
+    return lambda *inputs: op(*inputs, keep_slope=True)
+
+
+@pytest.mark.parametrize(
+    "case, dtype, keep_slope, numbers",
+    [
+        (WIDE, torch.bfloat16, False, 1),
+        (WIDE, torch.bfloat16, True, 2),
+        (WIDE, torch.float32, True, 1),
+        (CASES[1], torch.bfloat16, True, 1),  # narrow
+        ((2, 9, 520, 72, 515), torch.bfloat16, True, 1),  # no product of backward with GELU
+        ((2, 0, 520, 72, 520), torch.bfloat16, True, 2),
+    ],
+)
+@ON_HOPPER
+def test_keeps_of_each_row(case, dtype, keep_slope, numbers):
+    """F numbers: the pre-activation; or twice as many: GELU and its slope."""
+    inputs = [t.to(dtype).requires_grad_() for t in draw(*case)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        feed_forward(x, w_in, w_out)
-    assert sum(t.numel() for t in kept) == sum(t.numel() for t in (x, w_in, w_out)) + 18 * 64
+        y = feed_forward(*inputs, keep_slope=keep_slope)
+    rows, F = case[0] * case[1], case[3]
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in inputs) + numbers * rows * F
+    assert all(map(torch.isfinite, (g.sum() for g in torch.autograd.grad(y.sum(), inputs))))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_with_a_kept_slope(dtype):
+    """Near the reference, and near the bits of what keeps the pre-activation."""
+    assert_as_accurate(keeping(feed_forward), reference.feed_forward, draw(*WIDE), dtype)
+    ours, theirs = (
+        forward_backward(op, draw(*WIDE), dtype) for op in (keeping(feed_forward), feed_forward)
+    )
+    assert torch.equal(ours[0], theirs[0])
+    assert not all(map(torch.equal, ours, theirs))
 
 
 def test_the_graph_can_be_walked_twice():
@@ -96,18 +135,30 @@ def test_strided_inputs():
 
 
 @pytest.mark.gpu  # a program goes from tile to tile
-def test_more_tiles_than_programs():
-    inputs = draw(4, 4100, 64, 520, 64)
-    assert_as_accurate(feed_forward, reference.feed_forward, inputs, torch.bfloat16)
+@pytest.mark.parametrize("D", [64, 512, 1032])  # by u, by a slope, by products in Gluon alone
+def test_more_tiles_than_programs(D):
+    inputs = draw(4, 4100, D, 520, D)
+    assert_as_accurate(keeping(feed_forward), reference.feed_forward, inputs, torch.bfloat16)
 
 
-def test_rows_that_the_copy_engine_does_not_take():
-    x, w_in, w_out = (t.half() for t in draw(2, 9, 16, 64, 16))
-    flat = x.new_zeros(x.numel() + 1)
-    off = flat[1:].view_as(x).copy_(x)
-    assert off.data_ptr() % 16
-    y = feed_forward(x, w_in, w_out)
-    torch.testing.assert_close(feed_forward(off, w_in, w_out), y, rtol=4e-3, atol=4e-3)
+@pytest.mark.parametrize("case", [CASES[1], WIDE], ids=str)
+def test_rows_that_the_copy_engine_does_not_take(case):
+    x, w_in, w_out = (t.half() for t in draw(*case))
+
+    def off(t):
+        flat = t.new_zeros(t.numel() + 1)
+        moved = flat[1:].view_as(t).copy_(t)
+        assert moved.data_ptr() % 16
+        return moved
+
+    def run(x, w_in, w_out, move):
+        x = x.detach().requires_grad_()
+        y = feed_forward(x, w_in, w_out, keep_slope=True)
+        return y.detach(), torch.autograd.grad(y, x, move(torch.ones_like(y)))[0]
+
+    moved = run(*map(off, (x, w_in, w_out)), off)
+    for ours, theirs in zip(moved, run(x, w_in, w_out, lambda t: t), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -156,8 +207,9 @@ def test_compiles_whole():
 def test_opcheck():
     x, w_in, w_out = draw(2, 5, 8, 32, 8)
     forward, backward = torch.ops.shtx.feed_forward, torch.ops.shtx.feed_forward_bwd
-    torch.library.opcheck(forward.default, (x, w_in, w_out))
-    y, u = forward(x, w_in, w_out)
+    torch.library.opcheck(forward.default, (x, w_in, w_out, False))
+    torch.library.opcheck(forward.default, (*(t.bfloat16() for t in draw(*WIDE)), True))
+    y, u = forward(x, w_in, w_out, False)
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(backward.default, (y, x, u, w_in, w_out, *needs))
 

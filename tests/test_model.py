@@ -11,6 +11,7 @@ from helpers import DEVICE, DTYPES
 from torch._dynamo.testing import CompileCounter
 
 from shtx import HierarchicalTransformer, Level, ops
+from shtx_kernels._target import capability
 
 OPTIONS = dict(
     num_tokens=31,
@@ -139,6 +140,40 @@ def test_checkpointing_keeps_no_more_of_a_block_than_what_enters_it():
             kept[checkpointing, depth] = sum(sizes.values())
     entering = 2 * 2 * 32 * 32  # the stream and its branch, (B, N, D) each
     assert kept[True, 2] - kept[True, 1] <= entering < (kept[False, 2] - kept[False, 1]) / 5
+
+
+@pytest.mark.parametrize("share, layers", [(0, 0), (0.4, 1), (0.7, 2), (1, 3)])
+def test_a_share_of_the_layers_keeps_slopes(share, layers):
+    model = build(depth=3)
+    model.kept_slopes = share
+    keeps = [[block.ff.keeps_slope for block in blocks] for blocks in copy.deepcopy(model).layers]
+    assert keeps == [[True] * 2] * layers + [[False] * 2] * (3 - layers)
+    assert model.kept_slopes == share
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_kept_slopes_are_a_share(share):
+    with pytest.raises(ValueError, match=f"kept_slopes must be at (least 0|most 1).*, got {share}"):
+        build(depth=1).kept_slopes = share
+
+
+@pytest.mark.skipif(
+    capability(torch.device(DEVICE)) != 90, reason="elsewhere slopes are not kept, whatever is set"
+)
+def test_kept_slopes_take_memory_and_change_no_loss():
+    wide, losses, kept = dict(dim=512, ff_mult=1 / 16), [], []
+    for share in (0, 0.5, 1):
+        model = build(OPTIONS | ONE_LEVEL | wide, impl="fused")
+        model.kept_slopes = share
+        sizes = {}
+        pack = lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.nbytes}) or t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                losses.append(model(draw(17), return_loss=True)[0].item())
+        kept.append(sum(sizes.values()))
+    slope = 2 * 16 * 32 * 2  # bytes of (B, N, F)
+    assert [more - kept[0] for more in kept] == [0, slope, 2 * slope]
+    assert losses[1:] == losses[:1] * 2
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="ids are checked on a CPU, or in checked mode")

@@ -122,6 +122,10 @@ def checkpoint_blocks(step):
     step.model.checkpointing = True
 
 
+def keep_no_slopes(step):
+    step.model.kept_slopes = 0
+
+
 def allow_tf32(step):
     torch.set_float32_matmul_precision("high")
 
@@ -161,7 +165,7 @@ def leave_merges_out(step):
 
 CHANGES = [
     *(checkpoint_blocks, change_weight_decay, change_weight_of_a_loss, freeze, move_parameters),
-    *(load_from_a_file, allow_tf32, clip, split, use_autocast, evaluate_a_block),
+    *(load_from_a_file, keep_no_slopes, allow_tf32, clip, split, use_autocast, evaluate_a_block),
     *(change_an_option, edit_a_buffer, replace_a_forward, leave_merges_out),
 ]
 

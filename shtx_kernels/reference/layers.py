@@ -13,8 +13,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """gelu(x @ w_in^T) @ w_out^T for x (B, M, D), w_in (F, D), w_out (D_out, F)."""
+def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor, *, keep_slope: bool = False) -> Tensor:
+    """gelu(x @ w_in^T) @ w_out^T for x (B, M, D), w_in (F, D), w_out (D_out, F).
+
+    keep_slope: of no effect on results.
+    """
     return F.linear(F.gelu(F.linear(x, w_in)), w_out)
 
 

@@ -417,6 +417,7 @@ TESTS = {
     "shtx/loading.py": "test_loading",
     "shtx_kernels/_cross_entropy.py": "test_linear_cross_entropy test_reconstruction_loss",
     "shtx_kernels/_gelu.py": "test_feed_forward test_next_latent_loss",
+    "shtx_kernels/_gelu_hopper.py": "test_gelu_hopper",
     "shtx_kernels/_one_hot.py": "test_token_embedding test_causal_compress test_chunk_summary",
     "shtx_kernels/norm_token_shift.py": "test_norm_token_shift",
     "shtx_kernels/token_embedding.py": "test_token_embedding",
