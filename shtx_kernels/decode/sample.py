@@ -110,13 +110,13 @@ def threshold(
 
 
 @triton.jit
-def score_of(key, offs, noise_ptr, least, top, temperature, GREEDY: tl.constexpr):
+def score_of(key, offs, noise_ptr, least, top, temperature, V: tl.constexpr, GREEDY: tl.constexpr):
     """What a kept id is chosen for, -inf for any other."""
-    x, kept = number(key), key >= least
+    x = number(key)
     if not GREEDY:
-        e = tl.load(noise_ptr + offs, mask=kept, other=1.0)
+        e = tl.load(noise_ptr + offs, mask=offs < V, other=1.0)
         x = (x - top) / temperature - tl.log(tl.maximum(e, 1e-20))
-    return tl.where(kept, x, float("-inf"))
+    return tl.where(key >= least, x, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["top_k"])
@@ -157,11 +157,11 @@ def _sample_kernel(
     offs = tl.arange(0, BLOCK)
     for i in tl.static_range(TILES):
         at = i * BLOCK + offs
-        score = score_of(held[i], at, noise_ptr, least, top, temperature, GREEDY)
+        score = score_of(held[i], at, noise_ptr, least, top, temperature, V, GREEDY)
         ids, best = tl.where(score > best, at, ids), tl.maximum(best, score)
     for v in range(TILES * BLOCK, V, BLOCK):
         more = keys_at(logits_ptr, v, V, BLOCK)
-        score = score_of(more, v + offs, noise_ptr, least, top, temperature, GREEDY)
+        score = score_of(more, v + offs, noise_ptr, least, top, temperature, V, GREEDY)
         ids, best = tl.where(score > best, v + offs, ids), tl.maximum(best, score)
     ids = tl.where(best == tl.max(best, axis=0), ids, V - 1)
     tl.store(out_ptr + b, tl.min(ids, axis=0))
