@@ -37,13 +37,13 @@ def keys_at(logits_ptr, first, V: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of logits as ordered integers."""
     offs = first + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
-    return tl.where(offs < V, ordered(x), NONE)
+    return tl.where(offs < V, ordered(x + 0.0), NONE)  # -0 is as good as 0
 
 
 @triton.jit
-def weigh(key, least, top, temperature):
-    """What logits count in a nucleus, in proportion to their probabilities; 0 below `least`."""
-    return tl.where(key >= least, tl.exp((number(key) - top) / temperature), 0.0)
+def weigh(key, least, top, scale):
+    """Numbers in proportion to the probabilities of logits; 0 below `least`."""
+    return tl.where(key >= least, tl.exp((number(key) - top) * scale), 0.0)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def between(low, high, step):
 
 @triton.jit
 def reach(
-    held, weights, logits_ptr, key, least, top, temperature,
+    held, weights, logits_ptr, key, least, top, scale,
     V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many logits reach a key, and what they count: with MASS what they weigh, else one."""
@@ -72,7 +72,7 @@ def reach(
         more = keys_at(logits_ptr, v, V, BLOCK)
         count += (more >= key).to(tl.int32)
         if MASS:
-            mass += tl.where(more >= key, weigh(more, least, top, temperature), 0.0)
+            mass += tl.where(more >= key, weigh(more, least, top, scale), 0.0)
     if MASS:
         return tl.split(tl.sum(tl.join(count.to(tl.float32), mass), axis=0))
     else:
@@ -82,7 +82,7 @@ def reach(
 
 @triton.jit
 def threshold(
-    held, weights, logits_ptr, low, high, share, temperature,
+    held, weights, logits_ptr, low, high, share, scale,
     V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A key for which the logits from it on count as much as is wanted, or more: the greatest such
@@ -92,13 +92,13 @@ def threshold(
     they weigh.
     """
     least, top, end = low, number(high), high + 1
-    count, mass = reach(held, weights, logits_ptr, low, least, top, temperature, V, MASS, BLOCK)
+    count, mass = reach(held, weights, logits_ptr, low, least, top, scale, V, MASS, BLOCK)
     wanted = share * mass if MASS else share.to(tl.float32)
     beyond, step = tl.zeros([], tl.float32), 0
     middle = between(low, end, step)
     while (middle != low) & (count - beyond > 1) & (mass > wanted):
         number_of, weight = reach(
-            held, weights, logits_ptr, middle, least, top, temperature, V, MASS, BLOCK
+            held, weights, logits_ptr, middle, least, top, scale, V, MASS, BLOCK
         )
         enough = weight >= wanted
         low, end = tl.where(enough, middle, low), tl.where(enough, end, middle)
@@ -110,18 +110,17 @@ def threshold(
 
 
 @triton.jit
-def score_of(key, offs, noise_ptr, least, top, temperature, V: tl.constexpr, GREEDY: tl.constexpr):
-    """What a kept id is chosen for, -inf for any other."""
-    x = number(key)
+def score_of(key, offs, noise_ptr, least, top, scale, V: tl.constexpr, GREEDY: tl.constexpr):
+    """What an id is chosen for, 0 if it is not kept."""
+    score = weigh(key, least, top, scale)
     if not GREEDY:
-        e = tl.load(noise_ptr + offs, mask=offs < V, other=1.0)
-        x = (x - top) / temperature - tl.log(tl.maximum(e, 1e-20))
-    return tl.where(key >= least, x, float("-inf"))
+        score /= tl.maximum(tl.load(noise_ptr + offs, mask=offs < V, other=1.0), 1e-20)
+    return score
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def _sample_kernel(
-    position_ptr, logits_ptr, noise_ptr, out_ptr, stride_l, temperature, top_k, top_p,
+    position_ptr, logits_ptr, noise_ptr, out_ptr, stride_l, scale, top_k, top_p,
     RING: tl.constexpr, V: tl.constexpr, BEST: tl.constexpr, NUCLEUS: tl.constexpr,
     GREEDY: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -144,24 +143,22 @@ def _sample_kernel(
     high, least = tl.max(highest, axis=0), tl.min(lowest, axis=0)
     top = number(high)
     if BEST:
-        least = threshold(
-            held, weights, logits_ptr, least, high, top_k, temperature, V, False, BLOCK
-        )
+        least = threshold(held, weights, logits_ptr, least, high, top_k, scale, V, False, BLOCK)
     if NUCLEUS:
         for i in tl.static_range(TILES):
-            weights = weights + (weigh(held[i], least, top, temperature),)
-        least = threshold(
-            held, weights, logits_ptr, least, high, top_p, temperature, V, True, BLOCK
-        )
-    best, ids = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+            weights = weights + (weigh(held[i], least, top, scale),)
+        least = threshold(held, weights, logits_ptr, least, high, top_p, scale, V, True, BLOCK)
+    if GREEDY:
+        least = high
+    best, ids = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     offs = tl.arange(0, BLOCK)
     for i in tl.static_range(TILES):
         at = i * BLOCK + offs
-        score = score_of(held[i], at, noise_ptr, least, top, temperature, V, GREEDY)
+        score = score_of(held[i], at, noise_ptr, least, top, scale, V, GREEDY)
         ids, best = tl.where(score > best, at, ids), tl.maximum(best, score)
     for v in range(TILES * BLOCK, V, BLOCK):
         more = keys_at(logits_ptr, v, V, BLOCK)
-        score = score_of(more, v + offs, noise_ptr, least, top, temperature, V, GREEDY)
+        score = score_of(more, v + offs, noise_ptr, least, top, scale, V, GREEDY)
         ids, best = tl.where(score > best, v + offs, ids), tl.maximum(best, score)
     ids = tl.where(best == tl.max(best, axis=0), ids, V - 1)
     tl.store(out_ptr + b, tl.min(ids, axis=0))
@@ -198,7 +195,7 @@ def sample(
     greedy, BLOCK = temperature == 0, min(BLOCK_V, next_power_of_2(V))
     launch(
         _sample_kernel, (B,),
-        position, logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
+        position, logits, noise, out, logits.stride(0), 1 / max(temperature, 1e-10), top_k,
         float(top_p), RING=rings_of([noise]), V=V, BEST=top_k < V and not greedy,
         NUCLEUS=top_p < 1 and not greedy, GREEDY=greedy,
         TILES=min(HELD, cdiv(V, BLOCK)), BLOCK=BLOCK, num_warps=4 if V <= 1024 else 16,
