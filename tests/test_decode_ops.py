@@ -227,6 +227,25 @@ def test_sample_of_equal_logits_keeps_all():
         assert torch.equal(ids, noise.argmin(-1))
 
 
+def long_rows(V):
+    """Logits for which it is hard to tell the best from the rest."""
+    x = torch.randn(V)
+    yield torch.zeros(V)
+    yield x.sign()  # half of them are best
+    yield torch.where(torch.arange(V) % 3 == 0, x, float("-inf"))
+    yield x * 10.0 ** torch.randint(-30, 30, (V,))
+    yield -x.abs() - 100
+    yield torch.where(torch.arange(V) < 3, x + 50, x)  # three are far from all others
+
+
+@pytest.mark.parametrize("options", [(1.0, 4, 1.0), (0.7, 600, 0.6)], ids=str)
+def test_sample_of_long_rows(options):
+    torch.manual_seed(0)
+    logits = torch.stack(list(long_rows(5000))).to(DEVICE)
+    noise = torch.empty_like(logits).exponential_()
+    assert sampled(FUSED, logits, noise, *options) == sampled(REFERENCE, logits, noise, *options)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
 def test_in_a_graph():

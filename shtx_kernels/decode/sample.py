@@ -4,17 +4,19 @@
 
 The kept ids are those whose logits reach a threshold. Floats are ordered as the integers of their
 bits are, so bisection finds the k-th best logit, or the one where probabilities reach top_p,
-without sorting. A program has one row, whose first BLOCK logits stay in registers.
+without sorting. A program has one row, whose first tiles stay in registers.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch, next_power_of_2
+from ..launch import cdiv, launch, next_power_of_2
 from ._device import rings_of, row_of
 
-BLOCK_V = 32768  # 8192, of which 20000 are three, takes 90 us on an H200
+# Logits of a tile, and tiles in registers. More of them, and what they weigh, need local memory.
+BLOCK_V, HELD = 4096, 5
+NONE = tl.constexpr(-(2**31))  # in place of a logit, below all others
 
 
 @triton.jit
@@ -25,78 +27,141 @@ def ordered(x):
 
 
 @triton.jit
-def weigh(logits_ptr, offs, V: tl.constexpr, top, temperature, least, MASS: tl.constexpr):
-    """Logits as ordered integers, and how much each counts: with MASS in proportion to its
-    probability, else one; nothing below `least`.
+def number(key):
+    """The fp32 number of an integer that `ordered` gives."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys_at(logits_ptr, first, V: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of logits as ordered integers."""
+    offs = first + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
+    return tl.where(offs < V, ordered(x + 0.0), NONE)  # -0 is as good as 0
+
+
+@triton.jit
+def weigh(key, least, top, scale):
+    """Numbers in proportion to the probabilities of logits; 0 below `least`."""
+    return tl.where(key >= least, tl.exp((number(key) - top) * scale), 0.0)
+
+
+@triton.jit
+def between(low, high, step):
+    """A key between two; `low` if there is none. Every other time it is in the middle of the
+    numbers, which logits are spread over more evenly than over their bits; that of the integers
+    always ends.
     """
-    x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
-    key = ordered(x)
-    weight = tl.exp((x - top) / temperature) if MASS else tl.full(x.shape, 1.0, tl.float32)
-    return key, tl.where((offs < V) & (key >= least), weight, 0.0)
+    middle = (low & high) + ((low ^ high) >> 1)
+    key = ordered(0.5 * number(low) + 0.5 * number(high))
+    return tl.where((step % 2 == 0) & (key > low) & (key < high), key, middle)
+
+
+@triton.jit
+def reach(
+    held, weights, logits_ptr, key, least, top, scale,
+    V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many logits reach a key, and what they count: with MASS what they weigh, else one."""
+    count, mass = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(len(held)):
+        count += (held[i] >= key).to(tl.int32)
+        if MASS:
+            mass += tl.where(held[i] >= key, weights[i], 0.0)
+    for v in range(len(held) * BLOCK, V, BLOCK):
+        more = keys_at(logits_ptr, v, V, BLOCK)
+        count += (more >= key).to(tl.int32)
+        if MASS:
+            mass += tl.where(more >= key, weigh(more, least, top, scale), 0.0)
+    if MASS:
+        return tl.split(tl.sum(tl.join(count.to(tl.float32), mass), axis=0))
+    else:
+        total = tl.sum(count, axis=0).to(tl.float32)
+        return total, total
 
 
 @triton.jit
 def threshold(
-    logits_ptr, top, bottom, temperature, least, wanted,
+    held, weights, logits_ptr, low, high, share, scale,
     V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A key for which the logits from it on count as `wanted` or more: the greatest such key, or
-    one for which they count exactly as much.
+    """A key for which the logits from it on count as much as is wanted, or more: the greatest such
+    key, or one from which on no other logits are.
+
+    Logits are from `low` up to `high`. Wanted are `share` of them; with MASS, this part of what
+    they weigh.
     """
-    low, high = tl.maximum(ordered(bottom), least).to(tl.int64), ordered(top).to(tl.int64) + 1
-    key, weight = weigh(logits_ptr, tl.arange(0, BLOCK), V, top, temperature, least, MASS)
-    while high - low > 1:
-        middle = (low + high) // 2
-        reached = tl.sum(tl.where(key >= middle, weight, 0.0), axis=0)
-        for v in range(BLOCK, V, BLOCK):
-            offs = v + tl.arange(0, BLOCK)
-            more, counts = weigh(logits_ptr, offs, V, top, temperature, least, MASS)
-            reached += tl.sum(tl.where(more >= middle, counts, 0.0), axis=0)
-        low = tl.where(reached >= wanted, middle, low)
-        high = tl.where(reached > wanted, high, middle)  # the end, where they are equal
-    return low.to(tl.int32)
+    least, top, end = low, number(high), high + 1
+    count, mass = reach(held, weights, logits_ptr, low, least, top, scale, V, MASS, BLOCK)
+    wanted = share * mass if MASS else share.to(tl.float32)
+    beyond, step = tl.zeros([], tl.float32), 0
+    middle = between(low, end, step)
+    while (middle != low) & (count - beyond > 1) & (mass > wanted):
+        number_of, weight = reach(
+            held, weights, logits_ptr, middle, least, top, scale, V, MASS, BLOCK
+        )
+        enough = weight >= wanted
+        low, end = tl.where(enough, middle, low), tl.where(enough, end, middle)
+        mass = tl.where(enough, weight, mass)
+        count, beyond = tl.where(enough, number_of, count), tl.where(enough, beyond, number_of)
+        step += 1
+        middle = between(low, end, step)
+    return low
+
+
+@triton.jit
+def score_of(key, offs, noise_ptr, least, top, scale, V: tl.constexpr, GREEDY: tl.constexpr):
+    """What an id is chosen for, 0 if it is not kept."""
+    score = weigh(key, least, top, scale)
+    if not GREEDY:
+        score /= tl.maximum(tl.load(noise_ptr + offs, mask=offs < V, other=1.0), 1e-20)
+    return score
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def _sample_kernel(
-    position_ptr, logits_ptr, noise_ptr, out_ptr, stride_l, temperature, top_k, top_p,
+    position_ptr, logits_ptr, noise_ptr, out_ptr, stride_l, scale, top_k, top_p,
     RING: tl.constexpr, V: tl.constexpr, BEST: tl.constexpr, NUCLEUS: tl.constexpr,
-    GREEDY: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The id of one sequence."""
+    """The id of one sequence. The first TILES tiles are held."""
     b = tl.program_id(0).to(tl.int64)
     logits_ptr += b * stride_l
     noise_ptr = row_of(noise_ptr, b, tl.load(position_ptr + b), RING, 0)
-    top, bottom = tl.full([], float("-inf"), tl.float32), tl.full([], float("inf"), tl.float32)
-    for v in range(0, V, BLOCK):
-        offs = v + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, tl.max(x, axis=0))
-        bottom = tl.minimum(bottom, tl.min(tl.where(offs < V, x, float("inf")), axis=0))
-    least = ordered(bottom)
+    held, weights = (), ()
+    for i in tl.static_range(TILES):
+        held = held + (keys_at(logits_ptr, i * BLOCK, V, BLOCK),)
+    highest = held[0]
+    lowest = tl.where(held[0] == NONE, ~NONE, held[0])
+    for i in tl.static_range(1, TILES):
+        highest = tl.maximum(highest, held[i])
+        lowest = tl.minimum(lowest, tl.where(held[i] == NONE, ~NONE, held[i]))
+    for v in range(TILES * BLOCK, V, BLOCK):
+        more = keys_at(logits_ptr, v, V, BLOCK)
+        highest = tl.maximum(highest, more)
+        lowest = tl.minimum(lowest, tl.where(more == NONE, ~NONE, more))
+    high, least = tl.max(highest, axis=0), tl.min(lowest, axis=0)
+    top = number(high)
     if BEST:
-        least = threshold(logits_ptr, top, bottom, temperature, least, top_k, V, False, BLOCK)
+        least = threshold(held, weights, logits_ptr, least, high, top_k, scale, V, False, BLOCK)
     if NUCLEUS:
-        mass = tl.zeros([], tl.float32)
-        for v in range(0, V, BLOCK):
-            offs = v + tl.arange(0, BLOCK)
-            _, weight = weigh(logits_ptr, offs, V, top, temperature, least, True)
-            mass += tl.sum(weight, axis=0)
-        wanted = top_p * mass
-        least = threshold(logits_ptr, top, bottom, temperature, least, wanted, V, True, BLOCK)
-    best, choice = tl.full([], float("-inf"), tl.float32), tl.full([], 0, tl.int64)
-    for v in range(0, V, BLOCK):
-        offs = v + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
-        score = x
-        if not GREEDY:
-            e = tl.load(noise_ptr + offs, mask=offs < V, other=1.0)
-            score = (x - top) / temperature - tl.log(tl.maximum(e, 1e-20))
-        score = tl.where((offs < V) & (ordered(x) >= least), score, float("-inf"))
-        highest, where = tl.max(score, axis=0, return_indices=True)
-        choice = tl.where(highest > best, v + where, choice)
-        best = tl.maximum(best, highest)
-    tl.store(out_ptr + b, choice)
+        for i in tl.static_range(TILES):
+            weights = weights + (weigh(held[i], least, top, scale),)
+        least = threshold(held, weights, logits_ptr, least, high, top_p, scale, V, True, BLOCK)
+    if GREEDY:
+        least = high
+    best, ids = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+    offs = tl.arange(0, BLOCK)
+    for i in tl.static_range(TILES):
+        at = i * BLOCK + offs
+        score = score_of(held[i], at, noise_ptr, least, top, scale, V, GREEDY)
+        ids, best = tl.where(score > best, at, ids), tl.maximum(best, score)
+    for v in range(TILES * BLOCK, V, BLOCK):
+        more = keys_at(logits_ptr, v, V, BLOCK)
+        score = score_of(more, v + offs, noise_ptr, least, top, scale, V, GREEDY)
+        ids, best = tl.where(score > best, v + offs, ids), tl.maximum(best, score)
+    ids = tl.where(best == tl.max(best, axis=0), ids, V - 1)
+    tl.store(out_ptr + b, tl.min(ids, axis=0))
 
 
 def sample(
@@ -127,11 +192,11 @@ def sample(
     B, V = logits.shape
     if not B:
         return
-    greedy = temperature == 0
+    greedy, BLOCK = temperature == 0, min(BLOCK_V, next_power_of_2(V))
     launch(
         _sample_kernel, (B,),
-        position, logits, noise, out, logits.stride(0), max(float(temperature), 1e-10), top_k,
+        position, logits, noise, out, logits.stride(0), 1 / max(temperature, 1e-10), top_k,
         float(top_p), RING=rings_of([noise]), V=V, BEST=top_k < V and not greedy,
         NUCLEUS=top_p < 1 and not greedy, GREEDY=greedy,
-        BLOCK=min(BLOCK_V, next_power_of_2(V)), num_warps=4 if V <= 1024 else 16,
+        TILES=min(HELD, cdiv(V, BLOCK)), BLOCK=BLOCK, num_warps=4 if V <= 1024 else 16,
     )  # fmt: skip
