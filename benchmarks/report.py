@@ -131,7 +131,7 @@ def measured(results: dict) -> dict[str, list[dict]]:
 
 
 def reasons(rows: list[dict]) -> str:
-    """Why rows have no times, as a list."""
+    """List the rows that have no times, each with the reason."""
     return "\n".join(
         " ".join(["-", *filter(None, key(row)[1:])]) + f": {row['error']}"
         for row in rows

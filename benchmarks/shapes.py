@@ -147,7 +147,7 @@ def products(config: Config, folded: bool = False) -> list[Product]:
 
 
 def foldable(config: Config) -> bool:
-    """Whether the table of `products` has far fewer rows than what it replaces."""
+    """Return whether the table of `products` has far fewer rows than the product it replaces."""
     return config.model["num_tokens"] <= 256
 
 

@@ -88,7 +88,7 @@ def is_compiled(module: Module) -> bool:
 
 
 def changes_of(tensor: Tensor) -> int:
-    """How often a tensor was written to in place. Inference tensors do not count: an error."""
+    """Return how often a tensor was written to in place. For inference tensors PyTorch raises."""
     return tensor._version
 
 

@@ -1,4 +1,4 @@
-"""How a forward runs: by which ops, and which modules it has to call.
+"""Plans a forward: the ops that it runs, and the modules that it has to call.
 
 Layers hand the weights of their modules to ops, which do in one pass what the modules would do in
 several. That is right only while a module is *plain*: of the type that its layer made, with the
@@ -98,7 +98,7 @@ def descendants(layer: Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 
 class Found(NamedTuple):
-    """What looking at a tree of modules has found."""
+    """The result of looking at a tree of modules."""
 
     called: dict[Module, str]  # with the reason
     sharded: dict[Layer, str]  # by FSDP2, and nothing else: called, too, but with the plan
@@ -196,7 +196,7 @@ Take = Callable[[tuple[int, int, str], Tensor], None]
 
 
 class Plan:
-    """How a forward runs.
+    """The plan of one forward.
 
     Attributes:
         ops: what layers call.

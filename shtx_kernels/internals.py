@@ -57,14 +57,16 @@ _top_hooks = find("_C._autograd._top_saved_tensors_default_hooks", lambda ignore
 
 
 def is_recorded() -> bool:
-    """Whether a profiler or a tracer writes down what the dispatcher is called for. Otherwise: it
-    may, so that ops go through the dispatcher.
+    """Return whether a profiler or a tracer writes down the dispatcher's calls. On other versions
+    it may, so that ops go through the dispatcher.
     """
     return _is_profiled() or _tracing_state() is not None
 
 
 def packs_saved_tensors(ignore_tracing: bool) -> bool:
-    """Whether hooks take what a forward saves, as those of checkpoints do. Otherwise: they may."""
+    """Return whether hooks take what a forward saves, as those of checkpoints do. On other versions
+    they may.
+    """
     return _top_hooks(ignore_tracing) is not None
 
 
@@ -117,7 +119,7 @@ def flash_attention_backward(
 
 
 def launches_are_known() -> bool:
-    """Whether Triton's launches are known to end as `launch.Kernel` has them end. Otherwise:
+    """Return whether Triton's launches are known to end as `launch.Kernel` has them end. If not,
     Triton launches all kernels itself.
     """
     if active_mode is None or torch.version.hip is not None:
@@ -126,7 +128,7 @@ def launches_are_known() -> bool:
 
 
 def is_watched(kernel) -> bool:
-    """Whether somebody is to see the launches of a kernel, or compiles it in another thread."""
+    """Return whether a hook sees the launches of a kernel, or another thread compiles it."""
     if active_mode.get() is not None or kernel.pre_run_hooks:
         return True
     hooks = triton.knobs.runtime
@@ -137,16 +139,16 @@ def is_watched(kernel) -> bool:
 
 
 def parameters_of(kernel) -> tuple[list[bool], list[str]]:
-    """Whether a kernel is compiled for the value of each of its tensors and numbers, and the names
-    of its constants.
+    """Return, for each tensor and number of a kernel, whether it is compiled for the value, and the
+    names of its constants.
     """
     special = [not p.do_not_specialize for p in kernel.params if not p.is_constexpr]
     return special, [p.name for p in kernel.params if p.is_constexpr]
 
 
 def launcher_of(compiled) -> tuple[Callable, tuple, bool]:
-    """What launches a compiled kernel, what that takes between the stream and the kernel's
-    arguments, and whether it takes those arguments as one tuple.
+    """Return the function that launches a compiled kernel, what it takes between the stream and the
+    kernel's arguments, and whether it takes those arguments as one tuple.
 
     It is what Triton's launcher calls in the end, or that launcher itself where a launch has to
     allocate memory first.

@@ -82,7 +82,7 @@ def test_gradcheck(case, path):
 
 @pytest.mark.parametrize("ids", [[[0] * 12], [[4] * 12], [[0, 4] * 6]], ids=str)
 def test_one_id_alone_and_ids_that_never_occur(ids, path):
-    """Of five ids: gradients of the others are zero, to the bit."""
+    """One or two of five ids occur: gradients of the others are zero, to the bit."""
     _, weights = draw(*CASES[0])
     weights = [t.double() for t in weights]
     ids = torch.tensor(ids, device=DEVICE)
@@ -184,7 +184,7 @@ def test_more_than_2_31_elements(table, monkeypatch):
 
 
 def test_the_way_is_of_the_shape():
-    """As in the benchmark configurations: bytes take the table, words do not."""
+    """Bytes take the table in the benchmarks' configurations, and words do not."""
     for level_tokens, D in [(32 * 1024, 1024), (32 * 128, 1024), (8 * 2048, 1024), (16384, 512)]:
         assert uses_table(256, D, level_tokens)
     assert not uses_table(20_000, 512, 4 * 2048)

@@ -440,7 +440,7 @@ def test_sizes_of_the_pages():
 
 @pytest.mark.parametrize("path", files("decode"), ids=name)
 def test_functions_on_a_device_have_few_parameters(path):
-    """What they are compiled for is told by the fields of LEVELS."""
+    """The fields of LEVELS tell what they are compiled for."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             assert len(node.args.args) < 16, node.name

@@ -195,7 +195,7 @@ def sampled(impl, logits, noise, *options):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sample_takes_the_first_of_the_best(temperature):
-    """Of ids that are as good as each other, in one block or in different ones."""
+    """Several ids are as good as each other, in one tile or in different ones."""
     best = [[3, 9, 39_999], [5, 32_768], [32_767, 32_768], [40, 35_000, 35_001]]
     logits = torch.randn(4, 40_000, device=DEVICE).clamp(max=4)
     for row, ids in enumerate(best):
@@ -206,7 +206,7 @@ def test_sample_takes_the_first_of_the_best(temperature):
 
 
 def test_sample_where_noise_is_zero():
-    """As if it were tiny: the most likely of those ids, and never one that is not kept."""
+    """It counts as tiny: the most likely of those ids wins, and never one that is not kept."""
     logits = torch.tensor([[1.0, 4.0, 3.0, 5.0, 2.0]] * 3, device=DEVICE)
     noise = torch.ones_like(logits)
     noise[0, [1, 2]] = noise[1] = 0.0

@@ -32,7 +32,7 @@ def described(capsys, *arguments):
 
 
 def entropy(content, order):
-    """By the definition, in another way: of pairs of a context and what follows it."""
+    """Compute it by the definition: from the counts of contexts and of what follows them."""
     grams = Counter(content[i : i + order + 1] for i in range(len(content) - order))
     contexts = Counter()
     for gram, count in grams.items():

@@ -52,7 +52,7 @@ def test_no_token_with_a_successor(B, M):
 
 
 def test_rows_shorter_than_the_clamp():
-    """As F.normalize: their gradient is that of a division by 1e-12."""
+    """Their gradient is that of a division by 1e-12, as F.normalize has it."""
     h, weight, bias = draw(2, 6, 8)
     h[0, 2] = 0
     h[1, 3] *= 1e-14

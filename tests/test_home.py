@@ -55,7 +55,7 @@ def test_lock_is_of_one(tmp_path):
 
 
 def test_one_of_many_that_start_together(tmp_path):
-    """And the lock of a process that is killed is free."""
+    """One gets the lock, and it is free once that one is killed."""
     for _ in range(5):
         read, write = os.pipe()
         starters = []
@@ -103,7 +103,7 @@ def test_a_run_that_is_trained_is_left_alone(text, run, tmp_path, capsys, argume
 
 
 def test_lock_that_was_removed_before_it_was_held(tmp_path, monkeypatch):
-    """As a process does that fails while another one starts."""
+    """A process that fails removes it while another one starts."""
     flock, removed = fcntl.flock, []
 
     def remove_and_lock(*args):

@@ -81,7 +81,7 @@ def test_what_is_left_out(build, ignore_index):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_sums_of_unequal_counts_add_up(build):
-    """And so do the micro-batches of a step."""
+    """The micro-batches of a step add up, too."""
     model, ids = build(), draw(0)
     labels = masked(ids)
     whole, counts = model(ids, labels=labels, loss_reduction="sum")

@@ -171,7 +171,7 @@ def test_positions_of_half_precision():
 
 
 def test_a_tool_on_rotary_is_called():
-    """By the interface that upstream's module has, with the numbers of the op."""
+    """It is called as upstream's module is, and the numbers are the op's."""
     model, calls = build(), []
     expected = model(draw())
     rotary = model.layers[0][1].attn.rotary_emb

@@ -65,7 +65,7 @@ def test_matches_reference_in_fp64(case, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
-    """Of all but h, which stands for targets, too, that have no gradient."""
+    """All inputs but h are checked: h stands for targets, too, which have no gradient."""
     inputs, call, _ = draw(2, 5, 4, 1, (3,), 1.0, kind)
     h, *others = (t.double().requires_grad_() for t in inputs)
     fn = lambda *others: call(next_latent_loss, h.detach(), *others)[0]
@@ -95,7 +95,7 @@ def test_no_token_with_so_many_after_it(B, M, R, widths):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_zero_or_foretold_exactly(kind):
-    """As F.cosine_similarity clamps lengths: a gradient of nothing is none."""
+    """A row of zeros has a gradient of zero, as F.cosine_similarity clamps lengths."""
     inputs, call, _ = draw(2, 6, 8, 2, (8,), 1.0, kind)
     inputs[0][0, 2] = 0
     inputs[0][1, 3] *= 1e-12
@@ -178,7 +178,7 @@ def test_autocast_narrows_products_alone(R, low, h_dtype):
 
 
 class Shapes(TorchDispatchMode):
-    """Of all that operators return."""
+    """Notes the shapes of all tensors that operators return."""
 
     def __init__(self):
         super().__init__()

@@ -55,7 +55,7 @@ def test_matches_reference(shape, dtype, norm, branch, dilation):
 
 @pytest.mark.parametrize("low", [t for t in DTYPES if t != torch.float32], ids=str)
 def test_fp32_stream_with_low_precision_branch_and_output(low):
-    """What autocast makes of a block: the stream stays fp32, what goes to the products does not."""
+    """Autocast makes a block so: the stream stays fp32, the factors of products do not."""
 
     def mixed(op):
         def fn(x, gamma, branch):

@@ -45,7 +45,7 @@ def draw(rank, batch=2):
 
 
 def uneven(rank, batch=4):
-    """On the first rank hardly a label counts."""
+    """Return ids of which hardly a label counts on the first rank."""
     ids = draw(rank, batch)
     if rank == 0:
         ids[:, 3:] = 0
@@ -221,7 +221,7 @@ def micro_batches_are_summed_once(rank):
 
 
 class Branches(nn.Module):
-    """Of which each rank runs what it is asked to."""
+    """A module with parts, of which each rank runs those that it is asked to."""
 
     def __init__(self):
         super().__init__()
@@ -576,7 +576,7 @@ def fsdp_may_have_gone_forward_before(rank):
 
 
 def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **options):
-    """What thirty steps come to: the last loss, and the weights of both ranks."""
+    """Take thirty steps; return the last loss, and the weights of both ranks."""
     model = build(seed=rank, impl="fused").cuda()
     options = dict(grad_clip=0.5, accumulate=accumulate) | options
     step = TrainStep(wrap(model), optimizers(model), **options)

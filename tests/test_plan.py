@@ -118,7 +118,7 @@ def test_a_plain_model_calls_nothing(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_module_runs_its_hooks(impl):
-    """With the inputs and outputs of upstream's: of the same shapes, values and gradients."""
+    """Their inputs and outputs are upstream's: the same shapes, values and gradients."""
     seen = {}
     ours, theirs = pair(impl, **NARROW_FIRST)
     for who, model in (("ours", ours), ("theirs", theirs)):
@@ -353,7 +353,7 @@ def test_the_buffers_of_a_rotation_that_was_replaced_count():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_buffers_of_rotations_that_were_edited(impl):
-    """In place, or by another; what moves or rounds a model is no edit."""
+    """They are edited in place or replaced; moving or rounding a model is no edit."""
     ours, theirs = pair(impl)
     for same in (copy.deepcopy(ours), copy.deepcopy(ours).bfloat16(), copy.deepcopy(ours).double()):
         assert not look(same).called

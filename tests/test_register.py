@@ -1,4 +1,4 @@
-"""What all ops are to PyTorch: to Inductor, to modes and profilers, on meta tensors."""
+"""All ops work in PyTorch's tools: in Inductor, under modes and profilers, on meta tensors."""
 
 import sys
 from unittest.mock import patch

@@ -136,7 +136,7 @@ def test_gradcheck_of_tiles(window, monkeypatch):
 
 
 def seen_by(case, t):
-    """Which tokens see token t, and which it sees: two masks [M]."""
+    """Return two masks [M]: the tokens that see token t, and those that it sees."""
     distance = torch.arange(case.M, device=DEVICE) - t
     window = case.M if case.window is None else case.window
     near = (distance % case.dilation == 0) & (distance.abs() <= window * case.dilation)
@@ -471,7 +471,7 @@ def test_factors_of_xpos_are_in_range_at_any_length():
 
 
 def test_reference_with_xpos_at_any_length():
-    """Where its factors leave the range of fp32; rows against the formula, which has distances."""
+    """Its factors leave the range of fp32; rows are compared with the formula by distances."""
     n = by_formula.MOST_FP32 + 2_500  # the last of its spans is a part of one
     qkv = draw(Case(1, n, 1, 2))
     with torch.no_grad():

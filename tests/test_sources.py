@@ -160,7 +160,7 @@ PACKED = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_members_are_documents(tmp_path, out, name):
-    """In the order of the archive, without the hidden ones."""
+    """They stand in the order of the archive, without the hidden ones."""
     (tmp_path / name).write_bytes(PACKED[name]({"z": A, ".x/y": b"hidden", "b": B, "c/d": b""}))
     with pytest.warns(UserWarning, match=f"{name}: hidden files are left out: 1"):
         corpus = prepared([tmp_path / name], out, separator=b"|")

@@ -66,7 +66,7 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("D_out", [None, 3])
 @pytest.mark.parametrize("ids", [[[0] * 12], [[4] * 12], [[4, 0] * 6]], ids=str)
 def test_one_id_alone_and_ids_that_never_occur(ids, D_out):
-    """Of five ids: gradients of the others are zero, to the bit."""
+    """One or two of five ids occur: gradients of the others are zero, to the bit."""
     _, weights = draw(1, 1, 5, 4, D_out)
     ids = torch.tensor(ids, device=DEVICE)
     ours, twin = (

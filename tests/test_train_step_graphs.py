@@ -200,7 +200,7 @@ def test_a_class_whose_forward_is_replaced(captured, monkeypatch):
 
 
 def test_hooks_run(captured):
-    """Of modules and of parameters, from the step after they were registered to their end."""
+    """Hooks of modules and of parameters run from the next step on, until they are removed."""
     model, seen = build(), []
     step, _ = graphed(model)
     note = lambda *args: seen.append(1)

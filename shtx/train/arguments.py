@@ -49,7 +49,7 @@ Examples:
 
 @dataclass(frozen=True)
 class Asked:
-    """What of the arguments decides where settings come from: seen before all of them are read."""
+    """The arguments that decide where settings come from. They are read before all others."""
 
     preset: str | None
     resume: Path | None
@@ -177,7 +177,9 @@ def read_settings(path: Path) -> dict:
 
 
 def _refuse_changes(run: Config, config: Config) -> None:
-    """What a resumed run may not change. Its data may have moved; what it is gets checked later."""
+    """Refuse settings that a resumed run may not change. Its data may have moved: its content is
+    checked later.
+    """
     if config.steps < run.steps:
         raise TrainError(f"--steps {config.steps} is less than the run's {run.steps}")
     for name in OTHERS.values():

@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
 
 
 def unit_of(options: Options, config: Config) -> Unit:
-    """What is scored, of which the run or what is beside the files tells the bytes."""
+    """Return the unit that is scored. The run or the file beside --data tells a token's bytes."""
     if config.tokens is None:
         return BYTE
     if options.words:
@@ -207,7 +207,7 @@ def unit_of(options: Options, config: Config) -> Unit:
 
 
 def count_words(data: Part) -> int:
-    """How many stretches without ASCII white space there are."""
+    """Count the stretches without ASCII white space."""
     count, in_word = 0, False
     for start in range(0, len(data), files.BLOCK):
         is_word = ~np.isin(data[start : start + files.BLOCK], np.frombuffer(SPACE, np.uint8))

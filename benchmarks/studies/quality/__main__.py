@@ -67,7 +67,7 @@ def measure(run: Run, corpora: Path, folder: Path, gpu: int | None, minutes: flo
 
 
 def row_of(run: Run, out: Path, scores: dict) -> dict:
-    """What a run has learnt, and from how much."""
+    """Return a row of results: the scores of a run, and how much time and data they took."""
     config = settings_of(peek(find(out)))
     with torch.device("meta"):
         model = config.model.kind(impl="reference", **config.model.arguments())
