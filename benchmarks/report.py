@@ -30,7 +30,7 @@ def read(path: Path) -> dict:
 
 
 def write(path: Path, text: str):
-    """Atomically: a run that is cut leaves the last whole file."""
+    """Write results atomically: a run that is cut leaves the last whole file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

@@ -29,7 +29,7 @@ from shtx.internals import (
 from shtx.ops import matmul_precision
 from shtx.plan import FORWARDS, OPTIONS, look
 
-# What stands in place of a graph. ONCE: the call ran eagerly, and is captured at its next turn.
+# These stand in place of a graph. ONCE: the call ran eagerly, and is captured at its next turn.
 # NEVER: its capture failed, so it stays eager.
 ONCE, NEVER = "once", "never"
 

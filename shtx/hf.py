@@ -284,7 +284,7 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
         default = lambda name: getattr(own, name, None)
         return {n: default(n) if (v := getattr(config, n, None)) is None else v for n in TAKEN}
 
-    # what transformers asks of a model
+    # the interface that transformers asks of a model
 
     def get_input_embeddings(self):
         return self.model.token_emb

@@ -32,7 +32,7 @@ from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
 ORDINARY = (Parameter, Tensor, type(None))
 CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # products read their weights in autocast's dtype
 
-# what else decides on the result of calling a module; layers add their own
+# attributes that decide on the result of calling a module, besides weights; layers add theirs
 OPTIONS = {
     nn.Linear: lambda m: parameters_of(m).get("bias") is None,
     nn.Embedding: lambda m: (m.padding_idx, m.max_norm, m.scale_grad_by_freq, m.sparse),
@@ -152,7 +152,7 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
     if (get := OPTIONS.get(kind)) is not None and get(module) != options:
         return f"has other options or buffers than it was made with: {module}"
     for name, p in state[PARAMETERS].items():
-        # what is sharded is whole once the module around it has been called
+        # a sharded weight is whole once the module around it has been called
         if type(p) not in ORDINARY and not is_sharded(p):
             return f"has a {name} that is a {type(p).__name__}"
     if "weight" in state:

@@ -416,7 +416,7 @@ class TrainStep:
         graphs = self._graphs
         holds = graphs.hold(self._core, self._frozen())
         reason = graphs.structure.hooked()
-        # what one rank captures or replays, NCCL wants all to
+        # NCCL wants all ranks to capture or replay what one of them does
         if not self._ranks.same((holds, reason is None, labels is None, *ids.shape)):
             reason = (
                 "of the ranks some have ids of another shape, labels, another structure or hooks"

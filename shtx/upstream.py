@@ -15,7 +15,7 @@ from shtx.model import HierarchicalTransformer, Trunk
 from shtx.plan import HOOKS
 
 PACKAGE = "simple_hierarchical_transformer"
-# what scripts set after the model was made, and what its constructor does not ask for
+# attributes that scripts set after construction, and that the constructor does not take
 SET_LATER = (
     *("recon_loss_weight", "should_recon"),
     *("has_hierarchical_ar_loss", "need_hierarchical_merge"),

@@ -45,7 +45,7 @@ transforms_active = find("_C._are_functorch_transforms_active", unknown_transfor
 # Whether the backward that runs in this thread keeps its graph for another one. Otherwise: it may.
 keeps_graph = find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
-# How many modes see what the dispatcher is called for. Otherwise: ops always go through it.
+# Counts the modes that see the dispatcher's calls. Otherwise: ops always go through it.
 count_dispatch_modes = find("_C._len_torch_dispatch_stack", lambda: 1)
 
 # Copies each of a list of tensors in a few launches. Otherwise: one by one.

@@ -43,7 +43,7 @@ from benchmarks.bench_rotary_attention import Case
 from benchmarks.timing import DEVICE, DTYPE, check_agreement
 from shtx_kernels import reference
 
-# what is multiplied
+# the products that are counted
 
 
 @pytest.mark.parametrize("name", shapes.CONFIGS)
@@ -82,7 +82,7 @@ def test_the_bound_of_a_step_is_that_of_its_products_and_its_bytes():
         "narrow weights": 2 * parameters,
         "attention": 2 * (12 * 96 * 2 * 2 + 7 * 2 * seen[1] * 2 / 2.4),
         "norms": 2 * 2 * 6 * (96 * 4 + 48 * 16),
-        "GELU": 2 * 2 * (2 * 96 * (4 + 2 * 4) - 2 * 96 * 4 * 4 / 2.4),  # of the narrow level
+        "GELU": 2 * 2 * (2 * 96 * (4 + 2 * 4) - 2 * 96 * 4 * 4 / 2.4),  # the narrow level
         "merge": 2 * 6 * (96 * 4 + 48 * 16),
         "compress": 2 * 2 * 48 * 4 * 16,
         "losses": 2 * (96 * 8 + 48 * 4 * 8) + 6 * 2 * 48 * 16,
@@ -104,7 +104,7 @@ def test_pairs_are_those_that_attention_sees(tokens, window):
 
 
 def test_generation_reads_every_weight_it_multiplies_by():
-    """Without strides and tables, once a token; of embeddings a row a sequence."""
+    """A token reads each weight once without strides and tables, and one row of an embedding."""
     config = shapes.CONFIGS["A"]
     unused = ("token_emb", "to_recon", "to_hierarchical_preds")
     weights = [
@@ -350,7 +350,7 @@ def test_chunk_summary_of_levels_of_other_widths(monkeypatch, provider):
     tiny = shapes.SMALL["B"].model | dict(seq_len=32)
     monkeypatch.setattr(shapes, "configs", lambda device: {"B": shapes.Config(1, tiny)})
     row = row_of(bench_chunk_summary.bench_chunk_summary, config="B", provider=provider)
-    assert row["flops"] == 6 * 64 * 32 * (16 + 32 + 32) and row["ms"] > 0  # of three of four
+    assert row["flops"] == 6 * 64 * 32 * (16 + 32 + 32) and row["ms"] > 0  # three levels of four
 
 
 @pytest.mark.parametrize("provider", ["fused", "fused-without", "reference"])

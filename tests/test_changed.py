@@ -113,7 +113,7 @@ WIDE = ["layers.0.0 hierarchical_merges.0", "layers.0.1.ff layers.0.0.attn.to_ou
 @pytest.mark.parametrize("names", WIDE)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_modules_that_leave_autocast(impl, names):
-    """Whatever dtype they return, what is around them takes it."""
+    """The modules around them take whatever dtype they return."""
     losses = []
     for model in pair(impl):
         for name in names.split():

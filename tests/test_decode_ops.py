@@ -48,14 +48,14 @@ def projections(B):
 
 
 def turns(keys, E):
-    """Any rotation and decay by distance; none at all at 0."""
+    """Draw a rotation and decay for each distance; there is none at distance 0."""
     table = torch.randn(keys, 2, E // 2)
     table[0] = torch.tensor([[1.0], [0.0]])
     return table
 
 
 def attentions(B):
-    """Within a window, beyond the tokens there are, and in full."""
+    """Attention within a window, with a window beyond the tokens there are, and in full."""
     for (H, E, keys, dilation, stride), (h, e, n, a, s) in itertools.pairwise(
         [(2, 8, 4, 2, 1), (1, 6, 3, 1, 4), (3, 16, 80, 1, 1), (2, 8, 4, 2, 1)]
     ):
@@ -108,7 +108,7 @@ def run(op, name, positions, arguments, dtype):
     def copy(t):
         base = t if t._base is None else t._base
         wide = dtype if dtype == torch.float64 else torch.float32
-        # what sums or angles are kept in, is not narrowed
+        # tensors that keep sums or angles are not narrowed
         kept = name == "merge" and t.ndim == 2 and t.shape[-1] == 11
         to = wide if kept or (name == "attend" and t.ndim == 3 and t.shape[1] == 2) else dtype
         if id(base) not in copies:
@@ -230,7 +230,7 @@ def test_sample_of_equal_logits_keeps_all():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
 def test_in_a_graph():
-    """Launched ahead of each other, in a graph that advances by itself: each waits for the last."""
+    """Each op waits for the last, though launched before that ends, in a graph that repeats."""
     torch.manual_seed(0)
     x, w = torch.randn(1, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
     streams = [x.clone(), torch.zeros_like(x)]

@@ -56,9 +56,9 @@ def kept_ids(probabilities, draws=4000, **options):
         ({"top_p": 0.51}, [0, 2]),
         ({"top_p": 0.8}, [0, 1, 2]),
         ({"top_p": 1.0}, [0, 1, 2, 3]),
-        ({"top_p": 0.51, "temperature": 0.5}, [2]),  # of 0.73
+        ({"top_p": 0.51, "temperature": 0.5}, [2]),  # the best id has 0.73
         ({"top_p": 0.8, "temperature": 4.0}, [0, 1, 2, 3]),  # the best three have 0.79
-        ({"top_p": 0.6, "top_k": 2}, [2]),  # of 0.67
+        ({"top_p": 0.6, "top_k": 2}, [2]),  # the best id has 0.67
         ({"top_p": 0.7, "top_k": 2}, [0, 2]),
     ],
     ids=str,
@@ -88,7 +88,7 @@ def test_filter_thres_keeps_what_upstream_keeps(thres):
 
 
 def test_a_row_without_noise_is_its_best_id_at_any_temperature():
-    """Also where the softmax is one or zero in fp32, and where the noise rounds to zero."""
+    """This holds, too, where the softmax is one or zero in fp32 or the noise rounds to zero."""
     logits = torch.randn(3, 50, device=DEVICE) * 100
     noise = torch.ones_like(logits)
     for temperature in (1e-30, 1e-3, 1.0, 1e30):

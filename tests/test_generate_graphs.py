@@ -49,7 +49,7 @@ def captured(request, monkeypatch):
         kept.append(what)
         if request.param == "CUDA graphs":
             return capture(session, what, function)
-        # to record a step would be to take one
+        # recording a step would take it
         return SimpleNamespace(replay=function) if what == "step" else Tape(function)
 
     monkeypatch.setattr(Session, "_capture", note)

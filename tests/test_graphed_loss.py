@@ -298,7 +298,7 @@ def test_one_backward_and_no_gradients_of_it(captured):
 
 
 def test_a_loss_that_is_dropped_or_kept(captured):
-    """Without a backward: a new forward may have the memory, unless somebody may still come."""
+    """A new forward may have the memory, unless a backward may still come."""
     (model, optimizer), (other, other_optimizer) = both()
     plain(model, optimizer, [draw(0), draw(1)])
     plain(other, other_optimizer, [draw(0), draw(1)])
@@ -422,7 +422,7 @@ def test_a_capture_that_fails_leaves_the_loop_eager(captured, monkeypatch):
 
 
 def test_a_weight_that_is_out_of_sight(captured):
-    """Within a closure, say: a graph would lose its gradient."""
+    """A closure may hold it, say: a graph would lose its gradient."""
     ours, theirs = both()
     for model, _ in (ours, theirs):
         weight = model.token_emb.weight

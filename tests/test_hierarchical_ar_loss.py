@@ -91,7 +91,7 @@ def test_strided_inputs():
     plain = hierarchical_ar_loss(h, weight, bias)
     for same in (wide[:, 1::2, 8:24], h.mT.contiguous().mT):
         assert torch.equal(hierarchical_ar_loss(same, weight, bias), plain)
-    other = hierarchical_ar_loss(h, weight.T.contiguous().T, bias)  # of another product of cuBLAS
+    other = hierarchical_ar_loss(h, weight.T.contiguous().T, bias)  # by another product of cuBLAS
     torch.testing.assert_close(other, plain, rtol=1e-6, atol=0)
 
 

@@ -114,7 +114,7 @@ def test_a_step_is_that_of_a_plain_loop():
     assert_same((ours, optimizer), (theirs, other))
 
 
-LABELS = [None, -100, -100, None, None, 0, -100]  # of calls one after the other
+LABELS = [None, -100, -100, None, None, 0, -100]  # calls one after the other
 
 
 @pytest.mark.parametrize("how", ["emulated", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])

@@ -329,7 +329,7 @@ def test_window_larger_than_the_sequence_is_full_attention():
     assert model.levels[1].dilation == 2
 
 
-@pytest.mark.parametrize("vocabulary", [31, 2])  # of 2, a tenth is still 1
+@pytest.mark.parametrize("vocabulary", [31, 2])  # a tenth of 2 is still 1
 def test_generate_is_greedy_at_temperature_0_and_restores_training(vocabulary):
     model = build(num_tokens=vocabulary)
     model.to_logits.weight.data.neg_()  # or 0, which an empty choice gives, wins all the time

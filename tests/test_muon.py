@@ -116,7 +116,7 @@ def stepped(model, optimizers, ids, clip=0.5):
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_several_optimizers_step_as_in_the_plain_loop(cuda_graph):
-    """Clipped by the one norm of all gradients; each at learning rates of its own, which change."""
+    """One norm of all gradients clips them; each has learning rates of its own, which change."""
     ours, plain = build(), build()
     optimizers, others = both(ours), both(plain)
     options = dict(precision="fp32", grad_clip=0.5, cuda_graph=cuda_graph)

@@ -111,7 +111,7 @@ def test_what_does_not_count_may_be_anything():
     given.valid[:] = True
     given.valid[0, 5:] = False
     inputs[1][0, 5:] = float("nan")
-    given.valid[0, 3:] = False  # of those that the garbage comes into in two steps
+    given.valid[0, 3:] = False  # these reach the garbage in two steps
     sums, _ = call(next_latent_loss, *inputs)
     assert sums.isfinite().all()
     torch.testing.assert_close(sums, call(reference.next_latent_loss, *inputs)[0])
@@ -192,7 +192,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("R", [1, 2])
 def test_nothing_has_halves_side_by_side(R, monkeypatch):
-    """Neither forward nor backward; only what is as large as weights is 2 D wide."""
+    """Forward and backward make no rows of 2 D numbers; only weights are 2 D wide."""
     B, M, D = 2, 40, 16
     inputs, call, _ = draw(B, M, D, R, (24, 24), 1.0)
     inputs = [t.requires_grad_() for t in inputs]

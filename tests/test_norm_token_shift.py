@@ -150,7 +150,7 @@ def test_gradient_of_a_sum():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_y_is_of_the_r_that_is_kept(dtype):
-    """Not of x + branch before it was rounded: backward has r alone."""
+    """y is not of x + branch before it was rounded: backward has r alone."""
     x, gamma, branch = draw((2, 23, 40), "rms", True, dtype)
     r, y = norm_token_shift(x, gamma, None, branch, dilation=3)
     assert torch.equal(norm_token_shift(r, gamma, dilation=3)[1], y)

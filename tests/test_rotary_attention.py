@@ -94,7 +94,7 @@ def test_matches_reference(case, dtype):
 
 
 def by_tiles(monkeypatch, BLOCK, HALO, window):
-    """Whatever the dtype. Forward holds one halo alone."""
+    """Set these tiles for every dtype. Forward holds one halo alone."""
     sizes = dict(BLOCK=BLOCK, HALO=HALO, num_warps=4, num_stages=1)
     monkeypatch.setattr(tiles, "backward_by_tiles", lambda *_: sizes)
     monkeypatch.setattr(tiles, "forward_by_tiles", lambda *_: sizes if window <= HALO else None)
@@ -146,7 +146,7 @@ def seen_by(case, t):
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("t", [0, 17, 36])
 def test_a_token_reaches_those_who_see_it_alone(case, t):
-    """Bitwise, so nothing comes from the future, from beyond the window or from other classes."""
+    """No bit comes from the future, from beyond the window or from other classes."""
     fn, qkv = call(rotary_attention, case), draw(case)
     after, before = seen_by(case, t)
     other = qkv.clone()
@@ -163,7 +163,7 @@ def test_a_token_reaches_those_who_see_it_alone(case, t):
 @pytest.mark.parametrize("part", range(3), ids=["q", "k", "v"])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_not_a_number_reaches_those_who_see_it(case, part):
-    """No value is as lucky: zero times NaN is NaN, so v's may reach neighbours, as in PyTorch."""
+    """A NaN of v may reach neighbours, too, as in PyTorch: zero times NaN is NaN."""
     qkv, t = draw(case), 17
     K = case.heads * case.E
     qkv[1, t, part * K] = float("nan")

@@ -148,7 +148,7 @@ def test_described(file, capsys):
     assert "has id 299: ids must be in [0, 299)" in capsys.readouterr().err
 
 
-# what is beside a file
+# the description beside a file
 
 
 def test_what_is_beside_a_file_is_taken(file):

@@ -40,7 +40,7 @@ def assert_same_end(run, other):
     assert rows(run) == rows(other)
 
 
-# what a run does
+# the course of a run
 
 
 def test_metrics(run):
@@ -106,7 +106,7 @@ def test_learning_rate():
     assert rates.index(peak) == round(0.05 * config.steps) - 1
     assert rates[rates.index(peak) :] == sorted(rates[rates.index(peak) :], reverse=True)
     assert 0 < rates[-1] < 0.03 * config.lr
-    warmup = round(0.05 * config.steps)  # of a cosine over the steps after it
+    warmup = round(0.05 * config.steps)  # a cosine over the later steps follows
     assert rates[warmup] == pytest.approx(config.lr, rel=1e-12)
     middle = warmup + (config.steps - warmup) // 2
     angle = math.pi * (middle - warmup) / (config.steps - warmup)

@@ -158,7 +158,7 @@ def test_a_run_that_goes_on_has_begun(run, averaged_run, capsys):
     assert error_of(capsys).endswith("is not the run's None: resuming keeps it\n")
 
 
-# which checkpoints are kept
+# checkpoints that are kept
 
 
 def bits_that(monkeypatch, values):
@@ -288,7 +288,7 @@ def test_a_validation_tells_how_far_it_is(text):
 
 
 def test_settings_that_a_run_wrote(text, run, tmp_path):
-    """Are those of a run that does the same."""
+    """A run with the settings of another does the same."""
     new = tmp_path / "new"
     assert main(["train", "--config", str(run / "run.json"), "--out", str(new)]) == 0
     assert rows(new) == rows(run)
@@ -361,7 +361,7 @@ def test_wrong_flags(flags, message):
     assert str(raised.value) == message
 
 
-# what draws the rows
+# loggers
 
 
 def test_tensorboard_has_the_rows(text, tmp_path):

@@ -264,7 +264,7 @@ def test_the_weight_of_a_layer_is_narrowed_once_for_all_micro_batches():
     assert {casts.counts[weight.data_ptr()] for weight in weights} == {1}
 
 
-# what cannot be
+# input that is refused
 
 
 @pytest.mark.parametrize(

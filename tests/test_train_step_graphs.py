@@ -228,7 +228,7 @@ def test_hooks_run(captured):
     assert told == ["steps run without a CUDA graph: the model has forward hooks"]
 
 
-# on a GPU
+# tests on a GPU
 
 
 @pytest.mark.gpu  # captures

@@ -18,7 +18,7 @@ from shtx.train.home import RUN, origin, settings
 from shtx.train.presets import PRESETS
 from shtx.train.tokens import description_of
 
-# what a resumed run may change: what it learns does not depend on it, or it is told
+# settings that a resumed run may change: they change nothing that it learns, or it is told
 FREE = (
     *("steps", "schedule", "curve", "data", "val_data", "test_data", "separator", "raw"),
     *("out", "resume", "resume_fallback", "device"),

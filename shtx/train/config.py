@@ -19,12 +19,12 @@ from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
 from shtx.train.tokens import Tokens, tokens_of
 
-# What identifies data. Under the keys of OTHERS it has the same for the files of these settings.
+# The identity of data. Under the keys of OTHERS it has the same for the files of these settings.
 IDENTITY = {"bytes": int, "sha256": str}
 OTHERS = {"val": "val_data", "test": "test_data"}
 FILES = ("data", "val_data", "test_data")
 MAX_DEPTH = 10_000
-# what runs had before these were settings, where that is not the default
+# values that runs had before these were settings, where they are not the defaults
 BEFORE = {"betas": (0.9, 0.95), "decayed": "all"}
 
 

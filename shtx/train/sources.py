@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from shtx.train import TrainError
 from shtx.train.files import BLOCK
 
-# what is unpacked, by how it begins
+# formats that are unpacked, by their first bytes
 PACKED = {
     "gz": b"\x1f\x8b\x08",
     "zip": b"PK\x03\x04",
@@ -27,7 +27,7 @@ PACKED = {
     "xz": b"\xfd7zXZ\x00",
     "zst": b"\x28\xb5\x2f\xfd",
 }
-# what is not: trained on as it is, it would be noise or headers
+# formats that are refused: a model would be trained on noise or headers
 FOREIGN = {
     "an LZ4 file": b"\x04\x22\x4d\x18",
     "a 7z archive": b"7z\xbc\xaf\x27\x1c",

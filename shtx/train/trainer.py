@@ -31,7 +31,7 @@ from shtx.train_step import AUTOCAST
 WARMUP, DECAY = 0.05, 0.2  # shares of the steps
 MINIMUM = 0.02  # share of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes or tokens
-# what a model's loss has in it besides the cross entropy of the next byte
+# the parts of a model's loss besides the cross entropy of the next byte
 PARTS = {
     HierarchicalTransformer: ("reconstruction_loss", "hierarchical_ar_loss"),
     NextLatentTransformer: ("next_latent_loss", "reconstruction_loss"),

@@ -108,7 +108,7 @@ def work(gpu: int | None, waiting: queue.Queue, options: argparse.Namespace, fai
         except queue.Empty:
             return
         folder = options.out / "runs" / run.name
-        # What a run that was cut off has left would be in the way.
+        # A run that was cut off may have left files, which would be in the way.
         shutil.rmtree(folder, ignore_errors=True)
         make_folder("OUT", folder)
         try:
