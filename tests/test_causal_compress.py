@@ -3,7 +3,14 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    graphed,
+)
 
 from shtx_kernels import causal_compress, reference
 from shtx_kernels.causal_compress import uses_table
@@ -133,10 +140,7 @@ def test_registration(name):
 def test_compiles_without_graph_break(path):
     ids, weights = draw(*CASES[1])
     fn = call(causal_compress, ids, 2)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    eager = forward_backward(fn, weights, torch.float32)
-    torch.testing.assert_close(forward_backward(compiled, weights, torch.float32), eager)
+    assert_compiles_whole(fn, weights)
 
 
 @pytest.mark.gpu  # a graph is the GPU's

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    graphed,
+)
 
 from shtx_kernels import hierarchical_ar_loss, reference
 
@@ -129,15 +136,7 @@ def test_bad_input(change, message):
 
 
 def test_compiles_whole():
-    inputs = [t.requires_grad_() for t in draw(2, 20, 16)]
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(hierarchical_ar_loss, fullgraph=True, backend=backend)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*inputs), inputs),
-        torch.autograd.grad(hierarchical_ar_loss(*inputs), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert_compiles_whole(hierarchical_ar_loss, draw(2, 20, 16), rtol=1e-5, atol=1e-7)
 
 
 def test_opcheck():

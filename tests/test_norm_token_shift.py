@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    layouts,
+)
 
 from shtx_kernels import norm_token_shift, reference
 
@@ -102,23 +109,10 @@ def test_not_a_number_spreads_as_in_the_reference(bad):
         assert torch.equal(o.isfinite(), t.isfinite()) and not t.isfinite().all()
 
 
-def layouts(shape):
-    """The same values, laid out in the ways an op may be handed them."""
-    x = torch.randn(shape, device=DEVICE)
-    B, M, D = shape
-    arena = lambda *size: torch.full(size, float("nan"), device=DEVICE)
-    yield "batch second", x.transpose(0, 1).contiguous().transpose(0, 1)
-    yield "columns of a wider tensor", arena(B, M, D + 5)[..., 3 : D + 3].copy_(x)
-    yield "rows of a longer tensor", arena(B, 2 * M, D)[:, ::2].copy_(x)
-    yield "in the middle of NaN", arena(B + 2, M + 2, D)[1:-1, 1:-1].copy_(x)
-    yield "off by one element", arena(B * M * D + 1)[1:].view(B, M, D).copy_(x)
-    yield "expanded over batch", x[:1].expand(B, M, D)
-
-
 @pytest.mark.parametrize("layout", range(6))
 def test_layouts_of_inputs_and_gradients(layout):
     """Strided inputs and gradients give bitwise what contiguous ones do, and are not written to."""
-    name, t = list(layouts((3, 11, 14)))[layout]
+    name, t = list(layouts(torch.randn(3, 11, 14, device=DEVICE)))[layout]
     gamma = torch.randn(14, device=DEVICE, requires_grad=True)
 
     def run(t):
@@ -203,10 +197,7 @@ def test_registration(shape, transposed):
 def test_compiles_without_graph_break(branch):
     inputs = draw((2, 17, 64), "rms", branch)
     fn = call(norm_token_shift, "rms", 2)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    eager = forward_backward(fn, inputs, torch.float32)
-    torch.testing.assert_close(forward_backward(compiled, inputs, torch.float32), eager)
+    assert_compiles_whole(fn, inputs)
 
 
 @pytest.mark.gpu  # a graph is the GPU's

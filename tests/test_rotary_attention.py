@@ -3,7 +3,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from einops import rearrange
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    layouts,
+)
 from torch.nn.functional import pad
 
 from shtx_kernels import reference, rotary_attention
@@ -176,18 +183,6 @@ def test_not_a_number_reaches_those_who_see_it(case, part):
     assert not call(rotary_attention, case)(qkv)[..., case.E :].isnan().any()
 
 
-def layouts(x):
-    """The same values, laid out in the ways an op may be handed them."""
-    B, M, D = x.shape
-    arena = lambda *size: torch.full(size, float("nan"), device=DEVICE)
-    yield "batch second", x.transpose(0, 1).contiguous().transpose(0, 1)
-    yield "columns of a wider tensor", arena(B, M, D + 5)[..., 3 : D + 3].copy_(x)
-    yield "rows of a longer tensor", arena(B, 2 * M, D)[:, ::2].copy_(x)
-    yield "in the middle of NaN", arena(B + 2, M + 2, D)[1:-1, 1:-1].copy_(x)
-    yield "off by one element", arena(B * M * D + 1)[1:].view(B, M, D).copy_(x)
-    yield "expanded over batch", x[:1].expand(B, M, D)
-
-
 @pytest.mark.parametrize("case", FEW[:2], ids=str)
 @pytest.mark.parametrize("layout", range(6))
 def test_layouts_of_inputs_and_gradients(layout, case):
@@ -297,10 +292,7 @@ def test_registration_of_the_library(dilation):
 @pytest.mark.parametrize("case", FEW[:2], ids=str)
 def test_compiles_without_graph_break(case):
     fn = call(rotary_attention, case)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    eager = forward_backward(fn, [draw(case)], torch.float32)
-    torch.testing.assert_close(forward_backward(compiled, [draw(case)], torch.float32), eager)
+    assert_compiles_whole(fn, [draw(case)])
 
 
 @pytest.mark.gpu  # a graph is the GPU's
