@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Job], list[dict]]:
-    """What to measure, and a row for each that this machine cannot."""
+    """List the jobs to run, and a row for each provider that cannot run on this machine."""
     kinds = check("KIND", options.kinds or kinds_there_are(), kinds_there_are())
     names = check("--config", options.config, CONFIGS)
     chosen = check("--op", options.op, ops())

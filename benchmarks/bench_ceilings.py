@@ -1,4 +1,4 @@
-"""What the machine is and the most it does: bandwidth of a copy, rate of a matrix product."""
+"""The machine, and the most it does: the bandwidth of a copy, the rate of a matrix product."""
 
 import platform
 import shutil

@@ -1,5 +1,5 @@
-"""What the host does in forward and backward of a plain model, and the share of it that looks for
-modules that tools have changed (`shtx.plan.look`), which is to be at most 1%.
+"""Time on the host of forward and backward of a plain model, and the share of it that goes into
+looking for modules that tools have changed (`shtx.plan.look`): it must be at most 1%.
 
 Forward and backward of one short sequence, so that a GPU never keeps the host waiting; without a
 GPU, what the reference computes is in it, too. Run it by itself:

@@ -32,7 +32,7 @@ class Table(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """Who is measured, and how results are shown. An op has no place."""
+    """The providers that are measured, and how results are shown. An op has no place."""
 
     providers: tuple[str, ...]
     tables: tuple[Table, ...]
@@ -48,7 +48,7 @@ class Benchmark(NamedTuple):
         return provider.startswith("fused") or provider in self.fused
 
     def why_not(self, provider: str) -> str | None:
-        """Why a provider cannot be measured here; None if it can."""
+        """Return the reason why a provider cannot be measured here; None if it can."""
         if self.is_fused(provider):
             return why_not_fused(torch.device(DEVICE))
         if provider in self.peers and DEVICE == "cpu":

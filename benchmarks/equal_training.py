@@ -176,7 +176,7 @@ def last_bits(runs: Runs) -> dict:
 
 
 def repeats(runs: Runs) -> dict:
-    """How many repeats of a step differ from the first one in any bit."""
+    """Count the repeats of a step that differ from the first one in any bit."""
     trainer = runs.trainer("fused", HALF)
     trainer.step(0)  # makes the state of the optimizer
     state = [*trainer.model.parameters()]

@@ -1,4 +1,4 @@
-"""How the losses behind a linear layer are measured.
+"""Measures the losses behind a linear layer.
 
 Time is that of forward and backward together, from narrow rows and fp32 weights under autocast, as
 the model calls them. The floor is three products through cuBLAS: logits, and both gradients.

@@ -1,4 +1,4 @@
-"""How ops around matrix products are measured: forward and backward together.
+"""Measures ops around matrix products: forward and backward together.
 
 The floor is their products alone, through cuBLAS, on matrices side by side in memory.
 """

@@ -1,4 +1,4 @@
-"""Who is measured."""
+"""The providers of a benchmark: models that do the same work in different ways."""
 
 from collections.abc import Callable
 

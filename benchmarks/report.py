@@ -30,7 +30,7 @@ def read(path: Path) -> dict:
 
 
 def write(path: Path, text: str):
-    """Atomically: a run that is cut leaves the last whole file."""
+    """Write results atomically: a run that is cut leaves the last whole file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
@@ -131,7 +131,7 @@ def measured(results: dict) -> dict[str, list[dict]]:
 
 
 def reasons(rows: list[dict]) -> str:
-    """Why rows have no times, as a list."""
+    """List the rows that have no times, each with the reason."""
     return "\n".join(
         " ".join(["-", *filter(None, key(row)[1:])]) + f": {row['error']}"
         for row in rows

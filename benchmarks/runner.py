@@ -68,7 +68,7 @@ class Process:
         self.deadline = time.monotonic() + timeout
 
     def busy(self) -> bool:
-        """Neither ended nor waiting for its turn; killed when its time is up."""
+        """Return whether it has neither ended nor waits for its turn; kill it past its time."""
         if self.process.poll() is not None or self.ready.exists():
             return False
         if time.monotonic() > self.deadline:
@@ -82,7 +82,7 @@ class Process:
         self.process.wait()
 
     def finish(self) -> list[dict]:
-        """Its turn, if it waits for one, to the end; its rows."""
+        """Give it its turn, if it waits for one; wait for its end and return its rows."""
         if self.ready.exists():
             self.deadline = time.monotonic() + self.timeout
             self.ready.unlink()

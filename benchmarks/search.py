@@ -107,7 +107,7 @@ def jobs() -> list[tuple[str, Case, dict]]:
 
 
 def compile_only(job: tuple[str, Case, dict]) -> str | None:
-    """Into Triton's cache, in a process that needs no GPU; what went wrong, if anything did."""
+    """Compile into Triton's cache, in a process that needs no GPU. Return the error, if any."""
     kernel, case, sizes = job
     shipped = getattr(tiles, kernel)
     setattr(tiles, kernel, lambda *_: sizes)

@@ -147,7 +147,7 @@ def products(config: Config, folded: bool = False) -> list[Product]:
 
 
 def foldable(config: Config) -> bool:
-    """Whether the table of `products` has far fewer rows than what it replaces."""
+    """Return whether the table of `products` has far fewer rows than the product it replaces."""
     return config.model["num_tokens"] <= 256
 
 
@@ -201,7 +201,7 @@ def bound(config: Config, tflop_per_s: float, gb_per_s: float) -> dict[str, floa
         if len(model.levels) > 1:  # a level and its branch are read, their sum is written
             parts["merge"] += depth * of_bytes(2 * 3 * rows * d)
         if level.compress > 1:
-            # without a product before it, gelu of the table's sums is written, its gradient read
+            # gelu of the table's sums is written and its gradient read, as no product makes it
             parts["compress"] += of_bytes(2 * 2 * rows * 4 * max(model.dims)) * folded
             # logits, read once; two tensors read forward, read again and their gradients written
             parts["losses"] += of_bytes(2 * rows * (level.compress * V + 6 * d))

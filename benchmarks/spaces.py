@@ -1,4 +1,4 @@
-"""Which values of the kernels' constants `python -m benchmarks.search` times, by page.
+"""The values of the kernels' constants that `python -m benchmarks.search` times, by page.
 
 Every constant of `shtx_kernels` is in one of the two tables here; those of attention's tiles, whose
 search has a page of its own, are in neither.
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 class Space(NamedTuple):
-    """What is tried in place of a page's constants, one choice after the other."""
+    """The values that are tried in place of a page's constants, one choice after the other."""
 
     benches: tuple[str, ...]  # benchmarks that run the page's kernels
     choices: list[dict]  # values of constants, by name

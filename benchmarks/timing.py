@@ -1,4 +1,4 @@
-"""How things are timed, on a GPU and on a CPU."""
+"""Times functions, on a GPU and on a CPU."""
 
 import time
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def check_agreement(ours: list[Tensor], reference: list[Tensor], bound: float):
 
 
 def copies(nbytes: int) -> int:
-    """How many sets of so many bytes are larger than a GPU's L2 cache; two at least."""
+    """Count the sets of `nbytes` bytes that exceed a GPU's L2 cache; at least two."""
     if DEVICE == "cpu":
         return 2
     return 2 + min(64, 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size // nbytes)

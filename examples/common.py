@@ -1,4 +1,4 @@
-"""What the examples share: bytes to train on, a model, the time of a step beside TrainStep's."""
+"""The examples share this: bytes to train on, a model, the time of a step beside TrainStep's."""
 
 import os
 import sys

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 
 class WithLoss(torch.nn.Module):
-    """What Trainer asks of a model: a dict with the loss."""
+    """A model that returns what Trainer asks for: a dict with the loss."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a model checks of ids and labels: methods of `model.Trunk`."""
+"""The checks that a model makes of ids and labels: methods of `model.Trunk`."""
 
 import torch
 from torch import Tensor

@@ -110,7 +110,7 @@ def run(verb: str, argv: list[str], given: tuple[str, ...]) -> int:
                 traceback.print_exc()
             if isinstance(error, BrokenPipeError):
                 raise
-            # whatever became of the exception on its way through the code of others
+            # other code may have replaced the exception on its way, so the signal is looked up
             signum = getattr(error, "signum", stop.signum) or isinstance(error, KeyboardInterrupt)
             if not signum:
                 return fail(verb, explain(verb, error))

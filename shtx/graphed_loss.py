@@ -278,7 +278,7 @@ class _Work:
         seen, alone = set(), []
         for gradient in gradients:
             if gradient is not None:
-                # what autograd adds up or clips in place is to be of one parameter
+                # a gradient is added to and clipped in place, so no two parameters may share one
                 alone.append(gradient.clone() if gradient.data_ptr() in seen else gradient)
                 seen.add(gradient.data_ptr())
             else:

@@ -29,7 +29,7 @@ from shtx.internals import (
 from shtx.ops import matmul_precision
 from shtx.plan import FORWARDS, OPTIONS, look
 
-# What stands in place of a graph. ONCE: the call ran eagerly, and is captured at its next turn.
+# These stand in place of a graph. ONCE: the call ran eagerly, and is captured at its next turn.
 # NEVER: its capture failed, so it stays eager.
 ONCE, NEVER = "once", "never"
 
@@ -37,7 +37,7 @@ MAX_GRAPHS = 4  # shapes of ids; a whole batch and a last smaller one are two
 
 
 def run_aside(function: Callable, stream: torch.cuda.Stream) -> Any:
-    """What a call on `stream` returns, in its turn among what the current stream does."""
+    """Call a function on `stream`, after the current stream's earlier work and before its later."""
     current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

@@ -271,7 +271,7 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat((inputs.long(), *(ids[:, None] for ids in new)), dim=1)
 
     def _told(self, config: GenerationConfig | None, kwargs: dict) -> dict:
-        """What a GenerationConfig and keywords say, or an error for what has no effect here."""
+        """Read a GenerationConfig and keywords; raise for an option that has no effect here."""
         own = self.generation_config
         config = copy.deepcopy(own if config is None else config)
         others = config.update(**kwargs)
@@ -284,7 +284,7 @@ class HierarchicalTransformerForCausalLM(PreTrainedModel, GenerationMixin):
         default = lambda name: getattr(own, name, None)
         return {n: default(n) if (v := getattr(config, n, None)) is None else v for n in TAKEN}
 
-    # what transformers asks of a model
+    # the interface that transformers asks of a model
 
     def get_input_embeddings(self):
         return self.model.token_emb

@@ -126,7 +126,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def why_reference(name: str, device: torch.device) -> str | None:
-    """What keeps impl="auto" from running the fused op on `device`; None if nothing does."""
+    """Return the reason why impl="auto" does not run the fused op on `device`; None if it does."""
     if ops.FUSED_OPS and name in ops.REFERENCE_OPS and name not in ops.FUSED_OPS:
         return "has no fused form"
     if reason := ops.why_not_fused(device):

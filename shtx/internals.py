@@ -88,7 +88,7 @@ def is_compiled(module: Module) -> bool:
 
 
 def changes_of(tensor: Tensor) -> int:
-    """How often a tensor was written to in place. Inference tensors do not count: an error."""
+    """Return how often a tensor was written to in place. For inference tensors PyTorch raises."""
     return tensor._version
 
 
@@ -109,7 +109,7 @@ def unknown_holders(storage: int) -> int:
     )
 
 
-# How many tensors and other holders a storage has, which is given by its address.
+# Counts the tensors and other holders of a storage, which is given by its address.
 count_holders = find("_C._storage_Use_Count", unknown_holders)
 
 

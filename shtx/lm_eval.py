@@ -114,7 +114,7 @@ class ByteLM(LM):
         return self._kept("loglikelihood_rolling", requests, numbers)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What each context goes on with, up to the first of the strings in `until`."""
+        """Continue each context, up to the first of the strings in `until`."""
         made = [None] * len(requests)
         alike = {}
         for i, request in enumerate(requests):

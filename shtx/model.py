@@ -224,7 +224,7 @@ class Trunk(Layer):
         checked: bool = False,
         take: Take | None = None,
     ) -> Plan:
-        """How a forward runs, in the autocast region that is open.
+        """Plan a forward in the autocast region that is open.
 
         Args:
             ops: in place of those of `impl`.
@@ -269,7 +269,7 @@ class Trunk(Layer):
         return tokens, dense(merge(tokens))
 
     def branches_of(self, merged: Tensor) -> list[Tensor | None]:
-        """What was merged, (B, N, D), as what the predicting level or every one has to add."""
+        """Split the merged tensor (B, N, D) into the branches that levels add; None is nothing."""
         if self.hierarchy_merge_all:
             split = zip(merged.split(self.dims, dim=-1), self.levels, strict=True)
             return [m[:, :: level.stride] for m, level in split]
@@ -378,7 +378,7 @@ class Trunk(Layer):
 
     @property
     def options(self) -> tuple:
-        """What may be changed after the model was made, and what a CUDA graph of it freezes."""
+        """The options that may be changed after construction; a CUDA graph freezes their values."""
         memory = self.checkpointing, self.kept_slopes
         return self.impl, self.ignore_index, self.loss_weights, memory, self.way
 

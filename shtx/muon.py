@@ -26,7 +26,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 EPS = 1e-7
 
-# how far a step goes, for a matrix of A rows and B columns
+# the length of a step, for a matrix of A rows and B columns
 SCALES = {
     "original": lambda A, B: math.sqrt(max(1, A / B)),
     "match_rms_adamw": lambda A, B: 0.2 * math.sqrt(max(A, B)),

@@ -49,7 +49,9 @@ class CausalChunkSummarizer(Layer):
 
 
 class LatentDynamics(Layer):
-    """What a latent becomes, given a summary of the tokens that come next. At first: what it is."""
+    """Predicts the next latent from a latent and a summary of the tokens that come next. It begins
+    as the identity.
+    """
 
     def __init__(self, dim: int, hidden_dim: int | None, num_layers: int):
         super().__init__()
@@ -80,7 +82,7 @@ class LatentDynamics(Layer):
 
 
 class NextLatent:
-    """How far a level's foretold latents are from those that came."""
+    """The loss of one level: the distance of its foretold latents from those that came."""
 
     @staticmethod
     def valid(model: Module, term: Term, ids: Tensor) -> Tensor:

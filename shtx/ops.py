@@ -51,7 +51,7 @@ if FUSED_OPS:
 
 
 def why_not_fused(device: torch.device) -> str | None:
-    """What keeps the fused ops from running on tensors of `device`; None if nothing does."""
+    """Return the reason why fused ops cannot run on tensors of `device`; None if they can."""
     if not FUSED_OPS:
         return "Triton is not installed"
     import triton

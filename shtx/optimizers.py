@@ -43,7 +43,7 @@ class Optimizers:
 
     @property
     def states(self) -> list[dict]:
-        """What each of them keeps, by parameter."""
+        """The state that each optimizer keeps, by parameter."""
         return [optimizer.state for optimizer in self.all]
 
     def state_dict(self) -> dict:

@@ -1,4 +1,4 @@
-"""How a forward runs: by which ops, and which modules it has to call.
+"""Plans a forward: the ops that it runs, and the modules that it has to call.
 
 Layers hand the weights of their modules to ops, which do in one pass what the modules would do in
 several. That is right only while a module is *plain*: of the type that its layer made, with the
@@ -32,7 +32,7 @@ from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
 ORDINARY = (Parameter, Tensor, type(None))
 CAST = (nn.Linear, nn.Embedding, nn.Conv1d)  # products read their weights in autocast's dtype
 
-# what else decides on the result of calling a module; layers add their own
+# attributes that decide on the result of calling a module, besides weights; layers add theirs
 OPTIONS = {
     nn.Linear: lambda m: parameters_of(m).get("bias") is None,
     nn.Embedding: lambda m: (m.padding_idx, m.max_norm, m.scale_grad_by_freq, m.sparse),
@@ -98,7 +98,7 @@ def descendants(layer: Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 
 class Found(NamedTuple):
-    """What looking at a tree of modules has found."""
+    """The result of looking at a tree of modules."""
 
     called: dict[Module, str]  # with the reason
     sharded: dict[Layer, str]  # by FSDP2, and nothing else: called, too, but with the plan
@@ -152,7 +152,7 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
     if (get := OPTIONS.get(kind)) is not None and get(module) != options:
         return f"has other options or buffers than it was made with: {module}"
     for name, p in state[PARAMETERS].items():
-        # what is sharded is whole once the module around it has been called
+        # a sharded weight is whole once the module around it has been called
         if type(p) not in ORDINARY and not is_sharded(p):
             return f"has a {name} that is a {type(p).__name__}"
     if "weight" in state:
@@ -196,7 +196,7 @@ Take = Callable[[tuple[int, int, str], Tensor], None]
 
 
 class Plan:
-    """How a forward runs.
+    """The plan of one forward.
 
     Attributes:
         ops: what layers call.

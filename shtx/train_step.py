@@ -53,7 +53,7 @@ class Step:
 
 
 def _reads_tensors(group: dict) -> bool:
-    """Whether an update by this group of an optimizer takes its numbers from the device."""
+    """Return whether the update of this group reads its numbers from the device."""
     return bool(group.get("fused") or group.get("capturable"))
 
 
@@ -181,7 +181,7 @@ class TrainStep:
             )
 
     def _settings(self) -> dict:
-        """What all ranks must have in common, by name."""
+        """The settings that all ranks must have in common, by name."""
         names = "precision", "grad_clip", "accumulate", "shard_optimizer"
         settings = {name: getattr(self, name) for name in names}
         settings["cuda_graph"] = self._graphs is not None
@@ -416,7 +416,7 @@ class TrainStep:
         graphs = self._graphs
         holds = graphs.hold(self._core, self._frozen())
         reason = graphs.structure.hooked()
-        # what one rank captures or replays, NCCL wants all to
+        # NCCL wants all ranks to capture or replay what one of them does
         if not self._ranks.same((holds, reason is None, labels is None, *ids.shape)):
             reason = (
                 "of the ranks some have ids of another shape, labels, another structure or hooks"
@@ -448,7 +448,7 @@ class TrainStep:
             return Step(ids, labels, *self._graphs.capture(lambda: self._step(ids, labels)))
 
     def _frozen(self) -> list:
-        """What a graph of a step has frozen besides the model."""
+        """The values besides the model's that a graph of a step has frozen."""
         varying = ("params", "lr", "initial_lr")
         groups = [
             {name: comparable(value) for name, value in group.items() if name not in varying}

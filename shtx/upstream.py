@@ -15,7 +15,7 @@ from shtx.model import HierarchicalTransformer, Trunk
 from shtx.plan import HOOKS
 
 PACKAGE = "simple_hierarchical_transformer"
-# what scripts set after the model was made, and what its constructor does not ask for
+# attributes that scripts set after construction, and that the constructor does not take
 SET_LATER = (
     *("recon_loss_weight", "should_recon"),
     *("has_hierarchical_ar_loss", "need_hierarchical_merge"),
@@ -87,7 +87,7 @@ def from_upstream(model: Module, impl: str = "auto") -> Trunk:
 
 
 def _options_of_both(model: Module) -> dict:
-    """What the constructors of both versions are told."""
+    """Return the arguments that the constructors of both versions take."""
     blocks = list(model.layers[0]) if len(model.layers) else []
     columns = [_options_of_block(block) for block in blocks]
     has_recon = any(compressor.should_recon for compressor in model.compressors)
@@ -108,7 +108,7 @@ def _options_of_both(model: Module) -> dict:
 
 
 def _options_of_block(block: Module) -> dict:
-    """What a level's block was told; of heads without attention, nothing depends on it."""
+    """Return the arguments of a level's block. Without attention, any number of heads will do."""
     attn, (inner, dim) = block.attn, block.ff.net[1].weight.shape
     ff_mult = inner / dim
     if int(dim * ff_mult) != inner:  # rounded down

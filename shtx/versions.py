@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 MODULES = {"0.2.0": "shtx", "0.4.0": "shtx.next_latent"}
 
-# what keys of a version begin with, or end with, and those of no other
+# beginnings or ends of keys that one version has alone
 MARKS = {
     "0.2.0": (("to_hierarchical_preds.",), (".rotary_emb.inv_freq",)),
     "0.3.0": (("latent_ar_losses.",), ()),

@@ -53,7 +53,7 @@ def one_hot(ids: Tensor, V: int, M: int, stride: int, taps: int, dtype: torch.dt
 
 
 def is_small(embedding: Tensor, ids: Tensor) -> bool:
-    """Whether a layer of embedded ids is less work on the rows of the embedding than on ids."""
+    """Return whether a layer of embedded ids is less work on the embedding's rows than on ids."""
     return len(embedding) <= min(ONE_HOT, ids.numel())
 
 

@@ -58,8 +58,8 @@ def register(
 
 
 def is_plain(*args) -> bool:
-    """Whether the dispatcher would pass these on to the implementation as they are: all tensors are
-    in memory, and no mode acts on calls.
+    """Return whether the dispatcher would pass these on to the implementation as they are: all
+    tensors are in memory, and no mode acts on calls.
     """
     if torch.compiler.is_compiling() or count_dispatch_modes():
         return False

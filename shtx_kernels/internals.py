@@ -45,7 +45,7 @@ transforms_active = find("_C._are_functorch_transforms_active", unknown_transfor
 # Whether the backward that runs in this thread keeps its graph for another one. Otherwise: it may.
 keeps_graph = find("_C._autograd._get_current_graph_task_keep_graph", lambda: True)
 
-# How many modes see what the dispatcher is called for. Otherwise: ops always go through it.
+# Counts the modes that see the dispatcher's calls. Otherwise: ops always go through it.
 count_dispatch_modes = find("_C._len_torch_dispatch_stack", lambda: 1)
 
 # Copies each of a list of tensors in a few launches. Otherwise: one by one.
@@ -57,14 +57,16 @@ _top_hooks = find("_C._autograd._top_saved_tensors_default_hooks", lambda ignore
 
 
 def is_recorded() -> bool:
-    """Whether a profiler or a tracer writes down what the dispatcher is called for. Otherwise: it
-    may, so that ops go through the dispatcher.
+    """Return whether a profiler or a tracer writes down the dispatcher's calls. On other versions
+    it may, so that ops go through the dispatcher.
     """
     return _is_profiled() or _tracing_state() is not None
 
 
 def packs_saved_tensors(ignore_tracing: bool) -> bool:
-    """Whether hooks take what a forward saves, as those of checkpoints do. Otherwise: they may."""
+    """Return whether hooks take what a forward saves, as those of checkpoints do. On other versions
+    they may.
+    """
     return _top_hooks(ignore_tracing) is not None
 
 
@@ -117,7 +119,7 @@ def flash_attention_backward(
 
 
 def launches_are_known() -> bool:
-    """Whether Triton's launches are known to end as `launch.Kernel` has them end. Otherwise:
+    """Return whether Triton's launches are known to end as `launch.Kernel` has them end. If not,
     Triton launches all kernels itself.
     """
     if active_mode is None or torch.version.hip is not None:
@@ -133,7 +135,7 @@ def gluon_is_known() -> bool:
 
 
 def is_watched(kernel) -> bool:
-    """Whether somebody is to see the launches of a kernel, or compiles it in another thread."""
+    """Return whether a hook sees the launches of a kernel, or another thread compiles it."""
     if active_mode.get() is not None or kernel.pre_run_hooks:
         return True
     hooks = triton.knobs.runtime
@@ -144,16 +146,16 @@ def is_watched(kernel) -> bool:
 
 
 def parameters_of(kernel) -> tuple[list[bool], list[str]]:
-    """Whether a kernel is compiled for the value of each of its tensors and numbers, and the names
-    of its constants.
+    """Return, for each tensor and number of a kernel, whether it is compiled for the value, and the
+    names of its constants.
     """
     special = [not p.do_not_specialize for p in kernel.params if not p.is_constexpr]
     return special, [p.name for p in kernel.params if p.is_constexpr]
 
 
 def launcher_of(compiled) -> tuple[Callable, tuple, bool]:
-    """What launches a compiled kernel, what that takes between the stream and the kernel's
-    arguments, and whether it takes those arguments as one tuple.
+    """Return the function that launches a compiled kernel, what it takes between the stream and the
+    kernel's arguments, and whether it takes those arguments as one tuple.
 
     It is what Triton's launcher calls in the end, or that launcher itself where a launch has to
     allocate memory first.

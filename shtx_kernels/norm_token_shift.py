@@ -27,7 +27,7 @@ from ._sums import column_sums
 from .launch import KINDS, Kernel, cdiv
 from .products import cast, sum_dtype
 
-# On an H200 the fastest, or within 5% of it, at D 128 to 1024 (benchmarks/results/search/h200.json)
+# The fastest on an H200, or within 5%, at D 128 to 1024 (benchmarks/results/search/h200.json)
 FWD_TILE = 4096  # numbers of a tile in forward
 BWD_TILE = 1024  # numbers of a tile in backward
 WARP_TILE = 1024  # numbers of a tile that a warp holds

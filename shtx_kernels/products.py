@@ -22,7 +22,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def matmul_precision() -> str:
-    """How products of fp32 are made on a GPU: "ieee", or "tf32" where the user allows that.
+    """Return the precision of products of fp32 on a GPU: "ieee", or "tf32" if the user allows it.
 
     Both torch.set_float32_matmul_precision and torch.backends.*.fp32_precision count. PyTorch's
     getter of the first raises once the second was used.

@@ -9,7 +9,7 @@ TOKENS = 48  # longest sequence
 
 FACTORS = dict(
     hierarchies=[1, (1, 2), (1, 4), (4, 1), (1, 2, 8), (2, 4), (1, 16)],
-    stride=["one", "half", "all"],  # of the compression
+    stride=["one", "half", "all"],  # as a part of the compression
     window=["none", "zero", "small", "large", "mixed"],
     dim=["equal", "wide first", "narrow first", "odd"],
     dim_head=[4, 8, 16],

@@ -25,7 +25,7 @@ LAUNCHED = []
 
 
 class NoDevice:
-    """What Triton asks of a driver."""
+    """A driver that gives Triton what it asks for, without a GPU."""
 
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
     get_current_device = staticmethod(lambda: 0)

@@ -1,4 +1,4 @@
-"""What simple-hierarchical-transformer 0.4.0 computes, for tests/test_next_latent.py.
+"""Dumps what simple-hierarchical-transformer 0.4.0 computes, for tests/test_next_latent.py.
 
 Its package has the name of 0.2.0's, so it cannot stand beside it. In an environment of its own:
 

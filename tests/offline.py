@@ -60,7 +60,7 @@ MODELS = {
 
 
 class NoDevice:
-    """What Triton asks of a driver up to the point of launching."""
+    """A driver that gives Triton what it asks for up to the point of launching."""
 
     def __init__(self, target: GPUTarget):
         self.get_current_target = lambda: target

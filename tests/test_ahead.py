@@ -13,7 +13,7 @@ from shtx_kernels.ahead import compile_ahead
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What is launched: whether for its compilation alone, and whether compilers run aside."""
+    """The launches: each says if it only compiles, and if compilers run in other processes."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     SEEN.clear()
     return SEEN

@@ -188,7 +188,7 @@ def test_second_gradients_of_attention(options):
 
 @pytest.mark.parametrize("options", ATTENTIONS, ids=str)
 def test_first_gradients_of_attention_are_those_of_plain_pytorch(options):
-    """Not another formula's: they come of the kernel that made the output."""
+    """The kernel that made the output makes them, not another formula."""
     qkv = draw(2, 40, 24)
     fn = lambda qkv: reference.rotary_attention(qkv, 2, **options)
     dout = torch.randn(2, 40, 8, device=DEVICE)

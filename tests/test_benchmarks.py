@@ -43,7 +43,7 @@ from benchmarks.bench_rotary_attention import Case
 from benchmarks.timing import DEVICE, DTYPE, check_agreement
 from shtx_kernels import reference
 
-# what is multiplied
+# the products that are counted
 
 
 @pytest.mark.parametrize("name", shapes.CONFIGS)
@@ -70,7 +70,7 @@ def test_folding_replaces_the_convolutions_alone():
 
 
 def test_the_bound_of_a_step_is_that_of_its_products_and_its_bytes():
-    """By hand, at 2.4 FLOPs and a byte a nanosecond: attention of one level is bound by bytes."""
+    """The numbers are by hand, at 2.4 FLOPs and a byte a ns: bytes bound one level's attention."""
     small = dict(num_tokens=8, dim=(4, 16), depth=2, seq_len=32, heads=1, dim_head=2, ff_mult=1)
     small |= dict(hierarchies=(1, 4), hierarchical_stride=(1, 2), window_sizes=(3, None))
     config = shapes.Config(3, small)  # 96 and 48 rows
@@ -82,7 +82,7 @@ def test_the_bound_of_a_step_is_that_of_its_products_and_its_bytes():
         "narrow weights": 2 * parameters,
         "attention": 2 * (12 * 96 * 2 * 2 + 7 * 2 * seen[1] * 2 / 2.4),
         "norms": 2 * 2 * 6 * (96 * 4 + 48 * 16),
-        "GELU": 2 * 2 * (2 * 96 * (4 + 2 * 4) - 2 * 96 * 4 * 4 / 2.4),  # of the narrow level
+        "GELU": 2 * 2 * (2 * 96 * (4 + 2 * 4) - 2 * 96 * 4 * 4 / 2.4),  # the narrow level
         "merge": 2 * 6 * (96 * 4 + 48 * 16),
         "compress": 2 * 2 * 48 * 4 * 16,
         "losses": 2 * (96 * 8 + 48 * 4 * 8) + 6 * 2 * 48 * 16,
@@ -104,7 +104,7 @@ def test_pairs_are_those_that_attention_sees(tokens, window):
 
 
 def test_generation_reads_every_weight_it_multiplies_by():
-    """Without strides and tables, once a token; of embeddings a row a sequence."""
+    """A token reads each weight once without strides and tables, and one row of an embedding."""
     config = shapes.CONFIGS["A"]
     unused = ("token_emb", "to_recon", "to_hierarchical_preds")
     weights = [
@@ -352,7 +352,7 @@ def test_chunk_summary_of_levels_of_other_widths(monkeypatch, provider):
     tiny = shapes.SMALL["B"].model | dict(seq_len=32)
     monkeypatch.setattr(shapes, "configs", lambda device: {"B": shapes.Config(1, tiny)})
     row = row_of(bench_chunk_summary.bench_chunk_summary, config="B", provider=provider)
-    assert row["flops"] == 6 * 64 * 32 * (16 + 32 + 32) and row["ms"] > 0  # of three of four
+    assert row["flops"] == 6 * 64 * 32 * (16 + 32 + 32) and row["ms"] > 0  # three levels of four
 
 
 @pytest.mark.parametrize("provider", ["fused", "fused-without", "reference"])
@@ -412,7 +412,7 @@ def test_losses_are_counted_in_flops(bench, provider):
 
 @pytest.mark.parametrize("provider", ["fused", "products", "reference", "cublas"])
 def test_causal_compress_is_counted_in_flops(provider):
-    """As often as there are tokens, whatever way the op takes."""
+    """Every token counts, whatever way the op takes."""
     case = bench_causal_compress.Case(1, 10, 3, 4, 5, C=4, stride=2)
     bench = bench_causal_compress.bench_causal_compress
     row = row_of(bench, case=case, provider=provider)
@@ -435,7 +435,7 @@ def test_linear_is_counted_in_flops(provider):
 
 @pytest.mark.parametrize("provider", ["reference", "cublas"])
 def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
-    """At the rates of the levels: 64 tokens of one, 8 of the other."""
+    """Each level counts its own tokens: 64 of one, 8 of the other."""
     tiny = dict(num_tokens=9, dim=(4, 16), depth=1, seq_len=32, hierarchies=(1, 8))
     tiny = shapes.Config(2, tiny | dict(hierarchical_stride=(1, 8)))
     monkeypatch.setattr(shapes, "configs", lambda device: {"B": tiny})
@@ -447,7 +447,7 @@ def test_hierarchical_merge_is_counted_in_flops(provider, monkeypatch):
 @pytest.mark.parametrize("window, dilation", [(None, 1), (None, 2), (8, 1), (8, 2)])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_peers_of_rotary_attention_agree_with_the_reference(monkeypatch, window, dilation, scale):
-    """By plain PyTorch in fp32; FlexAttention has no backward on a CPU."""
+    """They run as plain PyTorch in fp32; FlexAttention has no backward on a CPU."""
     peers = bench_rotary_attention
     monkeypatch.setattr(peers, "autocast", nullcontext)
     cpu = {"flex": peers.OPS["flex"], "local-mha": peers.local_mha}
@@ -543,9 +543,9 @@ def bench_planted(benchmark, provider):
 
 
 def test_the_command_on_a_cpu(tmp_path):
-    """With a provider that works, one that fails and one that cannot run here.
+    """One provider works, one fails and one cannot run here.
 
-    In a copy of the tree without git, with one file more, which is a benchmark.
+    The tree is a copy without git, with one file more, which is a benchmark.
     """
     for folder in commits.FOLDERS:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results"))

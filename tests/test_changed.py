@@ -1,5 +1,5 @@
-"""What scripts do to a model besides putting modules in the place of others: to the layout of its
-weights, the dtype of what modules return, its embedding, its buffers. Numbers stay upstream's.
+"""Scripts may change a model without replacing modules: the layout of its weights, the dtype of
+what modules return, its embedding, its buffers. Numbers stay upstream's.
 """
 
 import copy
@@ -48,7 +48,7 @@ def another_window(model):
 
 
 def fewer_heads_and_inner_channels(model):
-    """As structured pruning leaves them."""
+    """Leave a head and half of the inner channels of each block, as structured pruning does."""
     for block in model.layers[0]:
         attn, net = block.attn, block.ff.net
         rows = attn.to_qkv.weight.detach().unflatten(0, (3, 2, 8))[:, :1].flatten(0, 2)
@@ -113,7 +113,7 @@ WIDE = ["layers.0.0 hierarchical_merges.0", "layers.0.1.ff layers.0.0.attn.to_ou
 @pytest.mark.parametrize("names", WIDE)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_modules_that_leave_autocast(impl, names):
-    """Whatever dtype they return, what is around them takes it."""
+    """The modules around them take whatever dtype they return."""
     losses = []
     for model in pair(impl):
         for name in names.split():
@@ -135,7 +135,7 @@ def test_torch_func_takes_the_reference_where_impl_is_auto():
 
 
 def test_buffers_are_not_written_by_every_step_of_ddp(tmp_path):
-    """What has been written has to be read again, for which a GPU is waited for."""
+    """A buffer that was written has to be read again, and reading it waits for the GPU."""
     ours, _ = pair("reference")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
     try:

@@ -116,7 +116,7 @@ def test_directory_of_the_first_checkpoint_is_synced_too(tmp_path, monkeypatch, 
 
 
 def test_removal_that_was_interrupted(tmp_path, monkeypatch):
-    """What is left of a checkpoint is none, and the next save takes it away."""
+    """The rest of a removed checkpoint does not count as one, and the next save removes it."""
     saved(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

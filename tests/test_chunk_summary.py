@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    graphed,
+)
 
 from shtx_kernels import chunk_summary, reference
 from shtx_kernels._one_hot import ONE_HOT
@@ -148,16 +155,8 @@ def test_bad_input(change, message):
 
 def test_compiles_whole():
     ids, weights, sizes = draw(*CASES[3])
-    weights = [t.requires_grad_() for t in weights]
     fn = lambda *weights: chunk_summary(ids, *weights, **sizes)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*weights).square().sum(), weights),
-        torch.autograd.grad(fn(*weights).square().sum(), weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert_compiles_whole(fn, weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[7]], ids=str)

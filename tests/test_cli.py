@@ -290,7 +290,7 @@ def test_generate_goes_on_with_the_prompt(run, capsys):
     ids = model.generate(prompt, 60, temperature=0)
     whole = bytes(prompt[0].tolist() + ids[0].tolist()).decode(errors="replace")
     assert text == visible(whole) + "\n"
-    assert "é" in text[10:]  # of two bytes, which came one by one
+    assert "é" in text[10:]  # its two bytes came one by one
 
 
 def test_generate_repeats_with_a_seed(run, capsys):

@@ -40,7 +40,7 @@ def with_adaptors(peft, model):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lora(peft, impl):
-    """With the base frozen: every adaptor and the saved head get upstream's gradient."""
+    """The base is frozen: every adaptor and the saved head get upstream's gradient."""
     ours, theirs = pair(impl)
     before = run(theirs)[0][0]
     ours, theirs = (with_adaptors(peft, model) for model in (ours, theirs))
@@ -86,7 +86,7 @@ def test_lora_in_a_train_step(peft):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_quantized_weights(impl):
-    """Of torchao: the modules stay, their weights become tensors of another type."""
+    """torchao keeps the modules and makes their weights tensors of another type."""
     quantization = pytest.importorskip("torchao.quantization", reason="needs the extra clients")
     ours, theirs = pair(impl)
     exact = ours(draw())
@@ -104,7 +104,7 @@ def test_quantized_weights(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_products_in_float8(impl):
-    """Of torchao: linear modules become a subclass, which rounds what it multiplies."""
+    """torchao makes linear modules a subclass, which rounds what it multiplies."""
     float8 = pytest.importorskip("torchao.float8", reason="needs the extra clients")
     config = float8.Float8LinearConfig(emulate=True)  # products as narrow as 8 have no kernel
     ours, theirs = pair(impl)

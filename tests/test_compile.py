@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu  # Inductor's code is for a GPU
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_a_deep_model_compiles(mode):
-    """In a time that does not double with each layer; with the steps of the eager model."""
+    """The time does not double with each layer, and the steps are those of the eager model."""
     torch.compiler.reset()
     models = [build(depth=8, impl="fused"), build(depth=8, impl="fused")]
     compiled = torch.compile(models[0], fullgraph=True, mode=mode)

@@ -286,7 +286,7 @@ def test_kernels_use_no_atomics_and_64_bit_program_ids(path):
     assert "make_block_ptr" not in source and "autotune" not in source
 
 
-# what PyTorch, Triton or the interpreter gets wrong in places, and the one page that puts it right
+# mistakes of PyTorch, Triton or its interpreter, each with the one page that puts it right
 ONE_PAGE = {
     "torch.library.": "_register.py",
     "once_differentiable": None,
@@ -426,7 +426,7 @@ def test_docstrings_and_comments_are_no_fragments(folder):
         begun = [b for a, b in zip(["", *lines], lines, strict=False) if not a.startswith("#")]
         words = "|".join(FRAGMENTS).lower()
         assert [line for line in begun if re.match(rf"# (?:{words}) ", line)] == [], path
-        assert [line for line in lines if "  # of " in line] == [], path
+        assert [line for line in lines if re.search(r"\s# of ", line)] == [], path
 
 
 def test_sizes_of_the_pages():
@@ -440,7 +440,7 @@ def test_sizes_of_the_pages():
 
 @pytest.mark.parametrize("path", files("decode"), ids=name)
 def test_functions_on_a_device_have_few_parameters(path):
-    """What they are compiled for is told by the fields of LEVELS."""
+    """The fields of LEVELS tell what they are compiled for."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             assert len(node.args.args) < 16, node.name

@@ -53,7 +53,7 @@ def test_the_command(package, monkeypatch, capsys):
 
 @pytest.mark.parametrize("most", [5, 6, 9, 12, 100])
 def test_it_ends_where_it_is_full(package, tmp_path, most):
-    """No document of nothing but a separator."""
+    """No document is left that is nothing but a separator."""
     made = corpora.build(tmp_path / "x.bin", [package], (".py",), most)
     content = b"\0".join(IN_ORDER)[:most].rstrip(b"\0")
     assert (tmp_path / "x.bin").read_bytes() == content

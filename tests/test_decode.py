@@ -73,7 +73,7 @@ def test_a_module_that_has_to_be_called():
 
 
 def test_a_block_that_stands_in_two_layers():
-    """What it leaves of a prompt is known by the layer, not by the block."""
+    """The rows that it keeps of a prompt belong to the layer, not to the block."""
     options, _, _ = ROWS[0]
     model = build(options | dict(depth=2), impl="reference")
     model.layers[1] = model.layers[0]

@@ -48,14 +48,14 @@ def projections(B):
 
 
 def turns(keys, E):
-    """Any rotation and decay by distance; none at all at 0."""
+    """Draw a rotation and decay for each distance; there is none at distance 0."""
     table = torch.randn(keys, 2, E // 2)
     table[0] = torch.tensor([[1.0], [0.0]])
     return table
 
 
 def attentions(B):
-    """Within a window, beyond the tokens there are, and in full."""
+    """Attention within a window, with a window beyond the tokens there are, and in full."""
     for (H, E, keys, dilation, stride), (h, e, n, a, s) in itertools.pairwise(
         [(2, 8, 4, 2, 1), (1, 6, 3, 1, 4), (3, 16, 80, 1, 1), (2, 8, 4, 2, 1)]
     ):
@@ -108,7 +108,7 @@ def run(op, name, positions, arguments, dtype):
     def copy(t):
         base = t if t._base is None else t._base
         wide = dtype if dtype == torch.float64 else torch.float32
-        # what sums or angles are kept in, is not narrowed
+        # tensors that keep sums or angles are not narrowed
         kept = name == "merge" and t.ndim == 2 and t.shape[-1] == 11
         to = wide if kept or (name == "attend" and t.ndim == 3 and t.shape[1] == 2) else dtype
         if id(base) not in copies:
@@ -195,7 +195,7 @@ def sampled(impl, logits, noise, *options):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sample_takes_the_first_of_the_best(temperature):
-    """Of ids that are as good as each other, in one block or in different ones."""
+    """Several ids are as good as each other, in one tile or in different ones."""
     best = [[3, 9, 39_999], [5, 32_768], [32_767, 32_768], [40, 35_000, 35_001]]
     logits = torch.randn(4, 40_000, device=DEVICE).clamp(max=4)
     for row, ids in enumerate(best):
@@ -206,7 +206,7 @@ def test_sample_takes_the_first_of_the_best(temperature):
 
 
 def test_sample_where_noise_is_zero():
-    """As if it were tiny: the most likely of those ids, and never one that is not kept."""
+    """It counts as tiny: the most likely of those ids wins, and never one that is not kept."""
     logits = torch.tensor([[1.0, 4.0, 3.0, 5.0, 2.0]] * 3, device=DEVICE)
     noise = torch.ones_like(logits)
     noise[0, [1, 2]] = noise[1] = 0.0
@@ -249,7 +249,7 @@ def test_sample_of_long_rows(options):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
 def test_in_a_graph():
-    """Launched ahead of each other, in a graph that advances by itself: each waits for the last."""
+    """Each op waits for the last, though launched before that ends, in a graph that repeats."""
     torch.manual_seed(0)
     x, w = torch.randn(1, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
     streams = [x.clone(), torch.zeros_like(x)]

@@ -32,7 +32,7 @@ def described(capsys, *arguments):
 
 
 def entropy(content, order):
-    """By the definition, in another way: of pairs of a context and what follows it."""
+    """Compute it by the definition: from the counts of contexts and of what follows them."""
     grams = Counter(content[i : i + order + 1] for i in range(len(content) - order))
     contexts = Counter()
     for gram, count in grams.items():
@@ -43,7 +43,7 @@ def entropy(content, order):
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1000, 1])
 def test_entropy(book, tmp_path, monkeypatch, capsys, chunk):
-    """Whatever the stream is cut into."""
+    """The pieces that a stream is cut into make no difference."""
     monkeypatch.setattr("shtx.train.sources.BLOCK", 700)
     monkeypatch.setattr("shtx.train.describe.CHUNK", chunk)
     content = book.read_bytes()[:3000] + bytes(np.random.default_rng(0).bytes(2000))
@@ -90,7 +90,7 @@ def test_of_several_files(book, tmp_path, capsys):
 
 @pytest.mark.parametrize("separator", [b"\0", b"ab", b"aab"])
 def test_documents(separator):
-    """Those that have a byte, wherever the blocks end."""
+    """Documents that have a byte are counted, wherever the blocks end."""
     content = np.random.default_rng(3).choice([*b"ab\0"], 400).astype(np.uint8).tobytes()
     expected = sum(map(bool, content.split(separator)))
     for size in (1, 2, 3, 7, 400):
@@ -151,7 +151,7 @@ def tokenizer(book, tmp_path):
 
 
 def test_prepared_tokens(book, tokenizer, tmp_path, capsys, monkeypatch):
-    """Those of the whole book, whatever the pieces; a run on them knows its bits per byte."""
+    """Tokens are those of the whole book, whatever the pieces; a run knows its bits per byte."""
     monkeypatch.setattr("shtx.train.encode.PIECE", 1000)
     out = tmp_path / "tokens.bin"
     content = book.read_text() + "é\n\n  x"

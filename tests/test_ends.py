@@ -1,4 +1,4 @@
-"""How a command ends: signals in every phase, and output that cannot be written."""
+"""Commands end well after signals in every phase, and where output cannot be written."""
 
 import io
 import itertools
@@ -156,7 +156,7 @@ def test_log_on_a_full_disk(text, run, tmp_path, monkeypatch, capfd):
 
 
 def test_locale_without_characters(run, tmp_path, monkeypatch):
-    """What an encoding does not have is an escape."""
+    """A character that the encoding does not have becomes an escape."""
     for status, command in enumerate(
         (
             ["generate", "--checkpoint", str(run), "--prompt", "caf\xe9", "--length", "20"],

@@ -77,7 +77,7 @@ def test_a_step_that_differs_fails(run, monkeypatch):
     monkeypatch.setattr(ops.FUSED, "feed_forward", drifting)
     monkeypatch.setattr(script, "TrainStep", partial(Counted, cuda_graph=False))
     status, results = run("--only", "repeat")
-    assert status == 1 and results["checks"][0]["measured"] == 2  # of three
+    assert status == 1 and results["checks"][0]["measured"] == 2  # three were asked for
 
 
 def test_a_second_run_adds_to_the_first(run):

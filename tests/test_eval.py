@@ -31,7 +31,7 @@ def model():
 
 
 def bits_of(model, seen):
-    """Of the last byte of those seen, one at a time."""
+    """Return the bits of the last of these bytes, given the others."""
     ids = torch.tensor(seen[None], device=DEVICE).long()
     with torch.no_grad():
         return -float(model(ids[:, :-1])[0, -1].double().log_softmax(-1)[ids[0, -1]]) / math.log(2)

@@ -70,7 +70,7 @@ def test_onnx(model, exported):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_values(impl):
-    """On meta the shapes are upstream's; what needs values says so."""
+    """Shapes on meta are upstream's; a call that needs values says so."""
     with torch.device("meta"):
         theirs, ours = Upstream(**OPTIONS), HierarchicalTransformer(**OPTIONS, impl=impl)
     ids = draw(17).to("meta")

@@ -26,7 +26,7 @@ from shtx.generation.tokens import MAX_SESSIONS, _sessions
 
 
 def sample(logits, noise, *options):
-    """On a CPU the reference: test_decode_ops holds the fused op to it."""
+    """Sample a token for each row; on a CPU by the reference: test_decode_ops has the other."""
     out = torch.zeros(len(logits), dtype=torch.long, device=DEVICE)
     ops.resolve("auto", out.device).decode.sample(out, logits, noise[:, None], *options, out)
     return out
@@ -56,9 +56,9 @@ def kept_ids(probabilities, draws=4000, **options):
         ({"top_p": 0.51}, [0, 2]),
         ({"top_p": 0.8}, [0, 1, 2]),
         ({"top_p": 1.0}, [0, 1, 2, 3]),
-        ({"top_p": 0.51, "temperature": 0.5}, [2]),  # of 0.73
+        ({"top_p": 0.51, "temperature": 0.5}, [2]),  # the best id has 0.73
         ({"top_p": 0.8, "temperature": 4.0}, [0, 1, 2, 3]),  # the best three have 0.79
-        ({"top_p": 0.6, "top_k": 2}, [2]),  # of 0.67
+        ({"top_p": 0.6, "top_k": 2}, [2]),  # the best id has 0.67
         ({"top_p": 0.7, "top_k": 2}, [0, 2]),
     ],
     ids=str,
@@ -88,7 +88,7 @@ def test_filter_thres_keeps_what_upstream_keeps(thres):
 
 
 def test_a_row_without_noise_is_its_best_id_at_any_temperature():
-    """Also where the softmax is one or zero in fp32, and where the noise rounds to zero."""
+    """This holds, too, where the softmax is one or zero in fp32 or the noise rounds to zero."""
     logits = torch.randn(3, 50, device=DEVICE) * 100
     noise = torch.ones_like(logits)
     for temperature in (1e-30, 1e-3, 1.0, 1e30):
@@ -117,7 +117,7 @@ def test_greedy_tokens_are_upstreams(row):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_prompts_of_unequal_length(use_cache):
-    """As each of them alone."""
+    """Each gets the tokens that it gets alone."""
     model = build()
     prompts = [draw(tokens, 1)[0] for tokens in (7, 1, 4)]
     together = model.generate(prompts, 9, temperature=0, use_cache=use_cache)
@@ -192,7 +192,7 @@ def test_rows_are_sampled_independently():
 
 
 def stopped(tokens, stop_token):
-    """What stop_token makes of tokens: by hand."""
+    """Cut tokens at stop_token, by hand."""
     rows = [row[: row.index(stop_token)] if stop_token in row else row for row in tokens.tolist()]
     longest = min(1 + max(map(len, rows)), tokens.shape[1])
     rows = [row + [stop_token] * (longest - len(row)) for row in rows]
@@ -282,7 +282,7 @@ def test_overflow_is_an_error_before_anything_is_sampled():
 
 
 def test_windowed_levels_go_on_for_ever():
-    """As a model that sees more tokens."""
+    """The tokens are those of a model that sees more of them."""
     model, longer = build(WINDOWED), build(WINDOWED, seq_len=64)
     longer.load_state_dict(model.state_dict())
     expected = longer.generate(draw(9), 55, temperature=0)

@@ -42,14 +42,14 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture(params=["tapes", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])
 def captured(request, monkeypatch):
-    """What was captured, in its order."""
+    """The names of all captures, in their order."""
     kept, init, capture, graphs = [], Session.__init__, Session._capture, without_a_gpu
 
     def note(session, what, function):
         kept.append(what)
         if request.param == "CUDA graphs":
             return capture(session, what, function)
-        # to record a step would be to take one
+        # recording a step would take it
         return SimpleNamespace(replay=function) if what == "step" else Tape(function)
 
     monkeypatch.setattr(Session, "_capture", note)
@@ -176,7 +176,7 @@ def test_few_lengths_have_a_graph(captured):
 
 
 def test_an_open_region_of_autocast_keeps_no_weights(captured):
-    """In which a cast of a parameter may be kept for the next one."""
+    """Such a region may keep the cast of a parameter, which would be stale after a change."""
     model = build()
     for _ in range(2):
         with torch.autocast(DEVICE, torch.bfloat16):

@@ -104,7 +104,7 @@ def test_meta_and_fake_tensors_leave_no_table(monkeypatch):
 
 
 def test_autocast_around_the_backward_changes_nothing():
-    """What an op is under autocast was decided in its forward."""
+    """The autocast region of the forward decides the dtypes of the backward."""
     for name, call, x in CALLS:
         expected = results(call, shtx_kernels, x)[-1]
         wanted = [t for t in tree_leaves(call(shtx_kernels)) if t.requires_grad]

@@ -93,7 +93,7 @@ def zeros(model, optimizer, batches):
 
 
 def cleared_late(model, optimizer, batches):
-    """As Lightning has it: gradients go after the forward."""
+    """Train a loop that clears gradients after the forward, as Lightning does."""
     losses = []
     for ids in batches:
         loss, _ = model(ids, return_loss=True)
@@ -240,7 +240,7 @@ def test_numbers_of_a_train_step(captured):
 
 
 def test_autocast(captured):
-    """With copies of weights in the region that is open, and a region for each dtype."""
+    """A region of autocast keeps copies of weights, and each dtype has a region."""
     ours, theirs = both()
 
     def loop(model, optimizer):
@@ -298,7 +298,7 @@ def test_one_backward_and_no_gradients_of_it(captured):
 
 
 def test_a_loss_that_is_dropped_or_kept(captured):
-    """Without a backward: a new forward may have the memory, unless somebody may still come."""
+    """A new forward may have the memory, unless a backward may still come."""
     (model, optimizer), (other, other_optimizer) = both()
     plain(model, optimizer, [draw(0), draw(1)])
     plain(other, other_optimizer, [draw(0), draw(1)])
@@ -422,7 +422,7 @@ def test_a_capture_that_fails_leaves_the_loop_eager(captured, monkeypatch):
 
 
 def test_a_weight_that_is_out_of_sight(captured):
-    """Within a closure, say: a graph would lose its gradient."""
+    """A closure may hold it, say: a graph would lose its gradient."""
     ours, theirs = both()
     for model, _ in (ours, theirs):
         weight = model.token_emb.weight
@@ -477,7 +477,7 @@ def test_ids_are_checked_as_ever(captured):
 
 
 def test_other_eyes(captured):
-    """What looks at ops sees them; what transforms a forward has it eagerly."""
+    """Tools that look at ops see them, and those that transform a forward get an eager one."""
     model, other = build(impl="reference"), build(impl="reference")
     model.graphs = True
     plain(model, adamw(model), [draw(0)] * 3)

@@ -34,7 +34,7 @@ def draw(seed=0, batch=4, tokens=17):
 
 
 def masked(ids):
-    """Of rows that differ much in how many labels they have."""
+    """Return labels whose rows differ much in how many of them count."""
     labels = ids.clone()
     for b, row in enumerate(labels):
         row[: 1 + 5 * b] = -100
@@ -50,7 +50,7 @@ def perplexity_loss(model, ids, labels):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_losses_and_logits(version):
-    """In training that of all parts, without logits; in eval mode that of the next token."""
+    """Training has the loss of all parts and no logits; eval mode has that of the next token."""
     model, ids, labels = build(version), draw(), masked(draw())
     output = model(ids, labels=labels)
     assert output.logits is None
@@ -85,7 +85,7 @@ def test_a_seed_gives_the_weights_of_the_model():
 
 @pytest.mark.parametrize("training_mode", [True, False])
 def test_losses_of_micro_batches_add_up(training_mode):
-    """That of the next token exactly, over whatever ranks and micro-batches it is."""
+    """The next-token loss does so exactly, over any number of ranks and micro-batches."""
     model = build(recon_loss_weight=0.0, hierarchical_ar_loss_weight=0.0).train(training_mode)
     ids, labels = draw(), masked(draw())
     count = int((labels[:, 1:] != -100).sum())
@@ -250,7 +250,7 @@ def test_trainer_learns_with_all_losses(tmp_path):
 
 
 def test_trainer_smooths_labels(tmp_path):
-    """Of the next tokens; there are no other losses then."""
+    """The labels of next tokens are smoothed; there are no other losses then."""
     model = build()
     trainer = trained(tmp_path, model, per_device_train_batch_size=4, label_smoothing_factor=0.1)
     rows = Rows()
@@ -410,7 +410,7 @@ def test_a_run_is_converted(run, tmp_path, capsys):
 
 
 def test_the_mixin_of_the_hub(tmp_path):
-    """For those who want no transformers: three lines."""
+    """Three lines are enough for those who do not want transformers."""
     from huggingface_hub import PyTorchModelHubMixin
 
     class OnTheHub(HierarchicalTransformer, PyTorchModelHubMixin):

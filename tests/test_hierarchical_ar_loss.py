@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    graphed,
+)
 
 from shtx_kernels import hierarchical_ar_loss, reference
 
@@ -52,7 +59,7 @@ def test_no_token_with_a_successor(B, M):
 
 
 def test_rows_shorter_than_the_clamp():
-    """As F.normalize: their gradient is that of a division by 1e-12."""
+    """Their gradient is that of a division by 1e-12, as F.normalize has it."""
     h, weight, bias = draw(2, 6, 8)
     h[0, 2] = 0
     h[1, 3] *= 1e-14
@@ -91,7 +98,7 @@ def test_strided_inputs():
     plain = hierarchical_ar_loss(h, weight, bias)
     for same in (wide[:, 1::2, 8:24], h.mT.contiguous().mT):
         assert torch.equal(hierarchical_ar_loss(same, weight, bias), plain)
-    other = hierarchical_ar_loss(h, weight.T.contiguous().T, bias)  # of another product of cuBLAS
+    other = hierarchical_ar_loss(h, weight.T.contiguous().T, bias)  # by another product of cuBLAS
     torch.testing.assert_close(other, plain, rtol=1e-6, atol=0)
 
 
@@ -129,15 +136,7 @@ def test_bad_input(change, message):
 
 
 def test_compiles_whole():
-    inputs = [t.requires_grad_() for t in draw(2, 20, 16)]
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(hierarchical_ar_loss, fullgraph=True, backend=backend)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*inputs), inputs),
-        torch.autograd.grad(hierarchical_ar_loss(*inputs), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert_compiles_whole(hierarchical_ar_loss, draw(2, 20, 16), rtol=1e-5, atol=1e-7)
 
 
 def test_opcheck():

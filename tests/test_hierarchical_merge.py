@@ -9,8 +9,8 @@ ONE = [(23, 7, 1)]
 SAME = [(9, 8, 1), (9, 5, 1)]
 CUT = [(13, 16, 1), (7, 8, 2), (4, 5, 4), (2, 24, 8)]
 STRIDED = [(5, 6, 2), (9, 4, 4), (3, 3, 4)]  # 10 tokens: of the second level three count
-APART = [(17, 3, 1), (9, 4, 2), (20, 300, 1)]  # of one stride, not side by side, past a tile
-MEET = [(17, 3, 1), (9, 4, 2), (17, 8, 1)]  # of one stride and length, not side by side
+APART = [(17, 3, 1), (9, 4, 2), (20, 300, 1)]  # two of one stride are apart; past a tile
+MEET = [(17, 3, 1), (9, 4, 2), (17, 8, 1)]  # two of one stride and length are apart
 LONG = [(40, 4, 1), (1, 6, 64)]
 CASES = [  # levels (M, D, stride), with branches, J, D_out
     (ONE, True, 9, 1),
@@ -107,7 +107,7 @@ def test_rows_at_and_below_the_clamp(levels):
         for op in (hierarchical_merge, reference.hierarchical_merge)
     )
     for o, t in zip(ours, twin, strict=True):
-        size = t.abs().amax(dim=-1, keepdim=True)  # of a row, whose numbers cancel
+        size = t.abs().amax(dim=-1, keepdim=True)  # a row's, as its numbers cancel
         torch.testing.assert_close(o / size, t / size, rtol=0, atol=1e-9, equal_nan=True)
 
 

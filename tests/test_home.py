@@ -30,7 +30,7 @@ def copied(run, path):
 
 
 def of_an_older_version(run):
-    """Without all that older versions did not write."""
+    """Remove from a run all that older versions did not write."""
     for name in ("shtx.lock", "run.json"):
         (run / name).unlink()
     for step in (run / "checkpoints").iterdir():
@@ -55,7 +55,7 @@ def test_lock_is_of_one(tmp_path):
 
 
 def test_one_of_many_that_start_together(tmp_path):
-    """And the lock of a process that is killed is free."""
+    """One gets the lock, and it is free once that one is killed."""
     for _ in range(5):
         read, write = os.pipe()
         starters = []
@@ -103,7 +103,7 @@ def test_a_run_that_is_trained_is_left_alone(text, run, tmp_path, capsys, argume
 
 
 def test_lock_that_was_removed_before_it_was_held(tmp_path, monkeypatch):
-    """As a process does that fails while another one starts."""
+    """A process that fails removes it while another one starts."""
     flock, removed = fcntl.flock, []
 
     def remove_and_lock(*args):
@@ -157,7 +157,7 @@ def test_directory_that_is_removed_meanwhile(text, tmp_path, monkeypatch, capsys
 
 
 def test_copied_checkpoint_is_no_run(run, tmp_path, capsys):
-    """Not even in a directory that looks like its run's."""
+    """It is none even in a directory that looks like its run's."""
     home = tmp_path / "home"
     shutil.copytree(run / "checkpoints" / "step-000008", home / "backup" / "step-000008")
     shutil.copytree(run / "checkpoints", home / "checkpoints")
@@ -186,7 +186,7 @@ def test_checkpoint_of_another_run(text, run, tmp_path, capsys):
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_going_on_elsewhere(run, tmp_path, copy):
-    """Whole from the first moment, and the run that it comes from is as it was."""
+    """The new run is whole from the first moment, and the one it comes from is as it was."""
     part = copied(run, tmp_path / "part")
     step = part / "checkpoints" / "step-000008"
     if copy:
@@ -205,7 +205,7 @@ def test_going_on_elsewhere(run, tmp_path, copy):
 
 
 def test_files_of_others_stay(run, tmp_path, capsys):
-    """Whatever lies beside checkpoints, or in their place: it stays, and ends nothing."""
+    """A file beside checkpoints, or in their place, stays and ends nothing."""
     part = copied(run, tmp_path / "part")
     checkpoints = part / "checkpoints"
     shutil.rmtree(checkpoints / "step-000012")
@@ -266,7 +266,7 @@ def test_run_of_an_older_version(run, tmp_path, monkeypatch):
 
 
 def test_run_that_ended_before_its_first_checkpoint(text, run, tmp_path, monkeypatch):
-    """Resumed or started again, it is the run that it was to be."""
+    """It may be resumed or started again, and becomes the run that it was to be."""
     from shtx.train.trainer import Trainer
 
     class Killed(BaseException):

@@ -171,7 +171,7 @@ def test_lines_of_others_in_the_metrics_stay(run, step):
 
 
 def test_metrics_that_are_a_pipe(step, capsys):
-    """Which never ends."""
+    """A pipe never ends, so it must not be read."""
     metrics = step.parents[1] / "metrics.jsonl"
     metrics.unlink()
     os.mkfifo(metrics)

@@ -81,7 +81,7 @@ def test_what_is_left_out(build, ignore_index):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_sums_of_unequal_counts_add_up(build):
-    """And so do the micro-batches of a step."""
+    """The micro-batches of a step add up, too."""
     model, ids = build(), draw(0)
     labels = masked(ids)
     whole, counts = model(ids, labels=labels, loss_reduction="sum")
@@ -114,7 +114,7 @@ def test_a_step_is_that_of_a_plain_loop():
     assert_same((ours, optimizer), (theirs, other))
 
 
-LABELS = [None, -100, -100, None, None, 0, -100]  # of calls one after the other
+LABELS = [None, -100, -100, None, None, 0, -100]  # calls one after the other
 
 
 @pytest.mark.parametrize("how", ["emulated", pytest.param("CUDA graphs", marks=pytest.mark.gpu)])

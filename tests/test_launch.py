@@ -18,7 +18,7 @@ X = torch.empty(64)
 
 
 class Compiled:
-    """What Triton compiled."""
+    """A compiled kernel that keeps the arguments of its launches."""
 
     function, packed_metadata = "function", "metadata"
 

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    graphed,
+)
 
 from shtx_kernels import linear, reference
 
@@ -85,12 +92,7 @@ def test_bad_input(change, message):
 
 
 def test_compiles_whole():
-    inputs = [t.requires_grad_() for t in draw(2, 20, 16, 24)]
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(linear, fullgraph=True, backend=backend)
-    gradients = (torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (compiled, linear))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert_compiles_whole(linear, draw(2, 20, 16, 24), rtol=1e-5, atol=1e-6)
 
 
 def test_opcheck():

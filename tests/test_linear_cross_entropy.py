@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    graphed,
+)
 
 from shtx_kernels import _cross_entropy, linear_cross_entropy, reference
 
@@ -182,15 +189,8 @@ def test_bad_input(change, message):
 
 def test_compiles_whole():
     x, weight, targets = draw(2, 20, 8, 30)
-    inputs = x.requires_grad_(), weight.requires_grad_()
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*inputs, targets), inputs),
-        torch.autograd.grad(linear_cross_entropy(*inputs, targets), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    fn = lambda x, weight: linear_cross_entropy(x, weight, targets)
+    assert_compiles_whole(fn, (x, weight), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("V", [32, 37])  # a padded one, too

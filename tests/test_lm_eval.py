@@ -45,7 +45,7 @@ def test_bits_of_texts_are_those_of_shtx_eval(stride, batch_size):
 
 
 def test_continuations():
-    """Also of contexts that are empty, or longer than the model sees, and longer ones than it."""
+    """Contexts may be empty, and contexts and continuations longer than the model sees."""
     lm, limit = ByteLM(model=build(), batch_size=3), 24
     greedy = lm.model.generate(torch.tensor([list(b"ab")], device=DEVICE), 4, temperature=0)
     greedy = bytes(greedy[0].tolist()).decode("latin-1")

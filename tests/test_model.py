@@ -1,4 +1,4 @@
-"""What a model must be beyond equal to upstream: causal, and sound where upstream is not."""
+"""Models must be more than equal to upstream: causal, and sound where upstream is not."""
 
 import copy
 import pickle
@@ -255,7 +255,7 @@ def test_steps_are_bitwise_repeatable(impl):
 
 
 def test_copies_and_pickles():
-    """What EMA, spawning and torch.save of a module need; also after a step was taken."""
+    """EMA, spawning and torch.save of a module need them; also after a step was taken."""
     model, ids = build(impl="fused"), draw()
     train(model, ids)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -314,7 +314,7 @@ def test_all_labels_ignored():
 
 @pytest.mark.parametrize("impl", ["reference", "fused"])
 def test_sums_and_counts_of_uneven_batches_add_up(impl):
-    """To the loss of all of them, and to its gradients."""
+    """They add up to the loss of all rows, and to its gradients."""
     model, ids = build(impl=impl), draw(17, 4)
     ids[:3, 5:] = 0  # does not count
     loss, _ = train(model, ids)
@@ -332,7 +332,7 @@ def test_sums_and_counts_of_uneven_batches_add_up(impl):
 
 
 def test_the_largest_loss_comes_first(monkeypatch):
-    """What it takes to make its gradient is then not on top of those of the others."""
+    """The memory that its gradient takes is then free before the others need theirs."""
     compressions, right = [], ops.REFERENCE.reconstruction_loss
 
     def note(*args, compress, **options):
@@ -346,7 +346,7 @@ def test_the_largest_loss_comes_first(monkeypatch):
 
 
 def test_losses_that_weigh_nothing_still_reach_every_parameter():
-    """So that DistributedDataParallel finds no unused parameter."""
+    """DistributedDataParallel must not find an unused parameter."""
     model = build(recon_loss_weight=0.0, hierarchical_ar_loss_weight=0.0)
     train(model, draw())
     assert all(p.grad is not None for p in model.parameters())
@@ -364,7 +364,7 @@ def test_window_larger_than_the_sequence_is_full_attention():
     assert model.levels[1].dilation == 2
 
 
-@pytest.mark.parametrize("vocabulary", [31, 2])  # of 2, a tenth is still 1
+@pytest.mark.parametrize("vocabulary", [31, 2])  # a tenth of 2 is still 1
 def test_generate_is_greedy_at_temperature_0_and_restores_training(vocabulary):
     model = build(num_tokens=vocabulary)
     model.to_logits.weight.data.neg_()  # or 0, which an empty choice gives, wins all the time

@@ -116,7 +116,7 @@ def stepped(model, optimizers, ids, clip=0.5):
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_several_optimizers_step_as_in_the_plain_loop(cuda_graph):
-    """Clipped by the one norm of all gradients; each at learning rates of its own, which change."""
+    """One norm of all gradients clips them; each has learning rates of its own, which change."""
     ours, plain = build(), build()
     optimizers, others = both(ours), both(plain)
     options = dict(precision="fp32", grad_clip=0.5, cuda_graph=cuda_graph)
@@ -133,7 +133,7 @@ def test_several_optimizers_step_as_in_the_plain_loop(cuda_graph):
 
 @pytest.mark.parametrize("kind", ["replayed steps", pytest.param("graphs", marks=pytest.mark.gpu)])
 def test_several_optimizers_are_in_one_graph(kind, monkeypatch):
-    """Which is given up if the state of one of them is replaced, or a group changes."""
+    """The graph is given up if the state of one of them is replaced, or a group changes."""
     from helpers import without_a_gpu
 
     shapes, capture = [], TrainStep._capture
@@ -162,7 +162,7 @@ def test_several_optimizers_are_in_one_graph(kind, monkeypatch):
 
 
 def test_state_is_as_of_one_optimizer():
-    """Whose groups are those of all in a row; what is loaded goes on to the bit."""
+    """The groups of all stand in a row, and a step with a loaded state is the same to the bit."""
     ours, theirs = build(), build()
     step = TrainStep(ours, both(ours), precision="fp32", cuda_graph=False)
     for n in range(2):

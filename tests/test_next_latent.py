@@ -126,7 +126,7 @@ def test_same_arguments_and_defaults():
     assert theirs[1:] == list(ABOUT["signatures"]["generate"])
 
 
-# where upstream fails
+# inputs on which upstream fails
 
 OPTIONS = training.OPTIONS | dict(seq_len=64, num_rollouts=2)
 
@@ -161,7 +161,7 @@ def test_what_was_called_before_changes_nothing():
 
 
 def test_positions_of_half_precision():
-    """Past 256, where bf16 has every second integer alone."""
+    """Positions go past 256, where bf16 has only every second integer."""
     rotary = InterleavedRotary(8).to(DEVICE)
     ones = torch.ones(1, 1, 600, 8, device=DEVICE)
     wide = rotary.rotate_queries_and_keys(ones, ones)
@@ -171,7 +171,7 @@ def test_positions_of_half_precision():
 
 
 def test_a_tool_on_rotary_is_called():
-    """By the interface that upstream's module has, with the numbers of the op."""
+    """It is called as upstream's module is, and the numbers are the op's."""
     model, calls = build(), []
     expected = model(draw())
     rotary = model.layers[0][1].attn.rotary_emb

@@ -65,7 +65,7 @@ def test_matches_reference_in_fp64(case, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
-    """Of all but h, which stands for targets, too, that have no gradient."""
+    """All inputs but h are checked: h stands for targets, too, which have no gradient."""
     inputs, call, _ = draw(2, 5, 4, 1, (3,), 1.0, kind)
     h, *others = (t.double().requires_grad_() for t in inputs)
     fn = lambda *others: call(next_latent_loss, h.detach(), *others)[0]
@@ -95,7 +95,7 @@ def test_no_token_with_so_many_after_it(B, M, R, widths):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_zero_or_foretold_exactly(kind):
-    """As F.cosine_similarity clamps lengths: a gradient of nothing is none."""
+    """A row of zeros has a gradient of zero, as F.cosine_similarity clamps lengths."""
     inputs, call, _ = draw(2, 6, 8, 2, (8,), 1.0, kind)
     inputs[0][0, 2] = 0
     inputs[0][1, 3] *= 1e-12
@@ -111,7 +111,7 @@ def test_what_does_not_count_may_be_anything():
     given.valid[:] = True
     given.valid[0, 5:] = False
     inputs[1][0, 5:] = float("nan")
-    given.valid[0, 3:] = False  # of those that the garbage comes into in two steps
+    given.valid[0, 3:] = False  # these reach the garbage in two steps
     sums, _ = call(next_latent_loss, *inputs)
     assert sums.isfinite().all()
     torch.testing.assert_close(sums, call(reference.next_latent_loss, *inputs)[0])
@@ -178,7 +178,7 @@ def test_autocast_narrows_products_alone(R, low, h_dtype):
 
 
 class Shapes(TorchDispatchMode):
-    """Of all that operators return."""
+    """Notes the shapes of all tensors that operators return."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ class Shapes(TorchDispatchMode):
 
 @pytest.mark.parametrize("R", [1, 2])
 def test_nothing_has_halves_side_by_side(R, monkeypatch):
-    """Neither forward nor backward; only what is as large as weights is 2 D wide."""
+    """Forward and backward make no rows of 2 D numbers; only weights are 2 D wide."""
     B, M, D = 2, 40, 16
     inputs, call, _ = draw(B, M, D, R, (24, 24), 1.0)
     inputs = [t.requires_grad_() for t in inputs]

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    layouts,
+)
 
 from shtx_kernels import norm_token_shift, reference
 
@@ -55,7 +62,7 @@ def test_matches_reference(shape, dtype, norm, branch, dilation):
 
 @pytest.mark.parametrize("low", [t for t in DTYPES if t != torch.float32], ids=str)
 def test_fp32_stream_with_low_precision_branch_and_output(low):
-    """What autocast makes of a block: the stream stays fp32, what goes to the products does not."""
+    """Autocast makes a block so: the stream stays fp32, the factors of products do not."""
 
     def mixed(op):
         def fn(x, gamma, branch):
@@ -102,23 +109,10 @@ def test_not_a_number_spreads_as_in_the_reference(bad):
         assert torch.equal(o.isfinite(), t.isfinite()) and not t.isfinite().all()
 
 
-def layouts(shape):
-    """The same values, laid out in the ways an op may be handed them."""
-    x = torch.randn(shape, device=DEVICE)
-    B, M, D = shape
-    arena = lambda *size: torch.full(size, float("nan"), device=DEVICE)
-    yield "batch second", x.transpose(0, 1).contiguous().transpose(0, 1)
-    yield "columns of a wider tensor", arena(B, M, D + 5)[..., 3 : D + 3].copy_(x)
-    yield "rows of a longer tensor", arena(B, 2 * M, D)[:, ::2].copy_(x)
-    yield "in the middle of NaN", arena(B + 2, M + 2, D)[1:-1, 1:-1].copy_(x)
-    yield "off by one element", arena(B * M * D + 1)[1:].view(B, M, D).copy_(x)
-    yield "expanded over batch", x[:1].expand(B, M, D)
-
-
 @pytest.mark.parametrize("layout", range(6))
 def test_layouts_of_inputs_and_gradients(layout):
     """Strided inputs and gradients give bitwise what contiguous ones do, and are not written to."""
-    name, t = list(layouts((3, 11, 14)))[layout]
+    name, t = list(layouts(torch.randn(3, 11, 14, device=DEVICE)))[layout]
     gamma = torch.randn(14, device=DEVICE, requires_grad=True)
 
     def run(t):
@@ -150,7 +144,7 @@ def test_gradient_of_a_sum():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_y_is_of_the_r_that_is_kept(dtype):
-    """Not of x + branch before it was rounded: backward has r alone."""
+    """y is not of x + branch before it was rounded: backward has r alone."""
     x, gamma, branch = draw((2, 23, 40), "rms", True, dtype)
     r, y = norm_token_shift(x, gamma, None, branch, dilation=3)
     assert torch.equal(norm_token_shift(r, gamma, dilation=3)[1], y)
@@ -203,10 +197,7 @@ def test_registration(shape, transposed):
 def test_compiles_without_graph_break(branch):
     inputs = draw((2, 17, 64), "rms", branch)
     fn = call(norm_token_shift, "rms", 2)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    eager = forward_backward(fn, inputs, torch.float32)
-    torch.testing.assert_close(forward_backward(compiled, inputs, torch.float32), eager)
+    assert_compiles_whole(fn, inputs)
 
 
 @pytest.mark.gpu  # a graph is the GPU's

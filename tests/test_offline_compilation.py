@@ -12,19 +12,19 @@ SHARED_LIMIT = {"80": 163, "90": 227, "100": 227, "gfx942": 64}  # KiB a block m
 # Bytes of stack a thread may have, none if not here: as measured with Triton 3.6 and 3.9. Smaller
 # tiles spill less and take longer.
 STACK_LIMIT = {
-    "_attend_kernel": 8,  # of fp32, on sm_90
+    "_attend_kernel": 8,  # fp32, on sm_90
     "_chunk_summary_kernel": 8,  # on sm_100
     "_hierarchical_ar_loss_kernel": 8,
-    "_next_latent_norm_bwd_kernel": 8,  # of summaries with a gradient, on sm_80
-    "_norm_token_shift_fwd_kernel": 16,  # of layer norms that add a branch, on sm_80
+    "_next_latent_norm_bwd_kernel": 8,  # summaries with a gradient, on sm_80
+    "_norm_token_shift_fwd_kernel": 16,  # layer norms that add a branch, on sm_80
     "_norm_token_shift_bwd_kernel": 128,
-    "_rotary_attention_fwd_kernel": 72,  # of windows of 128
+    "_rotary_attention_fwd_kernel": 72,  # windows of 128
     "_rotary_attention_bwd_tile_kernel": 328,  # with Triton 3.9; 80 with 3.6, on sm_90
     "_rotary_attention_bwd_dkdv_kernel": 480,
     "_rotary_attention_bwd_dq_kernel": 64,
 }
 WIDE_STACK_LIMIT = {
-    "_rotary_attention_fwd_kernel": 256,  # of heads of 128; none with 8 warps, which are untimed
+    "_rotary_attention_fwd_kernel": 256,  # heads of 128; none with 8 warps, which are untimed
     "_rotary_attention_bwd_dkdv_kernel": 72,  # with Triton 3.6; 48 with 3.9
     "_norm_token_shift_bwd_kernel": 24,  # with Triton 3.6; none with 3.9
     "_project_row_kernel": 56,  # with Triton 3.6; none with 3.9

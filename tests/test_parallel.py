@@ -45,7 +45,7 @@ def draw(rank, batch=2):
 
 
 def uneven(rank, batch=4):
-    """On the first rank hardly a label counts."""
+    """Return ids of which hardly a label counts on the first rank."""
     ids = draw(rank, batch)
     if rank == 0:
         ids[:, 3:] = 0
@@ -89,7 +89,7 @@ def weights_of_all(model):
     return theirs
 
 
-# what two processes do, each with its rank
+# the work of two processes, each with its rank
 
 
 def steps_equal_those_of_one_process(rank):
@@ -144,7 +144,7 @@ def an_optimizer_may_be_sharded(rank):
     for s in (step, other_step, last_step):
         s(uneven(rank))
     with pytest.raises(ValueError, match="group .* of the optimizer on rank 0 and .* group"):
-        TrainStep(models[0], ours, **options)  # of which a rank has a share alone
+        TrainStep(models[0], ours, **options)  # a rank has only a share of it
     for model in models[1:]:
         assert all(map(torch.equal, models[0].parameters(), model.parameters()))
 
@@ -221,7 +221,7 @@ def micro_batches_are_summed_once(rank):
 
 
 class Branches(nn.Module):
-    """Of which each rank runs what it is asked to."""
+    """A module with parts, of which each rank runs those that it is asked to."""
 
     def __init__(self):
         super().__init__()
@@ -457,7 +457,7 @@ def fsdp_of_parts_alone(rank):
 
 
 def loop_of_ones_own(rank, graphs, device):
-    """Ten steps under DistributedDataParallel: the weights of both ranks."""
+    """Take ten steps under DistributedDataParallel; return the weights of both ranks."""
     model = build(seed=rank).to(device)
     model.graphs = graphs
     wrapped, optimizer = DistributedDataParallel(model), adamw(model)
@@ -572,11 +572,11 @@ def fsdp_may_have_gone_forward_before(rank):
     assert is_sharded(model.token_emb.weight)
 
 
-# on GPUs
+# tests on GPUs
 
 
 def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **options):
-    """What thirty steps come to: the last loss, and the weights of both ranks."""
+    """Take thirty steps; return the last loss, and the weights of both ranks."""
     model = build(seed=rank, impl="fused").cuda()
     options = dict(grad_clip=0.5, accumulate=accumulate) | options
     step = TrainStep(wrap(model), optimizers(model), **options)
@@ -619,7 +619,7 @@ def graphs_of_several_optimizers_are_the_eager_steps(rank):
 def graphs_equal_one_process(rank):
     models = build(seed=rank).cuda(), build().cuda()
     options = dict(precision="fp32", grad_clip=0.1)
-    # so slow that what rounding makes of an update does not count
+    # a rate so low that the rounding of an update does not count
     step, step_alone = (
         TrainStep(model, adamw(model, lr=1e-7), process_group=group, **options)
         for model, group in zip(models, (None, False), strict=True)

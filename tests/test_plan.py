@@ -118,7 +118,7 @@ def test_a_plain_model_calls_nothing(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_module_runs_its_hooks(impl):
-    """With the inputs and outputs of upstream's: of the same shapes, values and gradients."""
+    """Their inputs and outputs are upstream's: the same shapes, values and gradients."""
     seen = {}
     ours, theirs = pair(impl, **NARROW_FIRST)
     for who, model in (("ours", ours), ("theirs", theirs)):
@@ -132,7 +132,7 @@ def test_every_module_runs_its_hooks(impl):
                     kept.setdefault(name, []).append([t.detach() for t in tensors])
 
                 module.register_forward_hook(note)
-    for model in (ours, theirs):  # of which no level is padded
+    for model in (ours, theirs):  # no level is padded in them
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(draw(tokens=25), return_loss=True)
@@ -204,7 +204,7 @@ def test_a_module_in_the_place_of_another(impl, make, names):
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_layer_in_a_wrapper(impl, name):
-    """Also where upstream's layout is another: with a dilation."""
+    """This holds, too, with a dilation, where upstream's layout is another."""
     ours, theirs = pair(impl)
     for model in (ours, theirs):
         if name == "compressors.1":  # a wrapper hides `recon`, upstream's too
@@ -353,7 +353,7 @@ def test_the_buffers_of_a_rotation_that_was_replaced_count():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_buffers_of_rotations_that_were_edited(impl):
-    """In place, or by another; what moves or rounds a model is no edit."""
+    """They are edited in place or replaced; moving or rounding a model is no edit."""
     ours, theirs = pair(impl)
     for same in (copy.deepcopy(ours), copy.deepcopy(ours).bfloat16(), copy.deepcopy(ours).double()):
         assert not look(same).called
@@ -368,7 +368,7 @@ def test_buffers_of_rotations_that_were_edited(impl):
     fresh, _ = pair(impl)
     fresh.load_state_dict(ours.state_dict())
     assert unfused(fresh).keys() == names
-    # and back
+    # the edits are undone
     full, window = ours.layers[0][1].attn.rotary_emb, ours.layers[0][0].attn.attn_fn.rel_pos
     full.inv_freq *= 2
     full.scale = full.scale / 0.9
@@ -388,7 +388,7 @@ def test_compiled_code_calls_what_has_to_be_called():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_weights_in_the_place_of_others(impl):
-    """Swapped, assigned, tied: all plain."""
+    """Modules stay plain when their weights are swapped, assigned or tied."""
     ours, theirs = pair(impl, dim=16)
     ours(draw(), return_loss=True)
     state = {name: value.clone() for name, value in theirs.state_dict().items()}

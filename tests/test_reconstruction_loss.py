@@ -50,7 +50,7 @@ def test_gradcheck(compress, stride):
 
 
 def test_every_way_to_group_taps_is_met(monkeypatch):
-    """By the cases of test_matches_reference, and by the sizes that a model has."""
+    """The cases of test_matches_reference and the sizes of models meet all of them."""
     assert _cross_entropy._sizes(256 * 2, 8 * 256 * 512 * 4, 16384, 8) == (8192, 8)
     assert _cross_entropy._sizes(20000 * 2, 20000 * 512 * 4, 8192, 1) == (1024, 1)
     assert _cross_entropy._sizes(20000 * 2, 8 * 20000 * 512 * 4, 8192, 8) == (4096, 1)

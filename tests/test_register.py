@@ -1,4 +1,4 @@
-"""What all ops are to PyTorch: to Inductor, to modes and profilers, on meta tensors."""
+"""All ops work in PyTorch's tools: in Inductor, under modes and profilers, on meta tensors."""
 
 import sys
 from unittest.mock import patch
@@ -94,7 +94,7 @@ def test_meta_tensors_have_the_shapes_and_dtypes(name, call, x):
 
 
 def test_inductor_takes_the_ops_as_they_are():
-    """Without the line of its log, whose text doubles with every op that stands on another."""
+    """It does so without the line of its log whose text doubles with every op."""
     from torch._inductor import exc
 
     def chain(x, w, w_out):

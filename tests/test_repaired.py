@@ -14,7 +14,7 @@ CASES = [(None, 1, 40), (None, 3, 40), (8, 1, 40), (8, 3, 40), (5, 2, 33), (100,
 
 @pytest.mark.parametrize("window, dilation, M", CASES)
 def test_attention_is_that_of_the_reference(window, dilation, M):
-    """With gradients where FlexAttention has them: not for a window on a CPU."""
+    """Gradients are compared where FlexAttention has them: not for a window on a CPU."""
     torch.manual_seed(0)
     qkv = torch.randn(2, M, 3 * 2 * 16, device=DEVICE, dtype=DTYPE)
     keywords = dict(window=window, dilation=dilation, xpos=window is None)

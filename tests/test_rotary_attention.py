@@ -3,7 +3,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from einops import rearrange
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
+from helpers import (
+    DEVICE,
+    DTYPES,
+    assert_as_accurate,
+    assert_compiles_whole,
+    forward_backward,
+    layouts,
+)
 from torch.nn.functional import pad
 
 from shtx_kernels import reference, rotary_attention
@@ -94,7 +101,7 @@ def test_matches_reference(case, dtype):
 
 
 def by_tiles(monkeypatch, BLOCK, HALO, window):
-    """Whatever the dtype. Forward holds one halo alone."""
+    """Set these tiles for every dtype. Forward holds one halo alone."""
     sizes = dict(BLOCK=BLOCK, HALO=HALO, num_warps=4, num_stages=1)
     monkeypatch.setattr(tiles, "backward_by_tiles", lambda *_: sizes)
     monkeypatch.setattr(tiles, "forward_by_tiles", lambda *_: sizes if window <= HALO else None)
@@ -136,7 +143,7 @@ def test_gradcheck_of_tiles(window, monkeypatch):
 
 
 def seen_by(case, t):
-    """Which tokens see token t, and which it sees: two masks [M]."""
+    """Return two masks [M]: the tokens that see token t, and those that it sees."""
     distance = torch.arange(case.M, device=DEVICE) - t
     window = case.M if case.window is None else case.window
     near = (distance % case.dilation == 0) & (distance.abs() <= window * case.dilation)
@@ -146,7 +153,7 @@ def seen_by(case, t):
 @pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize("t", [0, 17, 36])
 def test_a_token_reaches_those_who_see_it_alone(case, t):
-    """Bitwise, so nothing comes from the future, from beyond the window or from other classes."""
+    """No bit comes from the future, from beyond the window or from other classes."""
     fn, qkv = call(rotary_attention, case), draw(case)
     after, before = seen_by(case, t)
     other = qkv.clone()
@@ -163,7 +170,7 @@ def test_a_token_reaches_those_who_see_it_alone(case, t):
 @pytest.mark.parametrize("part", range(3), ids=["q", "k", "v"])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_not_a_number_reaches_those_who_see_it(case, part):
-    """No value is as lucky: zero times NaN is NaN, so v's may reach neighbours, as in PyTorch."""
+    """A NaN of v may reach neighbours, too, as in PyTorch: zero times NaN is NaN."""
     qkv, t = draw(case), 17
     K = case.heads * case.E
     qkv[1, t, part * K] = float("nan")
@@ -174,18 +181,6 @@ def test_not_a_number_reaches_those_who_see_it(case, part):
     strangers = (torch.arange(case.M, device=DEVICE) - t) % case.dilation != 0
     assert not bad[1, strangers if part == 2 else ~after].any()
     assert not call(rotary_attention, case)(qkv)[..., case.E :].isnan().any()
-
-
-def layouts(x):
-    """The same values, laid out in the ways an op may be handed them."""
-    B, M, D = x.shape
-    arena = lambda *size: torch.full(size, float("nan"), device=DEVICE)
-    yield "batch second", x.transpose(0, 1).contiguous().transpose(0, 1)
-    yield "columns of a wider tensor", arena(B, M, D + 5)[..., 3 : D + 3].copy_(x)
-    yield "rows of a longer tensor", arena(B, 2 * M, D)[:, ::2].copy_(x)
-    yield "in the middle of NaN", arena(B + 2, M + 2, D)[1:-1, 1:-1].copy_(x)
-    yield "off by one element", arena(B * M * D + 1)[1:].view(B, M, D).copy_(x)
-    yield "expanded over batch", x[:1].expand(B, M, D)
 
 
 @pytest.mark.parametrize("case", FEW[:2], ids=str)
@@ -297,10 +292,7 @@ def test_registration_of_the_library(dilation):
 @pytest.mark.parametrize("case", FEW[:2], ids=str)
 def test_compiles_without_graph_break(case):
     fn = call(rotary_attention, case)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    eager = forward_backward(fn, [draw(case)], torch.float32)
-    torch.testing.assert_close(forward_backward(compiled, [draw(case)], torch.float32), eager)
+    assert_compiles_whole(fn, [draw(case)])
 
 
 @pytest.mark.gpu  # a graph is the GPU's
@@ -471,7 +463,7 @@ def test_factors_of_xpos_are_in_range_at_any_length():
 
 
 def test_reference_with_xpos_at_any_length():
-    """Where its factors leave the range of fp32; rows against the formula, which has distances."""
+    """Its factors leave the range of fp32; rows are compared with the formula by distances."""
     n = by_formula.MOST_FP32 + 2_500  # the last of its spans is a part of one
     qkv = draw(Case(1, n, 1, 2))
     with torch.no_grad():

@@ -96,7 +96,7 @@ def test_a_benchmark_runs_with_the_choice(tmp_path, monkeypatch):
 
 
 def test_the_fastest_of_each_case_is_printed_and_all_are_kept(tmp_path, monkeypatch, capsys):
-    """What ships takes 2.5 ms, the choices 2 ms and more."""
+    """The constants that ship take 2.5 ms, the choices 2 ms and more."""
     choices = SPACES["hierarchical_ar_loss"].choices
 
     def try_choice(bench, page, choice, configs, cache):

@@ -80,7 +80,7 @@ def content_of(corpus):
     return corpus.store.read(0, len(corpus.store)).tobytes()
 
 
-# which files
+# the files that arguments name
 
 
 def test_directories_and_patterns_are_sorted(parts):
@@ -130,7 +130,7 @@ def test_unreadable_file_is_named(parts, monkeypatch):
         expand([parts], "--data")
 
 
-# what is in them
+# the content of files
 
 
 @pytest.mark.parametrize("separator", [b"", b"\0", b"<end>\n\n"])
@@ -160,7 +160,7 @@ PACKED = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_members_are_documents(tmp_path, out, name):
-    """In the order of the archive, without the hidden ones."""
+    """They stand in the order of the archive, without the hidden ones."""
     (tmp_path / name).write_bytes(PACKED[name]({"z": A, ".x/y": b"hidden", "b": B, "c/d": b""}))
     with pytest.warns(UserWarning, match=f"{name}: hidden files are left out: 1"):
         corpus = prepared([tmp_path / name], out, separator=b"|")
@@ -251,7 +251,7 @@ def test_any_file_that_changes_is_found(parts, out):
     os.utime(parts / "b" / "c.txt", (0, 0))
     assert content_of(corpus) == whole
     (parts / "b" / "c.txt").write_bytes(B[:-1] + b"!")
-    corpus.store.read(0, 100)  # of another file
+    corpus.store.read(0, 100)  # this is in another file
     with pytest.raises(DataChanged, match="c.txt: the bytes changed while the run went on"):
         corpus.store.read(2400, 200)
     with pytest.raises(DataChanged):
@@ -259,7 +259,7 @@ def test_any_file_that_changes_is_found(parts, out):
 
 
 def test_order_of_batches_is_that_of_one_process(parts, out):
-    """Whatever the number of processes: of files, as of the one that has all their bytes."""
+    """The number of processes makes no difference, nor whether files are several or one."""
     corpus = prepared([parts], out, separator=b"\0\n")
     (parts / "whole").write_bytes(b"\0\n".join([A, B, C]))
     one = Corpus(Store([parts / "whole"]), SEQ_LEN)
@@ -273,7 +273,7 @@ def test_order_of_batches_is_that_of_one_process(parts, out):
     assert (corpus.windows(9) == one.windows(9)).all()
 
 
-# how it is divided
+# the parts for training, validation and test
 
 
 def test_split_is_enwik8s():

@@ -44,7 +44,7 @@ def build(seq_len=16, **options):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("lanes", [1, 3, 16])
 def test_as_one_long_forward(name, lanes):
-    """That of a model with the same weights which has room for all of the data."""
+    """The score is that of a model with the same weights that has room for all of the data."""
     model, long = build(**MODELS[name]), build(1024, **MODELS[name])
     ids = torch.tensor(DATA[None], device=DEVICE).long()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_as_one_long_forward(name, lanes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_reach(name):
-    """What is further back changes nothing; what is nearer does."""
+    """Tokens further back change nothing; nearer ones do."""
     model = build(1024, **MODELS[name])
     far, span = reach(model), 600
     ids = torch.tensor(DATA[None, : span + 1], device=DEVICE).long()

@@ -138,7 +138,7 @@ def test_what_warmup_trains_on():
 
 
 def test_described(file, capsys):
-    """By the vocabulary that a flag names; of the bytes nothing is said."""
+    """A flag names the vocabulary; how many bytes a token has is not known."""
     assert main(["data", str(file), "--num-tokens", str(V)]) == 0
     out = capsys.readouterr().out
     shares = np.unique(IDS, return_counts=True)[1] / len(IDS)
@@ -148,7 +148,7 @@ def test_described(file, capsys):
     assert "has id 299: ids must be in [0, 299)" in capsys.readouterr().err
 
 
-# what is beside a file
+# the description beside a file
 
 
 def test_what_is_beside_a_file_is_taken(file):
@@ -195,7 +195,7 @@ def test_bad_descriptions(file):
 
 
 def test_a_run_on_token_ids(file, tmp_path, capsys):
-    """In bits per token; and no figure per byte, as nobody knows how many a token stands for."""
+    """Figures are in bits per token, not per byte: nobody knows how many a token stands for."""
     run = tmp_path / "out"
     assert train(file, run, "--num-tokens", str(V), "--steps", "2") == 0
     out = capsys.readouterr().out
@@ -249,7 +249,7 @@ def test_a_run_with_known_bytes_per_token(file, tmp_path):
 
 
 def test_id_0_is_an_id_like_others(tmp_path):
-    """What a run's model learns of it; the reconstruction alone leaves it out, as upstream does."""
+    """A run's model learns it; the reconstruction alone leaves it out, as upstream does."""
     config, _ = parse(["--preset", "cpu", *TINY[2:], "--data", "x.bin", "--num-tokens", "9"])
     model = config.model.kind(**config.model.arguments())
     ids = torch.zeros(1, 33, dtype=torch.long)

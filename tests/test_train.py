@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def assert_same_end(run, other):
-    """To the last bit."""
+    """Assert that two runs have the same weights, state and rows, to the last bit."""
     for name in ("model.safetensors", "optimizer.pt"):
         a, b = (load(path).path / name for path in (run, other))
         assert a.read_bytes() == b.read_bytes(), name
@@ -40,7 +40,7 @@ def assert_same_end(run, other):
     assert rows(run) == rows(other)
 
 
-# what a run does
+# the course of a run
 
 
 def test_metrics(run):
@@ -106,7 +106,7 @@ def test_learning_rate():
     assert rates.index(peak) == round(0.05 * config.steps) - 1
     assert rates[rates.index(peak) :] == sorted(rates[rates.index(peak) :], reverse=True)
     assert 0 < rates[-1] < 0.03 * config.lr
-    warmup = round(0.05 * config.steps)  # of a cosine over the steps after it
+    warmup = round(0.05 * config.steps)  # a cosine over the later steps follows
     assert rates[warmup] == pytest.approx(config.lr, rel=1e-12)
     middle = warmup + (config.steps - warmup) // 2
     angle = math.pi * (middle - warmup) / (config.steps - warmup)
@@ -158,7 +158,7 @@ def test_matrices_alone_decay(text):
 
 
 def test_learning_rates_of_levels(text):
-    """And of Muon; what belongs to no level alone keeps the whole rate."""
+    """Muon has them, too; a weight that belongs to no level alone keeps the whole rate."""
     config, _ = parse([*TINY, "--optimizer", "muon", "--level-lr", "1", "0.5"])
     model = build(config, torch.device("cpu"))
     trainer = Trainer(config, Corpus(Store([text]), 32), model)
@@ -344,7 +344,7 @@ def test_resume_takes_flags_that_say_the_same(run, tmp_path, text):
 
 
 def test_resume_on_another_machine(run, tmp_path, capsys):
-    """What a run learns depends neither on these flags nor on the options of a GPU's optimizer."""
+    """Neither these flags nor the options of a GPU's optimizer change what a run learns."""
     part = tmp_path / "part"
     shutil.copytree(run, part)
     shutil.rmtree(part / "checkpoints" / "step-000012")
@@ -363,7 +363,7 @@ def test_resume_on_another_machine(run, tmp_path, capsys):
 
 
 def test_resume_of_a_run_from_before_all_of_these_settings(text, tmp_path, monkeypatch):
-    """Whose weights all decay, and whose schedule that falls in the end is called constant."""
+    """All of its weights decay, and its schedule that falls in the end is called constant."""
     settings = replace(PRESETS["cpu"], decayed="all")
     monkeypatch.setitem(PRESETS, "cpu", settings)
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -421,7 +421,7 @@ def test_resume_of_a_damaged_checkpoint(run, tmp_path, capsys):
 
 @pytest.fixture
 def one_thread():
-    """As in ENVIRONMENT: the order of sums is part of bit identity."""
+    """Train with one thread, as ENVIRONMENT does: sums in another order have other bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

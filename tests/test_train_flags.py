@@ -1,4 +1,4 @@
-"""What a run can be told besides its model and data, each as its user meets it."""
+"""Flags of a run besides those of its model and data, each as its user meets it."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def short_samples(monkeypatch):
 
 @pytest.fixture(scope="module")
 def averaged_run(text, tmp_path_factory):
-    """With all that a run can keep, of Muon and AdamW."""
+    """A run with all that it can keep, trained by Muon and AdamW."""
     out = tmp_path_factory.mktemp("averaged") / "run"
     assert train(text, out, "--optimizer", "muon", "--ema", "0.9", "--keep", "3") == 0
     return out
@@ -115,7 +115,7 @@ def test_text_of_the_average(averaged_run, run, capsys):
 
 
 def test_beginning_with_the_weights_of_a_run(text, run, tmp_path):
-    """And nothing else: its own steps, schedule and optimizer; the model is the run's."""
+    """The model is the run's; steps, schedule and optimizer are its own."""
     more = ["--steps", "3", "--eval-sequences", "8", "--batch-size", "2", "--lr", "1e-9"]
     command = ["train", "--preset", "cpu", "--data", str(text), *more]
     assert main([*command, "--init-from", str(run), "--out", str(tmp_path / "new")]) == 0
@@ -158,7 +158,7 @@ def test_a_run_that_goes_on_has_begun(run, averaged_run, capsys):
     assert error_of(capsys).endswith("is not the run's None: resuming keeps it\n")
 
 
-# which checkpoints are kept
+# checkpoints that are kept
 
 
 def bits_that(monkeypatch, values):
@@ -288,7 +288,7 @@ def test_a_validation_tells_how_far_it_is(text):
 
 
 def test_settings_that_a_run_wrote(text, run, tmp_path):
-    """Are those of a run that does the same."""
+    """A run with the settings of another does the same."""
     new = tmp_path / "new"
     assert main(["train", "--config", str(run / "run.json"), "--out", str(new)]) == 0
     assert rows(new) == rows(run)
@@ -361,7 +361,7 @@ def test_wrong_flags(flags, message):
     assert str(raised.value) == message
 
 
-# what draws the rows
+# loggers
 
 
 def test_tensorboard_has_the_rows(text, tmp_path):
@@ -380,7 +380,7 @@ def test_tensorboard_has_the_rows(text, tmp_path):
 
 @pytest.fixture
 def tools(monkeypatch):
-    """In place of what is not installed: writes down what it is told."""
+    """Stand-ins for loggers that are not installed: they write down what they are told."""
     calls, here = [], lambda name: name in ("tensorboard", "wandb")
 
     class SummaryWriter:
@@ -444,7 +444,7 @@ def test_event_files_of_others(text, tmp_path, capsys):
 
 
 def test_operations_of_a_step():
-    """Of the model's forward and backward over a batch: about six a weight and byte, or less."""
+    """They are those of forward and backward over a batch: at most about six a weight and byte."""
     config, _ = parse(TINY)
     model = build(config, CPU)
     ids = torch.randint(0, 256, (config.batch_size, 33))

@@ -61,7 +61,7 @@ def test_steps_are_those_of_the_plain_loop(precision, grad_clip, cuda_graph):
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_scaled_steps(fused, cuda_graph):
-    """Of fp16: those of a loop with a scaler, which leaves out the steps that overflow."""
+    """Steps in fp16 are those of a loop with a scaler, which leaves out the ones that overflow."""
     ours, plain = build(), build()
     optimizer, plain_optimizer = (
         torch.optim.AdamW(model.parameters(), lr=LR, fused=fused) for model in (ours, plain)
@@ -109,7 +109,7 @@ def test_checkpointing_changes_no_bit(impl, accumulate):
 
 
 def test_weights_are_cast_once_a_step(monkeypatch):
-    """In one call, whatever the number of micro-batches."""
+    """One call casts them, whatever the number of micro-batches."""
     lists, cast = [], products.copy_all
     monkeypatch.setattr(products, "copy_all", lambda *args: lists.append(args[1]) or cast(*args))
     model = build(impl="fused")
@@ -161,7 +161,7 @@ def test_gradients_from_before_are_dropped():
 
 
 def test_within_the_autocast_of_the_caller():
-    """Whose cache of narrow weights would outlive the step."""
+    """The caller's cache of narrow weights would outlive the step."""
     ours, plain = build(), build()
     step, optimizer = pair(ours, precision="bf16-mixed")
     plain_optimizer = adamw(plain)
@@ -195,7 +195,7 @@ def test_an_optimizer_of_any_kind_without_a_graph():
 
 
 def uneven(batch=8):
-    """Of the first micro-batches hardly a label counts."""
+    """Return ids of which hardly a label counts in the first micro-batches."""
     ids = draw(3, batch)
     ids[: batch // 2, 2:] = 0
     ids[0] = 0
@@ -243,7 +243,7 @@ def test_an_empty_batch_of_micro_batches():
 
 
 class CountCasts(TorchDispatchMode):
-    """How often each tensor is narrowed to bf16."""
+    """Counts how often each tensor is narrowed to bf16."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +264,7 @@ def test_the_weight_of_a_layer_is_narrowed_once_for_all_micro_batches():
     assert {casts.counts[weight.data_ptr()] for weight in weights} == {1}
 
 
-# what cannot be
+# input that is refused
 
 
 @pytest.mark.parametrize(

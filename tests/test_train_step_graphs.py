@@ -204,7 +204,7 @@ def test_a_class_whose_forward_is_replaced(captured, monkeypatch):
 
 
 def test_hooks_run(captured):
-    """Of modules and of parameters, from the step after they were registered to their end."""
+    """Hooks of modules and of parameters run from the next step on, until they are removed."""
     model, seen = build(), []
     step, _ = graphed(model)
     note = lambda *args: seen.append(1)
@@ -232,7 +232,7 @@ def test_hooks_run(captured):
     assert told == ["steps run without a CUDA graph: the model has forward hooks"]
 
 
-# on a GPU
+# tests on a GPU
 
 
 @pytest.mark.gpu  # captures

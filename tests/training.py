@@ -43,7 +43,7 @@ def pair(model, **options):
 
 
 def replay_a_step(step, ids, labels):
-    """In place of a capture, where there is no GPU: a replay is a step on the ids it reads."""
+    """Stand in for a capture where there is no GPU: a replay is a step on the ids it reads."""
     step_of_shape = Step(ids.clone(), None if labels is None else labels.clone(), None, ())
 
     def replay():

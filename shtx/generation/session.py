@@ -144,8 +144,9 @@ class Session:
 
 @contextmanager
 def _plain(device: torch.device) -> Iterator[None]:
-    """Whatever mode the caller is in: tensors of a decoder outlive it, and narrow weights that
-    autocast keeps would outlive the weights in a graph."""
+    """Leave the caller's modes: tensors of a decoder outlive them, and narrow weights that autocast
+    keeps would outlive the weights in a graph.
+    """
     with (
         torch.inference_mode(False),
         torch.no_grad(),

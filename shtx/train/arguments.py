@@ -18,7 +18,7 @@ from shtx.train.home import RUN, origin, settings
 from shtx.train.presets import PRESETS
 from shtx.train.tokens import description_of
 
-# what a resumed run may change: what it learns does not depend on it, or it is told
+# settings that a resumed run may change: they change nothing that it learns, or it is told
 FREE = (
     *("steps", "schedule", "curve", "data", "val_data", "test_data", "separator", "raw"),
     *("out", "resume", "resume_fallback", "device"),
@@ -49,7 +49,7 @@ Examples:
 
 @dataclass(frozen=True)
 class Asked:
-    """What of the arguments decides where settings come from: seen before all of them are read."""
+    """The arguments that decide where settings come from. They are read before all others."""
 
     preset: str | None
     resume: Path | None
@@ -177,7 +177,9 @@ def read_settings(path: Path) -> dict:
 
 
 def _refuse_changes(run: Config, config: Config) -> None:
-    """What a resumed run may not change. Its data may have moved; what it is gets checked later."""
+    """Refuse settings that a resumed run may not change. Its data may have moved: its content is
+    checked later.
+    """
     if config.steps < run.steps:
         raise TrainError(f"--steps {config.steps} is less than the run's {run.steps}")
     for name in OTHERS.values():

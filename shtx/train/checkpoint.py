@@ -46,7 +46,7 @@ TEMPORARY = re.compile(r"\.step-\d+\.[0-9a-f]{8}\.tmp")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds: `config` is plain JSON, `state` what the caller of `save` gave.
+    """The content of a directory: `config` is plain JSON, `state` is from the caller of `save`.
     `damaged` are later checkpoints that were passed over, and what is wrong with them.
 
     `weights` and `state` are None of one that sharded processes wrote, until `whole` reads them."""
@@ -233,7 +233,7 @@ def find(path: Path, step: int | str | None = None) -> Path:
 
 
 def peek(path: Path) -> Checkpoint:
-    """What a checkpoint says of itself, unchecked, without weights and state.
+    """Read what a checkpoint says of itself, without weights and state, and without a check.
 
     Raises:
         TrainError: it is damaged, or none.
@@ -323,7 +323,7 @@ def _config(path: Path, content: bytes) -> tuple[int, dict]:
 
 
 def decode(file: Path, read: Callable[[], dict]) -> dict:
-    """What `read` makes of the content of a file; a TrainError that names the file if it cannot."""
+    """Call `read`, which decodes a file; raise a TrainError that names the file if it cannot."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pickle protocols have warnings
@@ -396,7 +396,7 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def _is_of(path: Path, id: str | None) -> bool:
-    """Whether this is a checkpoint that the run wrote, with no file of anybody else in it."""
+    """Return whether the run wrote this checkpoint, and nobody has put other files into it."""
     if path.is_symlink() or not path.is_dir():
         return False
     names = {file.name for file in path.iterdir()} - {*FILES, MANIFEST}

@@ -19,12 +19,12 @@ from shtx.train.metrics import BYTE, Unit
 from shtx.train.sources import unescape
 from shtx.train.tokens import Tokens, tokens_of
 
-# What identifies data. Under the keys of OTHERS it has the same for the files of these settings.
+# The identity of data. Under the keys of OTHERS it has the same for the files of these settings.
 IDENTITY = {"bytes": int, "sha256": str}
 OTHERS = {"val": "val_data", "test": "test_data"}
 FILES = ("data", "val_data", "test_data")
 MAX_DEPTH = 10_000
-# what runs had before these were settings, where that is not the default
+# values that runs had before these were settings, where they are not the defaults
 BEFORE = {"betas": (0.9, 0.95), "decayed": "all"}
 
 
@@ -314,16 +314,16 @@ class Config:
 
     @property
     def tokens(self) -> Tokens | None:
-        """What the data holds, if it is token ids."""
+        """The vocabulary and type of token ids; None where the data is bytes."""
         return tokens_of(self.model.num_tokens, self.token_dtype)
 
     @property
     def unit(self) -> Unit:
-        """What the model predicts one of at a time."""
+        """The unit that the model predicts: a byte or a token."""
         return BYTE if self.model.num_tokens is None else Unit("token", self.bytes_per_token)
 
     def to_json(self) -> dict:
-        """What a resumed run needs; its place is not part of it."""
+        """Return the settings that a resumed run needs. The run's directory is none of them."""
         files = {name: [str(p.resolve()) for p in getattr(self, name)] for name in FILES}
         start = self.init_from and str(self.init_from.resolve())
         here = dict(out=None, resume=None, resume_fallback=False, config=None)
@@ -398,7 +398,7 @@ def _at_default(settings) -> list[str]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of the type of a setting."""
+    """Return whether a JSON value has the type of a setting."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, argument) for argument in arguments)

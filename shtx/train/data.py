@@ -30,7 +30,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Source:
-    """What a run's data comes from.
+    """The files that a run's data comes from, and how they are read.
 
     Attributes:
         data: files, directories and patterns, see `expand`; none: the sources of this Python's
@@ -217,7 +217,9 @@ def reopen(source: Source, home: Path | None, expected: dict, folder: Path) -> C
 
 @dataclass(frozen=True)
 class _Opening:
-    """How a run's store `name` is opened; `folders` are the run's, and where that goes on from."""
+    """Opens one store of a run: `name` is "data", "val" or "test". `folders` are the run's own and
+    that of the run it goes on from.
+    """
 
     source: Source
     name: str
@@ -272,7 +274,7 @@ class _Opening:
             yield from blocks_in(path, kind, separator, flag)
 
     def _kept(self, copies: list[Path]) -> Store:
-        """What a run has unpacked, in the run's own directory."""
+        """Open what a run has unpacked; copy it into the run's own directory if it is elsewhere."""
         store = self._open(copies[:1])
         if copies[0].parent == self.folders[0]:
             return store

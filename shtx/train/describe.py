@@ -56,11 +56,10 @@ class Options:
 
 
 class Grams:
-    """How often which `order` + 1 bytes come one after the other.
+    """Counts how often each sequence of `order` + 1 bytes occurs.
 
     Attributes:
-        counted: how many of them were counted: all but those that came when there were MOST_GRAMS
-            different ones.
+        counted: how many sequences were counted: all until there were MOST_GRAMS different ones.
     """
 
     def __init__(self, order: int):
@@ -68,7 +67,7 @@ class Grams:
         self.codes, self.counts = np.empty(0, np.uint32), np.empty(0, np.int64)
 
     def add(self, chunk: np.ndarray) -> None:
-        """Those of the bytes (N,) of a chunk, which begins with the last `order` before it."""
+        """Count the sequences in a chunk of bytes (N,), whose first `order` were seen before."""
         count = len(chunk) - self.order
         if self.full or count < 1:
             return
@@ -115,7 +114,7 @@ class Documents:
 
 
 class Counts:
-    """What is known of a stream of bytes."""
+    """The figures of a stream of bytes, counted as it passes."""
 
     def __init__(self, separator: bytes):
         self.size, self.digest = 0, hashlib.sha256()

@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def load_tokenizer(name: str):
-    """What --tokenizer names, as a `tokenizers.Tokenizer`."""
+    """Load the `tokenizers.Tokenizer` that --tokenizer names."""
     if find_spec("tokenizers") is None:
         raise TrainError('--tokenizer: tokenizers not installed: pip install "shtx[tokenizers]"')
     from tokenizers import Tokenizer

@@ -13,7 +13,9 @@ import torch
 import tyro
 
 from shtx import __version__
+from shtx.model import Trunk
 from shtx.train import TrainError, files, visible
+from shtx.train.checkpoint import Checkpoint
 from shtx.train.config import Config, settings_of
 from shtx.train.data import Corpus, prepare, reopen
 from shtx.train.home import origin
@@ -93,6 +95,44 @@ def main(argv: list[str]) -> int:
         TrainError, OSError: in one line what went wrong.
     """
     options = tyro.cli(Options, args=argv, prog="shtx eval", description=DESCRIPTION)
+    check(options)
+    device = find_device(options.device, "--device cpu needs none")
+    options = replace(options, checkpoint=Path(os.path.abspath(options.checkpoint)))
+    model, checkpoint = load_model(options.checkpoint, device, ema=options.ema)
+    refuse_untrainable(model)
+    options = with_defaults(options, model)
+    config = settings_of(checkpoint)
+    unit = unit_of(options, config)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, data = data_of(options, config, checkpoint, Path(folder))
+        began = time.monotonic()
+        bits, by_position = bits_of(options, model, data, unit)
+        words = count_words(data) if options.words else None
+        corpus.check()
+    figures = {
+        **unit.figures(bits / len(data)),
+        f"{unit.name}s": len(data),
+        "bits": bits,
+        **({"words": words, "bits_per_word": bits / words} if words else {}),
+        "part": options.split or options.part,
+        "data": {"path": " ".join(map(str, corpus.store.paths)), **corpus.identity},
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        **windows_of(options),
+        "precision": options.precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "seconds": time.monotonic() - began,
+        "versions": {"shtx": __version__, "torch": torch.__version__},
+        **({} if by_position is None else {"bits_by_position": by_position.tolist()}),
+    }
+    if options.out is not None:
+        write(options.out, figures, unit)
+    tell(options, figures, unit)
+    return 0
+
+
+def check(options: Options) -> None:
+    """Raise a TrainError for options that do not go together."""
     if options.out is not None:
         if options.out.suffix != ".json":
             raise TrainError(f"--out {options.out}: must end in .json")
@@ -109,88 +149,88 @@ def main(argv: list[str]) -> int:
         raise TrainError("--context and --stride are of windows, and --stream takes their place")
     if options.stream and options.per_position:
         raise TrainError("--per-position is of windows, and --stream takes their place")
-    device = find_device(options.device, "--device cpu needs none")
-    path = Path(os.path.abspath(options.checkpoint))
-    model, checkpoint = load_model(path, device, ema=options.ema)
-    refuse_untrainable(model)
+
+
+def with_defaults(options: Options, model: Trunk) -> Options:
+    """Put values in place of None, where they depend on the model."""
     context = model.seq_len if options.context is None else options.context
     stride = max(1, context // 4) if options.stride is None else options.stride
-    precision = options.precision or ("bf16-mixed" if device.type == "cuda" else "fp32")
-    config = settings_of(checkpoint)
-    unit = unit_of(options, config)
-    with tempfile.TemporaryDirectory() as folder:
-        if options.split is None:
-            source = replace(config.source, data=options.data, raw=options.raw)
-            source = replace(source, val=(), test=(), split=None)
-            corpus = prepare(source, Path(folder), 0)
-            data = part_of(corpus, options.part)
-        else:
-            home = origin(path, checkpoint)
-            corpus = reopen(config.source, home, checkpoint.config["data"], Path(folder))
-            data = split_of(corpus, options.split)
-        display = Display(len(data), 0, quiet=False, unit=unit.name)
-        began = last = time.monotonic()
+    precision = options.precision or ("bf16-mixed" if model.device.type == "cuda" else "fp32")
+    return replace(options, context=context, stride=stride, precision=precision)
 
-        def progress(done: int, bits: float) -> None:
-            nonlocal last
-            if (now := time.monotonic()) - last > 1 or not display.bar.disable:
-                last = now
-                rate = f"{done / (now - began):,.0f} {unit.name}s/s"
-                display.show(done, f"{unit.text(bits / done, 4)}, {rate}")
 
-        try:
-            dtype = torch.bfloat16 if precision == "bf16-mixed" else None
-            with display:
-                if options.stream:
-                    lanes = options.batch_size
-                    bits = score_stream(model, data, lanes=lanes, dtype=dtype, progress=progress)
-                    by_position = None
-                else:
-                    sizes = dict(context=context, stride=stride, batch_size=options.batch_size)
-                    bits, by_position = score(model, data, **sizes, dtype=dtype, progress=progress)
-        except ValueError as error:
-            raise TrainError(str(error)) from error
-        words = count_words(data) if options.words else None
-        corpus.check()
-    seconds = time.monotonic() - began
-    figures = {
-        **unit.figures(bits / len(data)),
-        f"{unit.name}s": len(data),
-        "bits": bits,
-        **({"words": words, "bits_per_word": bits / words} if words else {}),
-        "part": options.split or options.part,
-        "data": {"path": " ".join(map(str, corpus.store.paths)), **corpus.identity},
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
-        **({"stream": True} if options.stream else {"context": context, "stride": stride}),
-        "precision": precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "seconds": seconds,
-        "versions": {"shtx": __version__, "torch": torch.__version__},
-        **({} if options.stream else {"bits_by_position": by_position.tolist()}),
-    }
-    if options.out is not None:
-        write(options.out, figures, unit)
-    how = "as a stream" if options.stream else f"context {context}, stride {stride}"
-    told = unit.text(bits / len(data), 4)
-    told += f", {bits / words:.4f} bits per word" if words else ""
+def data_of(
+    options: Options, config: Config, checkpoint: Checkpoint, folder: Path
+) -> tuple[Corpus, Part]:
+    """Open the data that is scored: a corpus, and the part of it."""
+    if options.split is None:
+        source = replace(config.source, data=options.data, raw=options.raw)
+        corpus = prepare(replace(source, val=(), test=(), split=None), folder, 0)
+        return corpus, part_of(corpus, options.part)
+    home = origin(options.checkpoint, checkpoint)
+    corpus = reopen(config.source, home, checkpoint.config["data"], folder)
+    return corpus, split_of(corpus, options.split)
+
+
+def bits_of(
+    options: Options, model: Trunk, data: Part, unit: Unit
+) -> tuple[float, np.ndarray | None]:
+    """Score the data, and show how far that is.
+
+    Returns:
+        the bits of all of it, and the mean bits by position in a window; None for a stream.
+    """
+    display = Display(len(data), 0, quiet=False, unit=unit.name)
+    began = last = time.monotonic()
+
+    def progress(done: int, bits: float) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last > 1 or not display.bar.disable:
+            last = now
+            rate = f"{done / (now - began):,.0f} {unit.name}s/s"
+            display.show(done, f"{unit.text(bits / done, 4)}, {rate}")
+
+    dtype = torch.bfloat16 if options.precision == "bf16-mixed" else None
+    told = dict(dtype=dtype, progress=progress)
+    try:
+        with display:
+            if options.stream:
+                return score_stream(model, data, lanes=options.batch_size, **told), None
+            sizes = dict(context=options.context, stride=options.stride)
+            return score(model, data, **sizes, batch_size=options.batch_size, **told)
+    except ValueError as error:
+        raise TrainError(str(error)) from error
+
+
+def windows_of(options: Options) -> dict[str, int | bool]:
+    """The windows that were scored, as figures."""
+    if options.stream:
+        return {"stream": True}
+    return {"context": options.context, "stride": options.stride}
+
+
+def tell(options: Options, figures: dict, unit: Unit) -> None:
+    """Print the figures."""
+    told = unit.text(figures[f"bits_per_{unit.name}"], 4)
+    if "words" in figures:
+        told += f", {figures['bits_per_word']:.4f} bits per word"
+    windows = f"context {options.context}, stride {options.stride}"
+    how = "as a stream" if options.stream else windows
     print(
         visible(
-            f"{checkpoint.path}: {told} over {len(data):,} {unit.name}s ({how}, {precision}) in"
-            f" {seconds:.1f} s"
+            f"{figures['checkpoint']}: {told} over {figures[f'{unit.name}s']:,} {unit.name}s"
+            f" ({how}, {options.precision}) in {figures['seconds']:.1f} s"
         )
     )
     if options.per_position:
-        for seen in sorted(
-            {*(2**i for i in range(len(by_position).bit_length())), len(by_position)}
-        ):
+        bits = figures["bits_by_position"]
+        for seen in sorted({*(2**i for i in range(len(bits).bit_length())), len(bits)}):
             units = unit.name if seen == 1 else f"{unit.name}s"
-            print(f"{seen:,} {units} before: {unit.text(by_position[seen - 1], 4)}")
-    return 0
+            print(f"{seen:,} {units} before: {unit.text(bits[seen - 1], 4)}")
 
 
 def unit_of(options: Options, config: Config) -> Unit:
-    """What is scored, of which the run or what is beside the files tells the bytes."""
+    """Return the unit that is scored. The run or the file beside --data tells a token's bytes."""
     if config.tokens is None:
         return BYTE
     if options.words:
@@ -207,7 +247,7 @@ def unit_of(options: Options, config: Config) -> Unit:
 
 
 def count_words(data: Part) -> int:
-    """How many stretches without ASCII white space there are."""
+    """Count the stretches without ASCII white space."""
     count, in_word = 0, False
     for start in range(0, len(data), files.BLOCK):
         is_word = ~np.isin(data[start : start + files.BLOCK], np.frombuffer(SPACE, np.uint8))

@@ -154,7 +154,7 @@ def unit_of(options: Options, config: Config) -> "Bytes | Tokens | Tokenized":
 
 
 class Bytes:
-    """What a model of bytes reads and writes: text, as far as it can be shown."""
+    """Reads and writes for a model of bytes: text, as far as it can be shown."""
 
     def read(self, flag: str, text: bytes) -> list[int]:
         return list(text)
@@ -171,7 +171,7 @@ class Bytes:
 
 
 class Tokens:
-    """What a model of token ids reads and writes: the ids, with spaces between them."""
+    """Reads and writes for a model of token ids: the ids, with spaces between them."""
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
@@ -198,7 +198,7 @@ class Tokens:
 
 
 class Tokenized:
-    """What a model of token ids reads and writes by its tokenizer: text."""
+    """Reads and writes for a model of token ids that has a tokenizer: text."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

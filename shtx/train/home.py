@@ -193,7 +193,7 @@ def home_of(path: Path) -> Path | None:
 
 
 def settings(path: Path) -> dict | None:
-    """What `begin` wrote in the directory of a run; None if nothing did."""
+    """Read the settings that `begin` wrote in the directory of a run; None if there are none."""
     try:
         written = read_json(path / RUN)
     except FileNotFoundError:

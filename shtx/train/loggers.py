@@ -81,7 +81,7 @@ LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def logger_of(kind: str, home: Home | None, settings: dict, done: int) -> Logger:
-    """What --log names, on the first process; one that does nothing elsewhere."""
+    """Make the logger that --log names. On all processes but the first it does nothing."""
     if home is None or kind == "none":
         return Logger()
     return LOGGERS[kind](home, settings, done)

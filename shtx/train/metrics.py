@@ -12,8 +12,9 @@ VALIDATIONS = ("val_bits_per_byte", "val_bits_per_token")
 
 
 class Unit(NamedTuple):
-    """What a model predicts one of at a time: a "byte", or a "token", which stands for so many
-    `bytes` in the mean if that is known."""
+    """The unit that a model predicts: a "byte", or a "token". `bytes` is how many a token stands
+    for in the mean, or None where that is not known.
+    """
 
     name: str
     bytes: float | None
@@ -69,7 +70,7 @@ class Metrics:
         os.fsync(self.file.fileno())
 
     def lacks_validation(self, step: int, every: int) -> bool:
-        """Whether a validation was due after this step, and did not come about."""
+        """Return whether a validation was due after this step and has not been made."""
         return step % every == 0 and step not in self.validated
 
 

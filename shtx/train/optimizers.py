@@ -12,7 +12,7 @@ from shtx.train.config import Config
 
 LISTS = "compressors|post_token_emb_norms|norms|to_hierarchical_preds|chunk_summarizers"
 OF_A_LEVEL = re.compile(rf"(?:layers\.\d+|{LISTS}|latent_dynamics)\.(\d+)\.")
-# what they keep of a parameter, of its shape
+# the states that they keep in the shape of a parameter
 MOMENTS = {AdamW: {"exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: one line that redraws itself on a terminal, plain lines elsewhere."""
+"""Shows a run: one line that redraws itself on a terminal, plain lines elsewhere."""
 
 import signal
 import sys
@@ -42,7 +42,7 @@ class Output:
 
 
 class Display:
-    """What a run shows; use as a context. Control characters are shown as escapes.
+    """Shows a run, while the context lasts. Control characters are shown as escapes.
 
     Args:
         steps: steps in all.

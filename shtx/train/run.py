@@ -138,7 +138,7 @@ def sizes(corpus: Corpus) -> str:
 
 
 def jump_of(config: Config, before: Config, done: int) -> str | None:
-    """What to say where the learning rate jumps."""
+    """Return a warning if the learning rate jumps where the run goes on; None if it does not."""
     same = (config.steps, config.schedule) == (before.steps, before.schedule)
     if done == 0 or done >= config.steps or same:
         return None
@@ -177,8 +177,9 @@ def place(config: Config) -> tuple[torch.device, int, int]:
 
 
 def find_device(name: str, hint: str) -> torch.device:
-    """What --device names, of torchrun's processes each its own; a TrainError with the hint if
-    there is no such GPU."""
+    """Return the device that --device names; each process of torchrun gets its own. Raise a
+    TrainError with the hint if there is no such GPU.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -49,7 +49,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> 
 
 
 def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """What `write` wrote there.
+    """Return the size and dtype of each tensor that `write` wrote there, by name.
 
     Raises:
         ValueError: a part is missing.
@@ -88,7 +88,7 @@ def flat(
 def nested(
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]], dict[str, Tensor]]:
-    """What `flat` was given."""
+    """Undo `flat`: return weights, states of the optimizer by index, and averages."""
     weights, optimizer, average = {}, {}, {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
@@ -103,6 +103,6 @@ def nested(
 
 
 def _first(error: CheckpointException) -> BaseException:
-    """What failed on the first process on which something did."""
+    """Return the error of the first process that failed."""
     _, (cause, _) = min(error.failures.items())
     return cause

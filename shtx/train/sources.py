@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from shtx.train import TrainError
 from shtx.train.files import BLOCK
 
-# what is unpacked, by how it begins
+# formats that are unpacked, by their first bytes
 PACKED = {
     "gz": b"\x1f\x8b\x08",
     "zip": b"PK\x03\x04",
@@ -27,7 +27,7 @@ PACKED = {
     "xz": b"\xfd7zXZ\x00",
     "zst": b"\x28\xb5\x2f\xfd",
 }
-# what is not: trained on as it is, it would be noise or headers
+# formats that are refused: a model would be trained on noise or headers
 FOREIGN = {
     "an LZ4 file": b"\x04\x22\x4d\x18",
     "a 7z archive": b"7z\xbc\xaf\x27\x1c",
@@ -133,7 +133,7 @@ def _tell_hidden(name: str, count: int) -> None:
 
 
 def packing(head: bytes) -> str | None:
-    """How a file is packed that begins so, of what can be unpacked."""
+    """Return how a file with this head is packed; None if it is not, or cannot be unpacked."""
     if head[257:262] == b"ustar":
         return "tar"
     head = re.sub(b"^BZh[1-8]", b"BZh9", head)  # the size of its blocks
@@ -141,12 +141,12 @@ def packing(head: bytes) -> str | None:
 
 
 def foreign(head: bytes) -> str | None:
-    """What a file is that begins so, of what is neither plain bytes nor unpacked."""
+    """Name the format of a file with this head, if nothing here can read it; else None."""
     return next((what for what, magic in FOREIGN.items() if head.startswith(magic)), None)
 
 
 def kind_of(path: Path) -> str | None:
-    """How a file is packed: by its suffix, or by its first bytes."""
+    """Return how a file is packed, by its suffix or its first bytes; None if it is not."""
     suffix = path.suffix.lower().removeprefix(".")
     return suffix if suffix in (*PACKED, "tar") else packing(head_of(path))
 
@@ -173,12 +173,12 @@ def blocks_of(file) -> Iterator[bytes]:
 
 
 def blocks_in(path: Path, kind: str | None, separator: bytes, flag: str) -> Iterator[bytes]:
-    """What is in a file: see `unpack`; a kind of None takes its bytes as they are."""
+    """Read a file in blocks, by `unpack`; a kind of None takes its bytes as they are."""
     return blocks_of(open(path, "rb")) if kind is None else unpack(path, kind, separator, flag)
 
 
 def kinds_of(paths: Sequence[Path], raw: bool, flag: str) -> list[str | None]:
-    """How each file is packed; None of plain bytes, which all are if they are taken `raw`.
+    """Return how each file is packed: None for plain bytes, and for every file if `raw`.
 
     Raises:
         TrainError: one is neither plain bytes nor can be unpacked.
@@ -191,10 +191,10 @@ def kinds_of(paths: Sequence[Path], raw: bool, flag: str) -> list[str | None]:
 
 
 def unpack(path: Path, kind: str, separator: bytes, flag: str) -> Iterator[bytes]:
-    """What is in a packed file, as blocks of bytes.
+    """Unpack a file, as blocks of bytes.
 
-    Of an archive the members, in its order, with the separator between two of them; a warning tells
-    how many hidden ones are left out.
+    An archive gives its members, in its order, with the separator between two of them; a warning
+    tells how many hidden ones are left out.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""How fast a run is, and how much memory it takes."""
+"""The speed of a run, and the memory that it takes."""
 
 import resource
 import sys

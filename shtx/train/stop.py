@@ -47,5 +47,5 @@ class Stop:
 
 
 def name(signum: int) -> str:
-    """How a process ended that a signal ended."""
+    """Say in a word or two how a signal has ended the process."""
     return "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"

@@ -43,7 +43,7 @@ class OpenFile:
 
 
 class Piece(NamedTuple):
-    """What begins at byte `start` of a store: a file's bytes, or a separator's if it has none."""
+    """A part of a store, from its byte `start` on: a file, or a separator where `file` is None."""
 
     start: int
     size: int
@@ -51,9 +51,9 @@ class Piece(NamedTuple):
 
 
 class Store:
-    """What several files hold, one after the other, read where they lie piece by piece.
+    """The bytes of several files, one after the other, read piece by piece where they lie.
 
-    Pickled, it is what it was made of: another process opens the files anew.
+    A pickle has the arguments alone: another process opens the files anew.
 
     Args:
         paths: the files.

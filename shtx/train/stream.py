@@ -15,7 +15,7 @@ TOKENS = 1 << 10  # taken from each lane before the host waits for their bits
 
 
 def reach(model: Trunk) -> int:
-    """How many tokens before a token can have a part in what follows it, rounded up.
+    """Return how many earlier tokens can have a part in a prediction, rounded up.
 
     A block looks its window and one token back for attention, which itself sees tokens shifted by
     one, and one more for the feed-forward; so far apart are tokens of a level as it compresses. A

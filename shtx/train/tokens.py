@@ -17,7 +17,7 @@ DTYPES = ("uint16", "uint32")
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a token file holds: ids in [0, num_tokens), each of a little-endian `dtype`."""
+    """The content of a token file: ids in [0, num_tokens), each of a little-endian `dtype`."""
 
     num_tokens: int
     dtype: str
@@ -29,7 +29,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Description:
-    """What `shtx data prepare` knows of the token ids that it writes; a JSON file beside them.
+    """The description of token ids that `shtx data prepare` writes beside them as a JSON file.
 
     Attributes:
         tokens: vocabulary and type.
@@ -75,7 +75,7 @@ def beside(path: Path) -> Path:
 
 
 def description_of(given: Sequence[Path], flag: str) -> Description | None:
-    """What the files that arguments name have beside them, taken together; None if none has.
+    """Return the one description of all files that arguments name; None if none has one.
 
     Raises:
         TrainError: they do not agree, or some have none.
@@ -104,7 +104,7 @@ def smallest_dtype(num_tokens: int) -> str:
 
 
 def tokens_of(num_tokens: int | None, dtype: str | None) -> Tokens | None:
-    """What --num-tokens and --token-dtype tell; None without either."""
+    """Return what --num-tokens and --token-dtype tell; None without either."""
     if num_tokens is None:
         if dtype:
             raise TrainError(f"--token-dtype {dtype} takes --num-tokens")

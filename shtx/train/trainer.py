@@ -31,7 +31,7 @@ from shtx.train_step import AUTOCAST
 WARMUP, DECAY = 0.05, 0.2  # shares of the steps
 MINIMUM = 0.02  # share of the peak learning rate
 PROMPT, SAMPLE = 64, 256  # bytes or tokens
-# what a model's loss has in it besides the cross entropy of the next byte
+# the parts of a model's loss besides the cross entropy of the next byte
 PARTS = {
     HierarchicalTransformer: ("reconstruction_loss", "hierarchical_ar_loss"),
     NextLatentTransformer: ("next_latent_loss", "reconstruction_loss"),
@@ -239,7 +239,7 @@ class Trainer:
         return torch.stack((loss, ce, self.train_step.grad_norm, *tree_leaves(parts)))
 
     def _averages_and_weights(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What this process has of them."""
+        """Return this process's parts of the averages and of the weights."""
         mine = lambda t: t.to_local() if is_sharded(t) else t
         weights = dict(self.model.named_parameters())
         return [mine(t) for t in self.average.values()], [mine(weights[n]) for n in self.average]
@@ -334,8 +334,8 @@ class Trainer:
             dist.destroy_process_group()
 
     def state(self) -> dict:
-        """What a checkpoint keeps besides the weights; all processes have to call this, and the
-        first has it.
+        """Return what a checkpoint keeps besides the weights. All processes have to call this, and
+        the first gets it.
         """
         optimizer = self.train_step.optimizer_state_dict()
         state = {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
@@ -350,7 +350,7 @@ class Trainer:
         return tensors, state["param_groups"]
 
     def is_finite(self) -> bool:
-        """Whether all weights are, of all processes."""
+        """Return whether all weights are finite, on all processes."""
         weights = self.model.state_dict().values()
         mine = (weight.to_local() if is_sharded(weight) else weight for weight in weights)
         return not self.agree(int(not all(weight.isfinite().all() for weight in mine)))

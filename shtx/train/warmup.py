@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def nothing_to_compile(model) -> str | None:
-    """Why the model needs no compiling; None if it does."""
+    """Return the reason why the model needs no compiling; None if it does."""
     if model.device.type == "cpu":
         return "PyTorch on a CPU has all ops as they are"
     if model.ops_for(model.device) is not ops.FUSED:

@@ -20,7 +20,7 @@ from . import table, windows
 
 
 def uses_table(V: int, D: int, rows: int) -> bool:
-    """Whether a level of `rows` tokens in all takes the table, for V embeddings that are D wide.
+    """Return whether a level of `rows` tokens in all takes the table, for V embeddings D wide.
 
     In units of 2 C J operations, a table takes 3 V D in products and V rows in summing by id;
     products of every token take 3 rows D. Asking for less than two thirds of these leaves room for

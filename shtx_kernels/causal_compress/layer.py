@@ -1,4 +1,4 @@
-"""What both ways to the pre-activations u share: everything from u on, and registration."""
+"""Both ways to the pre-activations u share this: everything from u on, and registration."""
 
 from collections.abc import Callable
 from math import prod

@@ -19,7 +19,7 @@ from .layer import finish, finish_bwd, new_gradients, register_way
 
 
 def _count_windows(N: int, C: int, stride: int) -> int:
-    """How many windows of each sequence are multiplied: at least one for every level token."""
+    """Count the windows of a sequence that are multiplied: at least one for every level token."""
     unit = cdiv(C, stride) * stride
     return cdiv(N + C - 1, unit) * unit // stride
 

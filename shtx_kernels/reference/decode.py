@@ -18,7 +18,7 @@ __all__ = ["attend", "embed", "merge", "norm", "project", "sample"]
 
 
 def read(ring: Tensor, token: Tensor) -> Tensor:
-    """What a ring holds of the level tokens (B,): (B, ...)."""
+    """Read a ring's rows (B, ...) of the level tokens (B,)."""
     return ring[arange(len(ring), device=ring.device), token % ring.shape[1]]
 
 

@@ -91,7 +91,7 @@ def rollouts(
     steps: Tensor,
     decay: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """How far predicted latents are from those of h, 1 to R tokens ahead (NextLat).
+    """Sum up how far predicted latents are from those of h, 1 to R tokens ahead (NextLat).
 
     z_0 = h[t] and z_r = advance(summaries[t + r], z_(r - 1)), for the K tokens t of a sequence that
     have R tokens after them. Where valid[t + r], token t adds to the sum of step r

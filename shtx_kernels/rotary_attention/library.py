@@ -37,8 +37,8 @@ MOST = {torch.bfloat16: 32768, torch.float16: 4096}
 
 
 def takes(qkv: Tensor, E: int, window: int, n: int, xpos: bool) -> bool:
-    """Whether the cores compute a call. Dtypes and shapes alone decide, so that fake tensors and
-    CUDA graphs decide alike.
+    """Return whether the cores compute a call. Dtypes and shapes alone decide, so that fake tensors
+    and CUDA graphs decide alike.
     """
     return HAS_ATTENTION_CORES and (
         (qkv.is_cuda and torch.version.hip is None and qkv.dtype in MOST)

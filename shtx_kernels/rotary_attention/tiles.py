@@ -1,5 +1,5 @@
-"""What kernels are compiled with, by head width E, window (-1 for all keys), bytes of a number and
-device.
+"""The constants that kernels are compiled with, by head width E, window (-1 for all keys), bytes
+of a number and device.
 
 All are the fastest on an H200: the outcome of `python -m benchmarks.search` is in
 benchmarks/results/search/h200.json. Wider numbers and heads have the tiles that fit.
@@ -14,7 +14,7 @@ SHORT = 128  # the widest window whose tiles of keys, or halos, are unrolled
 
 
 def _hopper(device: torch.device) -> bool:
-    """Whether products read operands in shared memory, which leaves registers for larger tiles."""
+    """Return whether products read shared memory, which leaves registers for larger tiles."""
     return capability(device) >= 90
 
 

@@ -67,7 +67,7 @@ def measure(run: Run, corpora: Path, folder: Path, gpu: int | None, minutes: flo
 
 
 def row_of(run: Run, out: Path, scores: dict) -> dict:
-    """What a run has learnt, and from how much."""
+    """Return a row of results: the scores of a run, and how much time and data they took."""
     config = settings_of(peek(find(out)))
     with torch.device("meta"):
         model = config.model.kind(impl="reference", **config.model.arguments())
@@ -108,7 +108,7 @@ def work(gpu: int | None, waiting: queue.Queue, options: argparse.Namespace, fai
         except queue.Empty:
             return
         folder = options.out / "runs" / run.name
-        # What a run that was cut off has left would be in the way.
+        # A run that was cut off may have left files, which would be in the way.
         shutil.rmtree(folder, ignore_errors=True)
         make_folder("OUT", folder)
         try:

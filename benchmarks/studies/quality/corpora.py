@@ -27,7 +27,7 @@ PAGE = 1 << 16  # bytes
 
 
 class Recipe(NamedTuple):
-    """Which files of which packages make a corpus: those whose names end so."""
+    """The files that make a corpus: those of these packages whose names end with a suffix."""
 
     packages: tuple[str, ...]
     suffixes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What the runs of the study found, as tables and a plot."""
+"""Shows what the runs of the study found, as tables and a plot."""
 
 import json
 from collections.abc import Iterable

@@ -47,7 +47,7 @@ SHAPES = {
     },
 }
 LEARNING_RATES = {"25M": 1e-3, "85M": 6e-4}
-# what levels learn besides the next byte
+# the losses of levels besides that of the next byte
 LOSSES = {
     "default": {},
     "no reconstruction": dict(recon_loss_weight=0.0),
@@ -88,7 +88,7 @@ class Run(NamedTuple):
         )
 
 
-# In the order of what can be said after them, should the time be short.
+# The most telling runs come first, should the time be short.
 RUNS = [
     *(Run("python", shape=shape) for shape in SHAPES["25M"]),
     *(Run(corpus, shape=shape) for corpus in ("english", "cpp") for shape in ("flat", "1, 4 by 4")),
