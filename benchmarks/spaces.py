@@ -105,7 +105,9 @@ SPACES = {
         + each(MAX_ROWS=(32, 64)),
         ("A", "B"),
     ),
-    "decode.sample": Space(("generate",), each(BLOCK_V=(16384, 32768)), ("A", "B")),
+    "decode.sample": Space(
+        ("generate",), grid(BLOCK_V=(2048, 4096, 8192), HELD=(3, 5, 10)), ("A", "B")
+    ),
     "hierarchical_ar_loss": Space(("hierarchical_ar_loss",), ROWS),
     "hierarchical_merge.backward": Space(
         ("hierarchical_merge",),
@@ -137,6 +139,7 @@ UNTIMED = {  # what kernels can do, mathematics, and what belongs to cuBLAS or t
     "_cross_entropy": {"ALIGN", "LN2", "LOG2_E", "ROUND"},
     "_gelu_hopper": {"COPYING", "MULTIPLYING", "REGISTERS"},
     "_rows": {"MAX_D"},
+    "decode.sample": {"NONE"},
     "launch": {"KINDS", "LEAST", "MOST"},
     "next_latent_loss.kernels": {"COSINE", "SMOOTH"},
     "rotary_attention": {"LOG2_E", "MAX_E"},
