@@ -32,15 +32,19 @@ def multiply_in_fp32(device: str) -> torch.library.Library:
     def product(a, b):
         return torch.bmm(a.float()[None], b.float()[None])[0]
 
-    def with_bias(bias, a, b, *, beta=1, alpha=1):
-        return (beta * bias + alpha * product(a, b)).to(a.dtype)
+    def with_bias(bias, a, b, beta=1, alpha=1):
+        return beta * bias + alpha * product(a, b)
 
     library = torch.library.Library("aten", "IMPL")
     implementations = {
         "mm": lambda a, b: product(a, b).to(a.dtype),
         "mm.out": lambda a, b, *, out: out.copy_(product(a, b)),
-        "addmm": with_bias,
-        "addmm.out": lambda *given, out, **factors: out.copy_(with_bias(*given, **factors)),
+        "mm.dtype_out": lambda a, b, dtype, *, out: out.copy_(product(a, b)),
+        "addmm": lambda *terms, **factors: with_bias(*terms, **factors).to(terms[1].dtype),
+        "addmm.out": lambda *terms, out, **factors: out.copy_(with_bias(*terms, **factors)),
+        "addmm.dtype_out": lambda bias, a, b, dtype, *, out, **factors: out.copy_(
+            with_bias(bias, a, b, **factors)
+        ),
     }
     for name, implementation in implementations.items():
         library.impl(name, implementation, device.upper())
