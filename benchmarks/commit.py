@@ -1,7 +1,7 @@
-"""The commit that ran: git's, or, where git has none, that of a stamp which the files agree with.
+"""The commit that ran: that of a stamp which the files agree with, or git's.
 
 A stamp is a commit and a digest of the files that a benchmark runs: `python -m benchmarks commit`
-prints it where git has the tree, `--commit STAMP` takes it where only a copy of the tree is.
+prints it where git has the tree, `--commit STAMP` takes it where a copy of the tree is.
 """
 
 import hashlib
@@ -54,17 +54,20 @@ def stamp(root: Path = ROOT) -> str:
 
 
 def resolve(given: str | None, root: Path = ROOT) -> str:
-    """Return the commit for the record, "unknown" if neither git nor a stamp has it.
+    """Return the commit for the record: that of a stamp, else git's, "unknown" if there is none.
+
+    A stamp goes before git, as a copy may have git's folder of an earlier commit.
 
     Raises:
         SystemExit: if the files are in no commit, or not those of the stamp.
     """
-    if given and not re.fullmatch("[0-9a-f]{10,40}-[0-9a-f]{12}", given):
+    if not given:
+        return head(root) or "unknown"
+    if not re.fullmatch("[0-9a-f]{10,40}-[0-9a-f]{12}", given):
         raise SystemExit(
             f"--commit: {given!r} is not what `python -m benchmarks commit` prints where git is"
         )
-    commit, here = head(root), digest(root)
-    named, _, files = (given or f"unknown-{here}").partition("-")
-    if files != here:
+    commit, _, files = given.partition("-")
+    if files != (here := digest(root)):
         raise SystemExit(f"--commit: the files here are not those of {given}: digest is {here}")
-    return commit or named
+    return commit

@@ -628,6 +628,9 @@ def test_results_name_the_commit_that_git_has(tree):
         git("add", ".")
         git("commit", "--message", "next")
     assert commits.resolve(None, root) != first
+    stamp = commits.stamp(root)
+    git("reset", "--soft", "HEAD~1")  # as in a copy whose git has an earlier commit
+    assert commits.resolve(stamp, root) == stamp[:10]
 
 
 def test_a_copy_of_the_tree_needs_a_stamp_of_its_files(tree):

@@ -267,6 +267,16 @@ def test_noise_is_never_used_twice(seq_len):
         assert ((tokens[:i] == row).float().mean(dim=1) < 0.5).all()
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_noise_chooses_all_ids_alike(use_cache):
+    model = build()
+    model.to_logits.weight.data.zero_()
+    options = dict(filter_thres=0.0, seed=0, use_cache=use_cache)
+    ids = model.generate(draw(batch=200), 8, **options)[:, -8:]
+    shares = ids.flatten().bincount(minlength=OPTIONS["num_tokens"]) / ids.numel()
+    assert (shares - 1 / len(shares)).abs().max() < 6 * (len(shares) * ids.numel()) ** -0.5
+
+
 def test_without_the_cache_the_window_moves_with_every_token():
     model = build()
     rows = list(draw(9))
@@ -289,8 +299,9 @@ def test_windowed_levels_go_on_for_ever():
     assert torch.equal(model.generate(draw(9), 55, temperature=0, overflow="stream"), expected)
     assert not torch.equal(model.generate(draw(9), 55, temperature=0), expected)
     assert len(_sessions[model]) == 1
-    sizes = [Decoder(model, 1, length).state_bytes for length in (16, 1_000_000)]
-    assert sizes[0] == sizes[1] > 0
+    shapes = (1, 16), (1, 1_000_000), (3, 16)
+    sizes = [Decoder(model, batch, length).state_bytes for batch, length in shapes]
+    assert sizes[0] == sizes[1] == sizes[2] > 0
 
 
 # the model is left as it was

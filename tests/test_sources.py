@@ -26,7 +26,7 @@ from shtx.train import TrainError
 from shtx.train.arguments import parse
 from shtx.train.checkpoint import find_steps, load
 from shtx.train.config import Config
-from shtx.train.data import Corpus, Source, prepare, split_sizes
+from shtx.train.data import SPLIT, Corpus, Source, prepare, split_sizes
 from shtx.train.sources import expand, unescape
 from shtx.train.store import DataChanged, Part, Store
 from shtx.train.trainer import refuse_untrainable
@@ -278,6 +278,7 @@ def test_order_of_batches_is_that_of_one_process(parts, out):
 
 def test_split_is_enwik8s():
     assert split_sizes(100_000_000, (0.9, 0.05, 0.05)) == [90_000_000, 5_000_000, 5_000_000]
+    assert split_sizes(1000, SPLIT) == [900, 100]
     for size in (0, 9, 10, 4999, 123_456_789):
         assert split_sizes(size, (0.9, 0.1)) == [size - size // 10, size // 10]
 
