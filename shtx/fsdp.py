@@ -102,7 +102,9 @@ def _units(model: Trunk) -> list[Module]:
 def _all_processes() -> DeviceMesh:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
-            "mesh must be a DeviceMesh where torch.distributed is not initialized, got None"
+            "mesh is None, which means all processes of torch.distributed: call"
+            " torch.distributed.init_process_group() first (torchrun starts the processes), or pass"
+            " a DeviceMesh"
         )
     on_gpus = "cuda:nccl" in dist.get_backend_config()
     return init_device_mesh("cuda" if on_gpus else "cpu", (dist.get_world_size(),))

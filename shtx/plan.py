@@ -141,7 +141,10 @@ def why_called(module: Module, kind: type, options, sharded_is_plain: bool = Fal
     """Say why a module is not plain; None if it is."""
     state, actual = module.__dict__, type(module)
     if actual is not kind and not _is_variant(actual, kind, state, sharded_is_plain):
-        return f"is a {actual.__name__}, not the {kind.__name__} that it was made"
+        was, now = kind.__name__, actual.__name__
+        if was == now:  # as of PEFT's Linear
+            was, now = (f"{each.__module__}.{each.__qualname__}" for each in (kind, actual))
+        return f"is a {now}, not the {was} that it was made"
     for name in HOOKS:
         if state[name] and not (sharded_is_plain and all(map(_shards, state[name].values()))):
             return f"has {name[1:].replace('_', ' ')}"

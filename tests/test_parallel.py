@@ -500,6 +500,11 @@ def a_model_on_meta_gets_the_weights_of_its_seed(rank):
             assert torch.equal(whole, expected[name]), name
 
 
+def test_full_sharding_without_processes_says_how_they_begin():
+    with pytest.raises(ValueError, match=r"init_process_group\(\) first \(torchrun starts"):
+        fully_shard_model(build())
+
+
 def full_sharding_steps_as_one_process(rank):
     alone = take(build(depth=2), whole(), process_group=False)
     for options in (

@@ -214,6 +214,14 @@ def test_a_layer_in_a_wrapper(impl, name):
     assert_same(ours, theirs)
 
 
+def test_the_reason_tells_classes_of_one_name_apart():
+    ours, _ = pair("reference")
+    namesake = type("Linear", (nn.Linear,), {"__module__": "tool"})
+    ours.to_logits = namesake(16, 16)
+    reason = "is a tool.Linear, not the torch.nn.modules.linear.Linear that it was made"
+    assert unfused(ours)["to_logits"] == reason
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_other_options(impl):
     def change(model):

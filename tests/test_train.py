@@ -747,7 +747,7 @@ def test_muon_has_no_parts(monkeypatch):
     flags = ("--optimizer", "muon", "--shard", "full")
     place(parse([*TINY, *flags])[0])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainError, match="--shard must be none or optimizer, got full"):
+    with pytest.raises(TrainError, match="got full; --optimizer adamw takes all three"):
         place(parse([*TINY, *flags])[0])
 
 

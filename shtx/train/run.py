@@ -165,7 +165,8 @@ def place(config: Config) -> tuple[torch.device, int, int]:
         )
     if world > 1 and config.shard == "full" and config.optimizer == "muon":
         raise TrainError(
-            "--optimizer muon steps whole matrices: --shard must be none or optimizer, got full"
+            "--optimizer muon steps whole matrices: --shard must be none or optimizer, got full;"
+            " --optimizer adamw takes all three"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
