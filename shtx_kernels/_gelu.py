@@ -185,7 +185,7 @@ def _product_gelu(x: Tensor, w: Tensor, u: Tensor, bias=None, da=None) -> Tensor
 
 
 def _within_product(x: Tensor, w: Tensor) -> bool:
-    """Whether GELU goes into the product: it was faster, and Hopper's copies take both factors."""
+    """Return whether GELU goes into the product: it is faster, and Hopper's copies take both."""
     rows, columns = w.shape
     return (
         (x.itemsize == 2 and capability(x.device) == 90)

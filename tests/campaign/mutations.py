@@ -127,7 +127,7 @@ LISTED = [
         "with self.averaged(), self.autocast():",
         "tests/test_train.py::test_sample_repeats",
     ),
-    # what a run can be told
+    # the flags of a run
     Mutation(
         "shtx/train/optimizers.py",
         'is_matrix or config.decayed == "all"',
@@ -384,7 +384,7 @@ LISTED = [
     ),
 ]  # fmt: skip
 
-# what drawn mutations of a file must be noticed by; of other files, all of tests/test_<name>.py
+# the tests that must notice drawn mutations of a file; for others, all of tests/test_<name>.py
 TESTS = {
     "shtx/levels.py": "test_bad_input test_model",
     "shtx/generation/arguments.py": "test_generate test_bad_input",
@@ -535,7 +535,7 @@ class Copy:
                 return False
 
     def survives(self, file: str, content: str, tests: str) -> bool:
-        """Whether the tests do not notice."""
+        """Return whether the tests do not notice."""
         path = self.folder / file
         before = path.read_text()
         path.write_text(content)
@@ -566,7 +566,7 @@ def listed(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
 
 
 def drawn(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
-    """As many of every file that has tests of its own."""
+    """Draw mutations, as many of every file that has tests of its own."""
     pool = {file: mutants((ROOT / file).read_text()) for file in TESTS}
     for file, mutations in pool.items():
         Random(f"{seed} {file}").shuffle(mutations)
