@@ -289,7 +289,7 @@ class Taken:
 
 
 def ranks_of(model: Module, process_group: "dist.ProcessGroup | Literal[False] | None") -> Alone:
-    """Who steps together: the ranks of a group; None: those that the model or PyTorch names."""
+    """The ranks that step together: a group's; None: those that the model or PyTorch names."""
     if any(map(is_sharded, model.parameters())):
         if process_group is not None:
             raise ValueError(

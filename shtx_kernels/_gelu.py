@@ -79,9 +79,8 @@ def slope(u, w, q, ACC: tl.constexpr):
 @triton.jit
 def finish(part, kept, ACC: tl.constexpr, NARROW: tl.constexpr, BACKWARD: tl.constexpr,
            SLOPE: tl.constexpr):  # fmt: skip
-    """What takes the place of a product, and gelu(u). Forward, the product is u, and u or gelu's
-    slope there is kept. Backward, the product is the gradient of gelu(u), and becomes that of u; if
-    the slope was kept, gelu(u) is not computed.
+    """Return u, or gelu's slope there, and gelu(u), of the forward's product u. Of the backward's,
+    the gradient of gelu(u), return that of u, and gelu(u) unless the slope was kept.
     """
     if BACKWARD and SLOPE:
         first, a = part * kept, part
@@ -141,7 +140,7 @@ def _product_gelu_kernel(
     BACKWARD: tl.constexpr, SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What `finish` makes of x w^T + bias, and in backward of x w and what was kept.
+    """Store what `finish` makes of x w^T + bias, and in backward of x w and what was kept.
 
     After its product, a tile is finished by quarters, which leaves registers for two programs.
     """
@@ -234,8 +233,8 @@ def within_product(
 
 
 def _takes(x: Tensor, w: Tensor) -> bool:
-    """Whether GELU is a part of a product. It was faster on Hopper, whose copy engine takes such
-    rows alone.
+    """Return whether GELU is a part of a product: it was faster on Hopper, whose copy engine takes
+    such rows alone.
     """
     rows, columns = w.shape
     fits = min(rows, columns) > 0 and rows % 8 == 0 and columns % 8 == 0

@@ -128,8 +128,8 @@ def launches_are_known() -> bool:
 
 
 def gluon_is_known() -> bool:
-    """Whether kernels in Gluon, which is experimental, were run with this version of Triton.
-    Otherwise: their twins in Triton run.
+    """Return whether kernels in Gluon, which is experimental, were run with this version of Triton;
+    with others, their twins in Triton run.
     """
     return torch.version.hip is None and triton.__version__.startswith("3.6.")
 

@@ -102,7 +102,7 @@ class Program:
     def __init__(self, pid: int, programs: int, seed: int):
         self.pid, self.programs, self.random = pid, programs, random.Random(seed)
         self.workers, self.under_way, self.error, self.buffers = [], [], None, []
-        self.haste = self.random.choice((0.0, 0.2, 0.8))  # of what happens beside the threads
+        self.haste = self.random.choice((0.0, 0.2, 0.8))  # with which others than the threads go on
         self.globals = dict(
             gl=self._language(),
             mbarrier=SimpleNamespace(

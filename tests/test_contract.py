@@ -410,10 +410,11 @@ def test_auto_is_decided_by_the_device_of_the_tensors():
     assert ops.resolve("fused", torch.device(DEVICE)) is ops.FUSED
 
 
-FRAGMENTS = "Of As With Within Where Whose By For From Until".split()
+FRAGMENTS = "Of As With Within Where Whose By For From Until To And Not Also".split()
+FRAGMENTS += "What Whatever Which Whether Who How Why".split()
 
 
-@pytest.mark.parametrize("folder", ["shtx", "shtx_kernels", "benchmarks", "examples"])
+@pytest.mark.parametrize("folder", ["shtx", "shtx_kernels", "benchmarks", "examples", "tests"])
 def test_docstrings_and_comments_are_no_fragments(folder):
     """They say what a thing is or does, in words that begin a sentence."""
     for path in (ROOT / folder).rglob("*.py"):

@@ -273,7 +273,7 @@ def test_noise_chooses_all_ids_alike(use_cache):
     model.to_logits.weight.data.zero_()
     options = dict(filter_thres=0.0, seed=0, use_cache=use_cache)
     ids = model.generate(draw(batch=200), 8, **options)[:, -8:]
-    shares = ids.flatten().bincount(minlength=OPTIONS["num_tokens"]) / ids.numel()
+    shares = ids.flatten().bincount(minlength=model.num_tokens) / ids.numel()
     assert (shares - 1 / len(shares)).abs().max() < 6 * (len(shares) * ids.numel()) ** -0.5
 
 

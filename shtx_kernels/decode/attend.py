@@ -21,7 +21,7 @@ MAX_KEYS = 64  # a step; not searched
 
 
 class Levels(NamedTuple):
-    """What the kernel is compiled for, one entry per level."""
+    """The constants that the kernel is compiled for, one entry per level."""
 
     START: tuple[int, ...]  # first programs
     H: tuple[int, ...]  # heads

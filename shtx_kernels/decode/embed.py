@@ -20,7 +20,7 @@ ELEMENTS = 2048  # elements of tables that a program reads
 
 
 class Levels(NamedTuple):
-    """What the kernel is compiled for, one entry per level."""
+    """The constants that the kernel is compiled for, one entry per level."""
 
     START: tuple[int, ...]  # first programs
     C: tuple[int, ...]  # taps of the table

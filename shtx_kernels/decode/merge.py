@@ -25,7 +25,7 @@ MAX_ROWS = 64
 
 
 class Levels(NamedTuple):
-    """What the kernels are compiled for, one entry per level."""
+    """The constants that the kernels are compiled for, one entry per level."""
 
     D: tuple[int, ...]  # channels
     FIRST: tuple[int, ...]  # the first column of the weight, and how many columns there are

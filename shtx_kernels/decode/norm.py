@@ -12,7 +12,7 @@ from ._device import ahead, normalize, rings_of, row_of, wait
 
 
 class Levels(NamedTuple):
-    """What the kernel is compiled for, one entry per level."""
+    """The constants that the kernel is compiled for, one entry per level."""
 
     D: tuple[int, ...]  # channels
     STRIDE: tuple[int, ...]  # tokens per token of the level

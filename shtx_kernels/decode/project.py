@@ -29,7 +29,7 @@ MAX_ROWS = 64
 
 
 class Levels(NamedTuple):
-    """What a kernel is compiled for, one entry per level; None is what it does not read."""
+    """The constants that a kernel is compiled for, one entry per level; None: it reads none."""
 
     K: tuple[int, ...]  # channels that are multiplied, of all taps
     STRIDE: tuple[int, ...]  # tokens per token of the level

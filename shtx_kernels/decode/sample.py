@@ -62,7 +62,7 @@ def reach(
     held, weights, logits_ptr, key, least, top, scale,
     V: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many logits reach a key, and what they count: with MASS what they weigh, else one."""
+    """Count the logits that reach a key, and sum what each counts: with MASS its weight, else 1."""
     count, mass = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(len(held)):
         count += (held[i] >= key).to(tl.int32)
@@ -111,7 +111,7 @@ def threshold(
 
 @triton.jit
 def score_of(key, offs, noise_ptr, least, top, scale, V: tl.constexpr, GREEDY: tl.constexpr):
-    """What an id is chosen for, 0 if it is not kept."""
+    """Return the score of which the highest is chosen, 0 for an id that is not kept."""
     score = weigh(key, least, top, scale)
     if not GREEDY:
         score /= tl.maximum(tl.load(noise_ptr + offs, mask=offs < V, other=1.0), 1e-20)

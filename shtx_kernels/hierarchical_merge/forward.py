@@ -23,7 +23,7 @@ from ..products import cast, sum_dtype
 LEVEL_TILE = dict(columns=256, elements=2048, num_warps=4)
 TOKEN_TILE = dict(columns=1024, elements=2048, num_warps=4)
 
-# not specialized: the kernel is compiled for the alignment of a contiguous level instead
+# unspecialized, as the kernel is compiled for the alignment of a contiguous level instead
 STRIDES_OF_LEVEL = ["stride_xb", "stride_xm", "stride_bb", "stride_bm"]
 
 

@@ -1,4 +1,4 @@
-"""How far the latents of a level are from those that an MLP predicts, R tokens in a row.
+"""The distance of a level's latents from those that an MLP predicts, R tokens in a row.
 
     z_0[t] = h[t],  z_r[t] = z_(r - 1)[t] + mlp(layer_norm([z_(r - 1)[t] ; summaries[t + r]]))
     l_r[t] = distance(z_r[t], h[t + r])
@@ -208,8 +208,8 @@ def next_latent_loss(
     distance: str = "mse_and_cosine_sim",
     decay: float | None = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """How far z_r = z_(r - 1) + mlp(layer_norm([z_(r - 1) ; summaries[t + r]])), from z_0 = h[t],
-    is from h[t + r], for r of 1 to R.
+    """Sum up how far z_r = z_(r - 1) + mlp(layer_norm([z_(r - 1) ; summaries[t + r]])), from
+    z_0 = h[t] on, is from h[t + r], for r of 1 to R.
 
     Rows add up as `reference.rollouts` says; h gets gradients through z_0 alone, and the weights of
     steps and of rows get none. Products are in autocast's dtype under autocast; latents, norms,

@@ -240,5 +240,5 @@ class Rollout:
 
 
 def programs(rows: int, D: int) -> int:
-    """How many programs the rows of a rollout take."""
+    """Count the programs that the rows of a rollout take."""
     return cdiv(rows, row_config(D, TILE, WARP_TILE)["BLOCK_M"])

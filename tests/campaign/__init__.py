@@ -1,4 +1,4 @@
-"""What takes too long for every change: faults in great number, random configurations, mutations.
+"""Tests that take too long for every change: many faults, random configurations, mutations.
 
 `python -m tests.campaign` runs all of it, prints a table and writes what it found as JSON. See
 CONTRIBUTING.md.
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest does it for t
 
 @dataclass
 class Case:
-    """How one case of a part ended.
+    """The end of one case of a part.
 
     Attributes:
         finding: what went wrong, or None.

@@ -14,6 +14,9 @@ from itertools import islice
 from pathlib import Path
 from threading import Lock
 
+# as the command sets it, which here finds PyTorch imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -32,7 +32,7 @@ def configuration(random: Random) -> tuple[dict, int, bool]:
             dim_head=random.choice([2, 4, 6, 8, 10, 16]),
             heads=random.randrange(1, 5),
             ff_mult=random.choice([1, 1.5, 2.7, 4]),
-            # of which two at least are of the longest level: upstream's loss of one is NaN
+            # at least two are of the longest level: upstream's loss of one is NaN
             tokens=random.randrange(34, TOKENS + 1),
         )
         if (options := build(row | dict(window="none", dim="equal"))) is None:
@@ -143,7 +143,7 @@ def make(options: dict) -> HierarchicalTransformer:
 
 
 def unlike(model, prompt: Tensor, tokens: Tensor, expected: Tensor) -> str | None:
-    """What differs; of tokens that are as likely as each other either may be taken."""
+    """Name the first difference. Of tokens that are equally likely, either may be taken."""
     for row, (ours, theirs) in enumerate(zip(tokens, expected, strict=True)):
         different = (ours != theirs).nonzero()
         if len(different) == 0:

@@ -55,7 +55,7 @@ class Runs:
         self.rows, self.last = rows(self.whole), self.content(self.whole)
 
     def arguments(self, out: Path) -> list:
-        """What starts the run in `out`, or goes on with it where it has begun."""
+        """The arguments that start the run in `out`, or go on with it where it has begun."""
         if (out / RUN).exists():
             return ["train", "--resume", out]
         return ["train", *TINY, "--data", self.text, "--out", out]
@@ -80,7 +80,7 @@ class Runs:
         return [(load(out).path / name).read_bytes() for name in WEIGHTS]
 
     def lost(self, out: Path, before: int) -> str | None:
-        """What is wrong with the checkpoints, of which the newest was that of step `before`."""
+        """Say what is wrong with the checkpoints, whose newest was that of step `before`."""
         steps = find_steps(out / CHECKPOINTS)
         newest = step_of(steps[-1]) if steps else 0
         if newest < before:
@@ -93,7 +93,7 @@ class Runs:
         return None
 
     def other_end(self, out: Path) -> str | None:
-        """What is not as in the undisturbed run."""
+        """Say what is not as in the undisturbed run."""
         if self.content(out) != self.last:
             return "its weights are not those of the undisturbed run"
         if rows(out) != self.rows:
@@ -228,7 +228,7 @@ def full_disks(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
 
 
 def _full_from(nth: int, out: Path) -> None:
-    """From here on, the nth change below `out` and all later ones fail as on a full disk."""
+    """Let the nth change below `out` and all later ones fail, as on a full disk."""
     done = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -302,7 +302,7 @@ def remove(file: Path, random: Random) -> None:
 
 
 def replace(file: Path, random: Random) -> None:
-    """By what is no file of bytes."""
+    """Replace a file by something that is no file of bytes."""
     file.unlink()
     kinds = (
         os.mkdir,
@@ -384,7 +384,7 @@ def hostile_checkpoints(numbers: range, seed: str, folder: Path) -> Iterator[Cas
             given = ["train", "--resume", step]
         before = {*runs.folder.rglob("*")}
         ended = shtx_command(*given, folder=runs.folder, prepare=lambda: os.chdir(runs.folder))
-        # what concerns training alone does not keep a model from sampling
+        # a file that only training reads does not keep a model from sampling
         finding = ended.unclear(*((1,) if refused and verb == "train" else (0, 1)))
         if ended.status and {*runs.folder.rglob("*")} != before:
             finding = finding or "left something behind"

@@ -42,14 +42,14 @@ LISTED = [
     ),
     Mutation(
         "shtx_kernels/decode/sample.py",
-        "choice = tl.where(highest > best",
-        "choice = tl.where(highest >= best",
+        "tl.min(ids, axis=0)",
+        "tl.max(ids, axis=0)",
         "tests/test_decode_ops.py::test_sample_takes_the_first_of_the_best",
     ),
     Mutation(
         "shtx_kernels/decode/sample.py",
-        "tl.log(tl.maximum(e, 1e-20))",
-        "tl.log(e)",
+        "tl.maximum(tl.load(noise_ptr + offs, mask=offs < V, other=1.0), 1e-20)",
+        "tl.load(noise_ptr + offs, mask=offs < V, other=1.0)",
         "tests/test_decode_ops.py::test_sample_where_noise_is_zero",
     ),
     # the merge
@@ -127,7 +127,7 @@ LISTED = [
         "with self.averaged(), self.autocast():",
         "tests/test_train.py::test_sample_repeats",
     ),
-    # what a run can be told
+    # the flags of a run
     Mutation(
         "shtx/train/optimizers.py",
         'is_matrix or config.decayed == "all"',
@@ -384,7 +384,7 @@ LISTED = [
     ),
 ]  # fmt: skip
 
-# what drawn mutations of a file must be noticed by; of other files, all of tests/test_<name>.py
+# the tests that must notice drawn mutations of a file; for others, all of tests/test_<name>.py
 TESTS = {
     "shtx/levels.py": "test_bad_input test_model",
     "shtx/generation/arguments.py": "test_generate test_bad_input",
@@ -444,7 +444,8 @@ UNSEEN = {
     ("shtx/train/files.py", "BLOCK = 1 << 21  # bytes"): "how much is read at a time",
     (
         "shtx_kernels/hierarchical_ar_loss.py",
-        "dh = h.new_empty(h.shape if backward else 1, dtype=h.dtype if h.dtype == p.dtype else acc)",
+        "dh = h.new_empty(h.shape if backward else 1,"
+        " dtype=h.dtype if h.dtype == p.dtype else acc)",
     ): "a number that is not written or read",
     (
         "shtx/train/home.py",
@@ -557,7 +558,7 @@ class Copy:
                 return False
 
     def survives(self, file: str, content: str, tests: str) -> bool:
-        """Whether the tests do not notice."""
+        """Return whether the tests do not notice."""
         path = self.folder / file
         before = path.read_text()
         path.write_text(content)
@@ -588,7 +589,7 @@ def listed(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
 
 
 def drawn(numbers: range, seed: str, folder: Path) -> Iterator[Case]:
-    """As many of every file that has tests of its own."""
+    """Draw mutations, as many of every file that has tests of its own."""
     pool = {file: mutants((ROOT / file).read_text()) for file in TESTS}
     for file, mutations in pool.items():
         Random(f"{seed} {file}").shuffle(mutations)

@@ -27,14 +27,14 @@ NUMBERS = count()
 
 @dataclass
 class Ended:
-    """How a process ended: `status` is minus the number of the signal that killed it."""
+    """The end of a process: `status` is minus the number of the signal that killed it."""
 
     status: int
     out: str
     err: str
 
     def unclear(self, *allowed: int) -> str | None:
-        """What is wrong with the end, if it is not one of the `allowed` statuses or not told."""
+        """Say what is wrong with the end, if its status is not `allowed` or it was not told."""
         if self.status not in allowed:
             return f"ended with {self.status}: {self.err[-300:]!r}"
         lines = self.err.splitlines()
@@ -85,7 +85,7 @@ class Child:
             prepare()
             status = main(argv)
             sys.stdout.flush()
-        except SystemExit as exit:  # of wrong usage
+        except SystemExit as exit:  # the usage was wrong
             status = exit.code
         except BaseException:
             traceback.print_exc()
@@ -96,7 +96,7 @@ class Child:
                 os._exit(status)
 
     def kill(self, signum: int) -> bool:
-        """Whether there was still something to kill."""
+        """Return whether there was still something to kill."""
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False
         os.kill(self.pid, signum)
