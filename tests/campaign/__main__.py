@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Lock
 
-# as the command sets it, which here finds PyTorch imported
+# the command sets it, too, but finds PyTorch imported here
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
