@@ -55,7 +55,7 @@ def test_all_checks(run, tmp_path, capsys):
 
 def off_by(factor: float):
     right = ops.FUSED.feed_forward
-    return lambda *args: right(*args) * factor
+    return lambda *args, **options: right(*args, **options) * factor
 
 
 def test_a_model_that_computes_something_else_fails(run, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_step_that_differs_fails(run, monkeypatch):
             return super().__call__(ids)
 
     right = ops.FUSED.feed_forward
-    drifting = lambda *args: right(*args) * (1.0 if len(calls) == 1 else 1.1)
+    drifting = lambda *args, **options: right(*args, **options) * (1.0 if len(calls) == 1 else 1.1)
     monkeypatch.setattr(ops.FUSED, "feed_forward", drifting)
     monkeypatch.setattr(script, "TrainStep", partial(Counted, cuda_graph=False))
     status, results = run("--only", "repeat")
