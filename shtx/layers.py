@@ -386,7 +386,8 @@ class WindowAttention(Layer, LocalMHA):
 
 
 class FeedForward(Layer):
-    """
+    """Two products with GELU between them.
+
     Attributes:
         keeps_slope: what `feed_forward` calls keep_slope.
     """

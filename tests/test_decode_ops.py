@@ -205,6 +205,13 @@ def test_sample_takes_the_first_of_the_best(temperature):
         assert sampled(impl, logits, noise, temperature, 40_000, 1.0) == [ids[0] for ids in best]
 
 
+def test_sample_takes_an_infinite_logit():
+    logits = torch.randn(2, 40_000, device=DEVICE)
+    logits[0, 17], logits[1, 39_000] = float("inf"), float("inf")
+    for impl in (FUSED, REFERENCE):
+        assert sampled(impl, logits, torch.ones_like(logits), 0.0, 40_000, 1.0) == [17, 39_000]
+
+
 def test_sample_where_noise_is_zero():
     """It counts as tiny: the most likely of those ids wins, and never one that is not kept."""
     logits = torch.tensor([[1.0, 4.0, 3.0, 5.0, 2.0]] * 3, device=DEVICE)

@@ -112,9 +112,11 @@ def threshold(
 @triton.jit
 def score_of(key, offs, noise_ptr, least, top, scale, V: tl.constexpr, GREEDY: tl.constexpr):
     """Return the score of which the highest is chosen, 0 for an id that is not kept."""
-    score = weigh(key, least, top, scale)
-    if not GREEDY:
-        score /= tl.maximum(tl.load(noise_ptr + offs, mask=offs < V, other=1.0), 1e-20)
+    if GREEDY:
+        score = (key >= least).to(tl.float32)
+    else:
+        e = tl.load(noise_ptr + offs, mask=offs < V, other=1.0)
+        score = weigh(key, least, top, scale) / tl.maximum(e, 1e-20)
     return score
 
 
