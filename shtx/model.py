@@ -435,8 +435,8 @@ class HierarchicalTransformer(Trunk):
         checkpointing: in training, keep no more of a block than what enters it, and run it again in
             the backward: less memory, one more forward, the same gradients to the bit.
         kept_slopes: share of the layers, the first ones, whose feed-forwards keep the slope of GELU
-            beside its result, and not its argument alone, on Hopper in 16-bit precision: with 1,
-            steps on an H200 took 1 to 4.5% less time for 11 to 22% more memory. 0: the least memory.
+            beside its result, and not its argument alone, on Hopper in 16-bit precision. With 1,
+            steps on an H200 took 1 to 4.5% less time for 11 to 22% more memory; 0 takes the least.
         graphs: in training on CUDA, replay a CUDA graph in place of a forward with return_loss, and
             another in place of its backward, from the second forward of a shape of ids on: the same
             bits at the speed of TrainStep, in any loop, DistributedDataParallel included. A forward

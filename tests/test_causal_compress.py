@@ -3,14 +3,8 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    DEVICE,
-    DTYPES,
-    assert_as_accurate,
-    assert_compiles_whole,
-    forward_backward,
-    graphed,
-)
+from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, graphed
+from helpers import DEVICE, DTYPES
 
 from shtx_kernels import causal_compress, reference
 from shtx_kernels.causal_compress import uses_table

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, graphed
+from accuracy import graphed
+from helpers import DEVICE, DTYPES
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx.ops import FUSED, REFERENCE, Attention, Lookup, Norm, Part, Projection

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from accuracy import assert_as_accurate, forward_backward, graphed
+from helpers import DEVICE, DTYPES
 
 from shtx_kernels import feed_forward, reference
 from shtx_kernels._target import capability

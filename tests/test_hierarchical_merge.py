@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward
+from accuracy import assert_as_accurate, forward_backward
+from helpers import DEVICE, DTYPES
 from torch.utils._pytree import tree_leaves
 
 from shtx_kernels import hierarchical_merge, reference

@@ -6,7 +6,8 @@ these tests hold as well.
 
 import pytest
 import torch
-from helpers import DEVICE, forward_backward
+from accuracy import forward_backward
+from helpers import DEVICE
 from test_decode_ops import COUNT, FLOATS, cases, run
 from torch.utils._pytree import tree_map_only
 

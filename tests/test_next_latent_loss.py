@@ -2,7 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate, forward_backward, graphed
+from accuracy import assert_as_accurate, forward_backward, graphed
+from helpers import DEVICE, DTYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

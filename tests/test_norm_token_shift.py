@@ -1,13 +1,7 @@
 import pytest
 import torch
-from helpers import (
-    DEVICE,
-    DTYPES,
-    assert_as_accurate,
-    assert_compiles_whole,
-    forward_backward,
-    layouts,
-)
+from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, layouts
+from helpers import DEVICE, DTYPES
 
 from shtx_kernels import norm_token_shift, reference
 

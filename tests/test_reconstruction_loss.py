@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, assert_as_accurate
+from accuracy import assert_as_accurate
+from helpers import DEVICE, DTYPES
 
 from shtx_kernels import _cross_entropy, reconstruction_loss, reference
 

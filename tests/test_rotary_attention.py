@@ -2,15 +2,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, layouts
 from einops import rearrange
-from helpers import (
-    DEVICE,
-    DTYPES,
-    assert_as_accurate,
-    assert_compiles_whole,
-    forward_backward,
-    layouts,
-)
+from helpers import DEVICE, DTYPES
 from torch.nn.functional import pad
 
 from shtx_kernels import reference, rotary_attention

@@ -1,13 +1,7 @@
 import pytest
 import torch
-from helpers import (
-    DEVICE,
-    DTYPES,
-    assert_as_accurate,
-    assert_compiles_whole,
-    forward_backward,
-    graphed,
-)
+from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, graphed
+from helpers import DEVICE, DTYPES
 
 from shtx_kernels import reference, token_embedding
 from shtx_kernels._one_hot import ONE_HOT
