@@ -484,7 +484,8 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
     yield node
     for child in ast.iter_child_nodes(node):
         keyword = child.arg if isinstance(child, ast.keyword) else None
-        passed = keyword in ("num_warps", "num_stages", "strict")
+        checks = keyword == "strict" and getattr(node.func, "id", None) == "zip"
+        passed = checks or keyword in ("num_warps", "num_stages")
         if not passed and not isinstance(child, ast.JoinedStr):
             yield from walk(child)
 

@@ -25,8 +25,8 @@ PLACES = os.pathsep.join((os.environ["PATH"], "/usr/local/cuda/bin"))
 def multiply_in_fp32(device: str) -> torch.library.Library:
     """Let PyTorch multiply matrices by way of fp32, as long as what is returned is there.
 
-    cuBLAS writes products of bf16 through the tensor memory accelerator, whose writes initcheck
-    does not see: it reports every read of them, also of a plain torch.mm.
+    initcheck reports reads of products of bf16 as of memory that nothing has written, though cuBLAS
+    has: it seems not to see what the tensor memory accelerator writes.
     """
 
     def product(a, b):
