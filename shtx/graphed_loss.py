@@ -27,7 +27,9 @@ from shtx.internals import (
     count_dispatch_modes,
     count_holders,
     is_managed_by_fsdp,
+    modules_below,
     packs_saved_tensors,
+    parameters_below,
     parameters_of,
     storage_of,
     transforms_active,
@@ -336,5 +338,5 @@ def runs_graphs(device: torch.device) -> bool:
 
 def is_managed(model: Module) -> bool:
     """Return whether FSDP, of either kind, has a model's parameters in its hands."""
-    managed = any(map(is_managed_by_fsdp, model.modules()))
-    return managed or any(map(is_sharded, model.parameters()))
+    managed = any(map(is_managed_by_fsdp, modules_below(model)))
+    return managed or any(map(is_sharded, parameters_below(model)))

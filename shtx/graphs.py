@@ -24,7 +24,9 @@ from shtx.internals import (
     PARAMETER_HOOKS,
     any_global_hooks,
     end_allocations,
+    modules_below,
     modules_of,
+    parameters_below,
 )
 from shtx.ops import matmul_precision
 from shtx.plan import FORWARDS, OPTIONS, look
@@ -180,9 +182,9 @@ class Structure:
     def __init__(self, model: Module):
         # owners of graphs may be kept by model, so that it must not be kept by them
         self.model, self.of_model = weakref.ref(model), vars(model)
-        self.modules = list(model.modules())[1:]
-        self.states = [vars(module) for module in model.modules()]
-        self.parameters = list(model.parameters())
+        everything = modules_below(model)
+        self.modules, self.states = everything[1:], [vars(module) for module in everything]
+        self.parameters = parameters_below(model)
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.changeable = [vars(module) for module in changeable(model)]
         self.options = [(OPTIONS[type(m)], m) for m in self.modules if type(m) in OPTIONS]

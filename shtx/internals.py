@@ -5,10 +5,11 @@ They were tested in PyTorch 2.11 and 2.13; those that the ops use as well are on
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.modules import module as _modules
 from torch.optim import Optimizer
 
@@ -62,6 +63,24 @@ def buffers_of(module: Module) -> dict:
 def modules_of(module: Module) -> dict:
     """The modules that a module has itself, by name."""
     return module._modules
+
+
+def modules_below(model: Module) -> list[Module]:
+    """A model and all modules below it, in the order of `model.modules()`, which takes several
+    times as long, as it makes names.
+    """
+    found, waiting = {}, [model]
+    while waiting:
+        if (module := waiting.pop()) is not None and module not in found:
+            found[module] = None
+            waiting.extend(reversed(module._modules.values()))
+    return list(found)
+
+
+def parameters_below(model: Module) -> list[Parameter]:
+    """All parameters of a model, in the order of `model.parameters()`."""
+    own = (module._parameters.values() for module in modules_below(model))
+    return [p for p in dict.fromkeys(chain.from_iterable(own)) if p is not None]
 
 
 def put(module: Module, parameters: dict, buffers: dict) -> None:

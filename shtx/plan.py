@@ -25,6 +25,7 @@ from shtx.internals import (
     PARAMETERS,
     any_global_hooks,
     modules_of,
+    parameters_below,
     parameters_of,
 )
 from shtx.ops import REFERENCE, narrow_copies, narrow_weights, resolve
@@ -170,12 +171,12 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def check_in_memory(model: Module):
     """Raise a ValueError for a model with a parameter that has no values."""
-    for name, p in model.named_parameters():
-        if p.is_meta:
-            raise ValueError(
-                f"model must be in memory, got {name} on meta: model.to_empty(device=...) and"
-                " model.init_weights(), then model.load_state_dict(...), give it values"
-            )
+    if any(p.is_meta for p in parameters_below(model)):
+        name = next(name for name, p in model.named_parameters() if p.is_meta)
+        raise ValueError(
+            f"model must be in memory, got {name} on meta: model.to_empty(device=...) and"
+            " model.init_weights(), then model.load_state_dict(...), give it values"
+        )
 
 
 def _is_variant(actual: type, kind: type, state: dict, sharded_is_plain: bool) -> bool:

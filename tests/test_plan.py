@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from training import OPTIONS
 
 from shtx import HierarchicalTransformer, TrainStep
+from shtx.internals import modules_below, parameters_below
 from shtx.plan import look, unfused
 
 IMPLS = ["reference", "fused"]
@@ -453,6 +454,16 @@ def test_a_head_that_is_no_layer():
     torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-4, atol=1e-5)
     losses = [model(ids, return_loss=True)[0] for model in (ours, theirs)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_below_a_model_is_what_pytorch_lists():
+    model = HierarchicalTransformer(**OPTIONS | dict(depth=2))
+    model.layers[1][0] = model.layers[0][0]  # shared
+    model.compressors[0] = parametrizations.weight_norm(nn.Linear(3, 3))
+    model.post_token_emb_norms[0].bias = None
+    assert modules_below(model) == list(model.modules())
+    theirs = list(model.parameters())
+    assert list(map(id, parameters_below(model))) == list(map(id, theirs))
 
 
 def test_layers_that_were_taken_out_or_shared():

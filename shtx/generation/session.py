@@ -58,8 +58,8 @@ class Session:
             step = self.graphs.kept.get("step")  # it reads the decoder's copies alone
             if not self.graphs.hold(model) and step is not None:
                 self.graphs.kept["step"] = step
-            sharded = any(map(is_sharded, model.parameters()))
-            in_graphs = not self.graphs.structure.hooked() and not sharded
+            structure = self.graphs.structure
+            in_graphs = not (structure.hooked() or any(map(is_sharded, structure.parameters)))
         with _plain(self.ids.device):
             if refresh:
                 self._run("refresh", lambda: self.decoder.refresh(model), in_graphs)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from shtx.generation.arguments import Sampling
 from shtx.generation.session import Session
+from shtx.internals import parameters_below
 
 MAX_SESSIONS = 2  # kept for a model
 SHORTEST = 128  # tokens that a decoder has room for; the next longer ones have twice as many
@@ -29,7 +30,7 @@ def from_session(
         room *= 2
     room = min(room, model.seq_len)  # enough for any number without full attention
     window = float("inf") if overflow == "stream" else model.seq_len
-    shapes = tuple(p.shape for p in model.parameters())
+    shapes = tuple(p.shape for p in parameters_below(model))
     key = (len(rows), room, dtype, model.impl, model.device, model.way, shapes)
     with _sessions_lock:  # out of sight of other calls while this one is at work
         session = _sessions.setdefault(model, {}).pop(key, None)
