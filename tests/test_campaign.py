@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 from helpers import ROOT, child_environment
 
+from tests.campaign import sanitizers
 from tests.campaign.mutations import LISTED, TESTS, UNSEEN, mutants
 
 
@@ -39,3 +42,26 @@ assert (trainer.SAMPLE, torch.get_num_threads()) == before
     command = [sys.executable, "-c", code]
     environment = child_environment(ROOT, ROOT / "tests", OMP_NUM_THREADS="2")
     assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: a @ b,
+        lambda a, b: F.linear(a, b.T, b[0]),
+        lambda a, b: torch.einsum("mk,kn->nm", a, b),
+        lambda a, b: torch.einsum("mk,kna->amn", a, b[..., None] * b[0, :3]),
+        lambda a, b: torch.stack([a, a]) @ torch.stack([b, b]),
+    ],
+    ids=["mm", "linear", "einsum", "einsum of three", "bmm"],
+)
+def test_initcheck_sees_no_product_of_bf16(product):
+    a, b = torch.randn(2, 5, 4).bfloat16()
+    b = b.T.contiguous()
+    expected = product(a.float(), b.float()).bfloat16()
+    kept = sanitizers.multiply_in_fp32("cpu")
+    with torch.profiler.profile() as profile:
+        ours = product(a, b)
+    del kept
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+    assert "aten::baddbmm" in [event.key for event in profile.key_averages()]
