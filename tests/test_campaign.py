@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, child_environment
+from helpers import DEVICE, ROOT, child_environment
 
-from tests.campaign import sanitizers
+from shtx import HierarchicalTransformer
+from tests.campaign import configurations, sanitizers
 from tests.campaign.mutations import LISTED, TESTS, UNSEEN, mutants
 
 
@@ -65,3 +67,18 @@ def test_initcheck_sees_no_product_of_bf16(product):
     del kept
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
     assert "aten::baddbmm" in [event.key for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-3])
+def test_nudges_excuse_no_gradient_that_is_wrong(wrong):
+    def models(drawn):
+        torch.manual_seed(0)
+        options = dict(num_tokens=40, dim=16, depth=1, seq_len=48, heads=2)
+        theirs = HierarchicalTransformer(**options, impl="reference").to(DEVICE)
+        ours = deepcopy(theirs)
+        ours.to_logits.weight.register_hook(lambda g: g * (1 + wrong))
+        return ours, deepcopy(theirs).double(), theirs
+
+    (case,) = configurations.compare(models, range(1), "any")
+    assert (case.finding is not None) == (wrong > 0)
+    assert not wrong or "gradient of to_logits.weight is off by 1.0e-03" in case.finding

@@ -13,6 +13,7 @@ import torch
 
 from shtx.train import TrainError
 from shtx.train.checkpoint import FILES, load, save
+from shtx.train.files import make
 from shtx.train.home import Home
 
 CONFIG = {"run": {"lr": 0.1, "window_sizes": [8, None]}, "data": {"bytes": 3}}
@@ -113,6 +114,15 @@ def test_directory_of_the_first_checkpoint_is_synced_too(tmp_path, monkeypatch, 
         save(home.path, 1, CONFIG, *contents(1))
     run = home.path.absolute()
     assert synced[:3] == [str(tmp_path), str(run.parent), str(run)]
+
+
+def test_a_directory_that_another_process_makes_meanwhile(tmp_path, monkeypatch):
+    path = tmp_path / "new"
+    path.mkdir()
+    answers = iter([False])  # as it was when it was asked first
+    monkeypatch.setattr(Path, "is_dir", lambda path: next(answers, True))
+    make(path)
+    assert next(answers, None) is None
 
 
 def test_removal_that_was_interrupted(tmp_path, monkeypatch):

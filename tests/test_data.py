@@ -89,6 +89,13 @@ def test_windows_span_the_validation_part(raw):
     assert starts == [0, 116, 233, 350, 467]  # the last one ends with the data: 467 + 33 = 500
 
 
+def test_most_different_windows_begin_at_every_byte(raw):
+    corpus = Corpus(Store([raw]), SEQ_LEN)
+    most = corpus.different_windows
+    expected = [TEXT[start : start + SEQ_LEN + 1] for start in range(4500, 5000 - SEQ_LEN)]
+    assert [window.tobytes() for window in corpus.windows(most)] == expected
+
+
 @pytest.mark.parametrize("name", ["text.gz", "text.zip", "TEXT.GZ", "text.bz2", "text.xz"])
 def test_packed_is_the_same_as_raw(tmp_path, out, name):
     corpus = prepare(Source((write(tmp_path / name, TEXT),)), out, SEQ_LEN)

@@ -12,10 +12,10 @@ import pytest
 from running import TINY, write_text
 
 from shtx.cli import main
-from shtx.train import visible
+from shtx.train import TrainError, visible
 from shtx.train.arguments import parse
 from shtx.train.describe import Documents
-from shtx.train.encode import pieces_of
+from shtx.train.encode import decoded, pieces_of
 from shtx.train.metrics import read
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -205,6 +205,14 @@ def test_prepared_tokens(book, tokenizer, tmp_path, capsys, monkeypatch):
     assert main([*generate, "--tokenizer", str(tmp_path / "t.json"), "--prompt", "line"]) == 1
     assert "t.json: is not the one that made the tokens of the run" in capsys.readouterr().err
     assert parse(["--data", str(out)])[0].model.num_tokens == beside["num_tokens"]
+
+
+def test_a_character_may_lie_in_two_blocks(tmp_path):
+    assert decoded(tmp_path, b"a\xc3", 7, last=False) == ("a", b"\xc3", 8)
+    assert decoded(tmp_path, b"\xc3\xa9", 8, last=False) == ("é", b"", 10)
+    for content, last in ((b"a\xff\xa9", False), (b"a\xc3", True)):
+        with pytest.raises(TrainError, match="must be UTF-8 text, got .* at byte 8"):
+            decoded(tmp_path, content, 7, last)
 
 
 def test_pieces_end_before_the_end_of_a_line(monkeypatch):
