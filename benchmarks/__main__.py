@@ -66,7 +66,8 @@ def print_table(argv: list[str]):
         prog="python -m benchmarks table", description="Results as Markdown tables."
     )
     add = parser.add_argument
-    add("files", nargs="*", type=Path, help="to be joined; default: benchmarks/results/*.json")
+    which = "to be joined; default: benchmarks/results/*.json, the newest first"
+    add("files", nargs="*", type=Path, help=which)
     where = "the first file's train steps at a glance go between README's markers, all tables"
     where += " between ALL's"
     add("--write", type=Path, nargs=2, metavar=("README", "ALL"), help=where)
@@ -76,6 +77,8 @@ def print_table(argv: list[str]):
     if not files:
         sys.exit("benchmarks/results has no JSON file")
     machines = report.by_machine(map(report.read, files))
+    if not options.files:
+        machines.sort(key=lambda results: results["date"], reverse=True)
     tables = "\n\n".join(map(report.tables, machines))
     print(tables)
     texts = report.glance(machines[0]), tables
