@@ -1,4 +1,7 @@
-"""Steps of two processes together are those of one process on the whole batch."""
+"""Steps of two processes together are those of one process on the whole batch.
+
+RANKS=8 in the environment starts eight in their place.
+"""
 
 import json
 import os
@@ -32,7 +35,7 @@ from shtx.parallel import Replicas, Summing
 from shtx.plan import is_sharded
 from shtx.train_step import MAX_GRAPHS
 
-RANKS = 2
+RANKS = int(os.environ.get("RANKS", 2))
 
 
 def build(seed=0, kind=HierarchicalTransformer, **options):
@@ -82,14 +85,19 @@ def assert_close(ours, theirs):
     assert (gradient - expected).norm() <= 1e-6 * expected.norm()
 
 
-def weights_of_all(model):
-    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
-    theirs = [torch.empty_like(mine) for _ in range(RANKS)]
-    dist.all_gather(theirs, mine)
-    return theirs
+def agree(model):
+    """Return whether all ranks have the same weights, to the bit."""
+    mine = weights_of(model)
+    of_all = [torch.empty_like(mine) for _ in range(RANKS)]
+    dist.all_gather(of_all, mine)
+    return all(torch.equal(mine, theirs) for theirs in of_all)
 
 
-# the work of two processes, each with its rank
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# the work of the processes, each with its rank
 
 
 def steps_equal_those_of_one_process(rank):
@@ -113,8 +121,7 @@ def ranks_agree_to_the_bit(rank):
         before = model.token_emb.weight.clone()
         for n in range(10):
             step(draw(RANKS * n + rank))
-        first, second = weights_of_all(model)
-        assert torch.equal(first, second) and not torch.equal(before, model.token_emb.weight)
+        assert agree(model) and not torch.equal(before, model.token_emb.weight)
     assert Structure(model).hooked() is None  # its own hooks are gone, so that graphs see a user's
 
 
@@ -158,8 +165,7 @@ def several_optimizers_may_be_sharded(rank):
     for _ in range(3):
         loss, expected = step(uneven(rank))[0], other_step(uneven(rank))[0]
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    first, second = weights_of_all(models[0])
-    assert torch.equal(first, second)
+    assert agree(models[0])
     kept = sum(
         t.numel() for state in step.optimizers.states for v in state.values() for t in v.values()
     )
@@ -238,7 +244,8 @@ def ranks_may_leave_parts_out(rank):
     model, alone = Branches(), Branches()
     replicas = Replicas(model, dist.group.WORLD)
     x = torch.randn(RANKS, 3, 8)
-    for run in [([0, 1], [1]), ([0, 1], [1, 0]), ([3], [0, 1]), ([1], [0]), ([0, 3, 1], [1])]:
+    for two in [([0, 1], [1]), ([0, 1], [1, 0]), ([3], [0, 1]), ([1], [0]), ([0, 3, 1], [1])]:
+        run = [two[min(r, 1)] for r in range(RANKS)]
         model.zero_grad()
         alone.zero_grad()
         replicas.backward(model(x[rank], run[rank]), last=True)
@@ -321,7 +328,7 @@ def what_differs_is_refused_on_all_ranks(rank):
         *(ValueError, "accumulate must be the same on all ranks, got 1 on rank 0 and 2 on rank 1"),
         accumulate=1 + rank,
     )
-    refused(ValueError, "grad_clip must be the same", grad_clip=[None, 1.0][rank])
+    refused(ValueError, "grad_clip must be the same", grad_clip=1.0 if rank else None)
     refused(
         *(ValueError, "loss_weights must be the same on all ranks, got [1.0, 0.1, 0.25] on rank 0"),
         model=build(recon_loss_weight=0.1 + rank),
@@ -330,13 +337,13 @@ def what_differs_is_refused_on_all_ranks(rank):
     frozen.to_logits.requires_grad_(rank == 0)
     refused(ValueError, "parameter to_logits.weight must be the same", model=frozen)
     refused(ValueError, "parameter token_emb.weight must", model=build(num_tokens=31 + rank))
-    refused(ValueError, "optimizer must be the same", optimizer=[adamw, sgd][rank])
+    refused(ValueError, "optimizer must be the same", optimizer=sgd if rank else adamw)
     decay = lambda model: adamw(model, weight_decay=0.1 * rank)
     refused(ValueError, "group 0 of the optimizer must be the same", optimizer=decay)
-    if rank == 0:
-        refused(RuntimeError, "rank 1 failed: ValueError: grad_clip must be above 0")
-    else:
+    if rank == 1:
         refused(ValueError, "grad_clip must be above 0 or None, got -1", grad_clip=-1)
+    else:
+        refused(RuntimeError, "rank 1 failed: ValueError: grad_clip must be above 0")
 
     refused(TypeError, "process_group must be a ProcessGroup that this", process_group="gloo")
     inner = nn.Module()
@@ -457,7 +464,7 @@ def fsdp_of_parts_alone(rank):
 
 
 def loop_of_ones_own(rank, graphs, device):
-    """Take ten steps under DistributedDataParallel; return the weights of both ranks."""
+    """Take ten steps under DistributedDataParallel; return the weights, the same on all ranks."""
     model = build(seed=rank).to(device)
     model.graphs = graphs
     wrapped, optimizer = DistributedDataParallel(model), adamw(model)
@@ -466,7 +473,8 @@ def loop_of_ones_own(rank, graphs, device):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return weights_of_all(model)
+    assert agree(model)
+    return weights_of(model)
 
 
 def ddp_takes_the_gradients_of_graphs(rank, device="cpu"):
@@ -476,8 +484,7 @@ def ddp_takes_the_gradients_of_graphs(rank, device="cpu"):
             weights = loop_of_ones_own(rank, True, device)
     else:
         weights = loop_of_ones_own(rank, True, device)
-    assert torch.equal(*weights)
-    assert torch.equal(weights[0], loop_of_ones_own(rank, False, device)[0])
+    assert torch.equal(weights, loop_of_ones_own(rank, False, device))
 
 
 def ddp_takes_the_gradients_of_cuda_graphs(rank):
@@ -595,9 +602,8 @@ def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **op
     if step._graphs:
         assert step._graphs.kept[ids.shape, False].graph
     step.close()
-    first, second = weights_of_all(model)
-    assert torch.equal(first, second)
-    return loss, first
+    assert agree(model)
+    return loss, weights_of(model)
 
 
 def graphs_are_the_eager_steps(rank):
@@ -657,7 +663,7 @@ def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
         return capture(graphs, function)
 
     step = TrainStep(model, adamw(model))
-    told = ["rank 1 failed: RuntimeError: as asked", "as asked"][rank]
+    told = "as asked" if rank == 1 else "rank 1 failed: RuntimeError: as asked"
     with patch.object(Graphs, "capture", fail), pytest.warns(UserWarning, match=told):
         for _ in range(3):
             step(uneven(rank).cuda())

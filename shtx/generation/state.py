@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, arange
 from torch.nn import Module
 
+from shtx.internals import copy_all
 from shtx.levels import Level
 
 
@@ -79,8 +80,8 @@ class State:
     def refresh(self, model: Module) -> None:
         """Take the weights that the model has now."""
         for copies, read in self._copies:
-            for name, weight in read(model):
-                copies[name].copy_(weight)
+            weights = dict(read(model))  # of one module: a sharded model is never whole
+            copy_all([copies[name] for name in weights], list(weights.values()))
 
     def ring(self, slots: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Make a ring (B, slots, ...) of zeros."""
