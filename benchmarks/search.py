@@ -191,8 +191,8 @@ def try_choice(bench: str, page: str, choice: dict, configs: tuple, cache: Path)
     constants = json.dumps({"page": page, "values": choice})
     with TemporaryDirectory() as folder:
         job = Job(bench, configs, "fused", constants=constants)
-        [(_, rows)] = run([job], Path(folder), cache, TIMEOUT)
-    return [row | {"page": page, "constants": choice} for row in rows]
+        found = [row for _, rows in run([job], Path(folder), cache, TIMEOUT) for row in rows]
+    return [row | {"page": page, "constants": choice} for row in found]
 
 
 def search_page(page: str, cache: Path, keep: Callable[[list[dict]], None]):
