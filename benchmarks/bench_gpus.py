@@ -220,7 +220,7 @@ def measure(rank: int, case: Case, config: shapes.Config, provider: str) -> dict
     dist.all_reduce(expected)
     phases.end("reference")
 
-    if DEVICE == "cuda":  # of the steps alone
+    if DEVICE == "cuda":  # the peak is that of the steps alone
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model = load(provider, model, config)
