@@ -146,7 +146,13 @@ def summary(rows: list[dict]) -> str:
     failed = [row["error"] for row in rows if "error" in row]
     times = [f"{row['ms']:.3f} ms" for row in rows if "ms" in row]
     times += [f"{row['us_per_token']:.0f} us a token" for row in rows if "us_per_token" in row]
-    return "; ".join(failed or times) or f"{len(rows)} rows"
+    said = "; ".join(failed or times) or f"{len(rows)} row{'s' * (len(rows) != 1)}"
+    if len(rows) != 1:
+        return said
+    [row] = rows
+    labels = [row[name] for name in ("shape", "variant") if name in row]
+    seconds = [f"{phase} {s:.1f} s" for phase, s in row.get("seconds", {}).items()]
+    return ", ".join([*labels, said]) + f" ({', '.join(seconds)})" * bool(seconds)
 
 
 @contextmanager

@@ -8,11 +8,15 @@ has room for; its steps run blocks again in the backward, on one GPU, too.
 
 import gc
 import multiprocessing
+import os
 import tempfile
+import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
+from multiprocessing import connection
 from statistics import median
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -28,7 +32,9 @@ from shtx import TrainStep
 from shtx.fsdp import fully_shard_model
 
 SHARED = 4  # batches of the configuration, in strong scaling
-STEPS, WARMUP = (30, 10) if DEVICE == "cuda" else (3, 1)
+STEPS, WARMUP = (30, 10) if DEVICE == "cuda" else (3, 1)  # at most
+LEAST = 8 if DEVICE == "cuda" else 1  # steps that count, however long they take
+BUDGET = 10.0  # seconds of all steps together
 MOST = torch.cuda.device_count() if DEVICE == "cuda" else 2
 
 
@@ -147,7 +153,16 @@ def worker(rank: int) -> ProcessPoolExecutor:
     """Return the process that measures on a GPU. It lives on from case to case, as it takes longer
     to import PyTorch and to load kernels than to measure.
     """
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=end_with_parent)
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has gone. An executor's process does not,
+    if that one is killed: it would keep its GPU for good.
+    """
+    parent = multiprocessing.parent_process().sentinel
+    Thread(target=lambda: (connection.wait([parent]), os._exit(1)), daemon=True).start()
 
 
 def end_workers() -> None:
@@ -156,11 +171,26 @@ def end_workers() -> None:
     worker.cache_clear()
 
 
+class Phases:
+    """The seconds that parts of a case take; the first process says each as it ends."""
+
+    def __init__(self, case: Case):
+        self.case, self.seconds = case, {}
+        self.start = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        synchronize()
+        now = time.perf_counter()
+        self.seconds[phase], self.start = now - self.start, now
+        if dist.get_rank() == 0:
+            labels = " ".join(self.case.labels().values())
+            print(f"{labels}: {phase} {self.seconds[phase]:.1f} s", flush=True)
+
+
 def work(rank: int, case: Case, config: shapes.Config, provider: str, rendezvous: str) -> dict:
     """Measure in one process."""
     if DEVICE == "cuda":
         torch.cuda.set_device(rank)
-        torch.cuda.reset_peak_memory_stats()
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, rendezvous, world_size=case.gpus, rank=rank)
     row = measure(rank, case, config, provider)
@@ -173,12 +203,14 @@ def work(rank: int, case: Case, config: shapes.Config, provider: str, rendezvous
 
 
 def measure(rank: int, case: Case, config: shapes.Config, provider: str) -> dict:
+    phases = Phases(case)
+    # drawn on the device: a model on meta gets the numbers of the CPU's generator, which takes more
+    # than a minute for six billion
+    model = build_reference(config)
     if case.sharded:
-        torch.manual_seed(0)
-        model = fully_shard_model(shapes.on_meta(config), param_dtype=DTYPE)
-    else:
-        model = build_reference(config)
+        model = fully_shard_model(model, param_dtype=DTYPE)
     model.checkpointing = case.config in shapes.SHARDED
+    phases.end("build")
     torch.manual_seed(1 + rank)
     size = (config.batch // case.gpus, config.model["seq_len"] + 1)
     ids = torch.randint(1, config.model["num_tokens"], size, device=DEVICE)  # all labels count
@@ -186,7 +218,11 @@ def measure(rank: int, case: Case, config: shapes.Config, provider: str) -> dict
         parts = [len(part) * model(part, return_loss=True)[0] for part in ids.split(4)]
     expected = sum(parts) / config.batch
     dist.all_reduce(expected)
+    phases.end("reference")
 
+    if DEVICE == "cuda":  # the peak is that of the steps alone
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     model = load(provider, model, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     precision = "bf16-mixed" if DEVICE == "cuda" else "fp32"
@@ -194,21 +230,40 @@ def measure(rank: int, case: Case, config: shapes.Config, provider: str) -> dict
     loss = float(step(ids)[0])
     if not abs(loss - expected) <= 2e-2 * abs(expected):
         raise ValueError(f"loss {loss:.4f} disagrees with the reference's {float(expected):.4f}")
-    for _ in range(WARMUP):
+    phases.end("first step")
+    step(ids)  # which captures
+    phases.end("second step")
+    step(ids)
+    phases.end("third step")
+    steps, warmup = how_many(of_all(phases.seconds["third step"]))
+    for _ in range(warmup):
         step(ids)
     synchronize()
     marks = [mark()]
-    for _ in range(STEPS):
+    for _ in range(steps):
         step(ids)
         marks.append(mark())
-    synchronize()
-    ms = torch.tensor(median(elapsed_ms(*pair) for pair in pairwise(marks)), device=DEVICE)
-    dist.all_reduce(ms, dist.ReduceOp.MAX)
+    phases.end("steps")
+    ms = of_all(median(elapsed_ms(*pair) for pair in pairwise(marks)))
     if not case.sharded:
         check_equal(model)
     peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
     step.close()
-    return {"ms": float(ms), "peak_gib": peak, "loss": loss, "reference_loss": float(expected)}
+    row = {"ms": ms, "peak_gib": peak, "loss": loss, "reference_loss": float(expected)}
+    return row | {"steps": steps, "seconds": phases.seconds}
+
+
+def of_all(value: float) -> float:
+    """Return the greatest value of all processes, which is the same in all of them."""
+    greatest = torch.tensor(value, device=DEVICE)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return float(greatest)
+
+
+def how_many(step_s: float) -> tuple[int, int]:
+    """Return how many steps count and how many warm up, of those that the budget has time for."""
+    share = min(1.0, BUDGET / (step_s * (STEPS + WARMUP)))
+    return max(LEAST, int(share * STEPS)), max(1, int(share * WARMUP))
 
 
 def check_equal(model: torch.nn.Module):

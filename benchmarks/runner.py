@@ -73,36 +73,55 @@ class Process:
             return False
         if time.monotonic() > self.deadline:
             self.kill()
+            reason = f"no result within {self.timeout:.0f} s"
+            if last := self.last_line():
+                reason += f", the last line was: {last}"
             with self.log.open("a") as log:
-                log.write(f"\nno result within {self.timeout:.0f} s")
+                log.write(f"\n{reason}")
         return True
 
     def kill(self):
         self.process.kill()
         self.process.wait()
 
-    def finish(self) -> list[dict]:
-        """Give it its turn, if it waits for one; wait for its end and return its rows."""
+    def last_line(self) -> str | None:
+        """Return what it wrote last, None if it wrote nothing."""
+        lines = self.log.read_text().strip().splitlines()
+        return lines[-1].lstrip(".") if lines else None  # pytest's, for the cases before
+
+    def rows_so_far(self) -> list[dict]:
+        text = self.rows.read_text() if self.rows.exists() else ""
+        whole, _, _ = text.rpartition("\n")  # it may be writing a line
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def finish(self) -> Iterator[list[dict]]:
+        """Give it its turn, if it waits for one, and yield its rows as they come, some at a time,
+        and no rows if it ends without any.
+        """
         if self.ready.exists():
             self.deadline = time.monotonic() + self.timeout
             self.ready.unlink()
             with suppress(BrokenPipeError):
                 self.process.stdin.write(b"\n")
                 self.process.stdin.flush()
-        while self.busy():
-            time.sleep(0.1)
-        lines = self.rows.read_text().splitlines() if self.rows.exists() else []
-        rows = [json.loads(line) for line in lines]
-        if self.process.returncode and not any("error" in row for row in rows):
-            last = self.log.read_text().strip().splitlines()[-1:] or ["no output"]
-            rows += self.job.failed(f"exit status {self.process.returncode}: {last[0]}"[:300])
-        return rows
+        known, busy = [], True
+        while busy:
+            if busy := self.busy():
+                time.sleep(0.1)
+            rows = self.rows_so_far()[len(known) :]
+            failed = not busy and self.process.returncode
+            if failed and not any("error" in row for row in known + rows):
+                last = self.last_line() or "no output"
+                rows += self.job.failed(f"exit status {self.process.returncode}: {last}"[:300])
+            if rows or not (busy or known):
+                yield rows
+            known += rows
 
 
 def run(
     jobs: list[Job], folder: Path, cache: Path, timeout: float, compile_jobs: int = 1
 ) -> Iterator[tuple[Job, list[dict]]]:
-    """Each job with its rows, as they come.
+    """Each job with rows of it, as they come: several times, if they come one by one.
 
     With compile_jobs > 1, that many compiled train steps at a time take their first steps side by
     side. Each then waits, and is measured once all of them have compiled.
@@ -116,20 +135,21 @@ def run(
 
     def finish(process):
         marker = cache / process.job.marker
-        rows = process.finish()
+        caches = "warm" if marker.exists() else "cold"
+        caches += ", side by side" * process.shares_cpu
+        for rows in process.finish():
+            for row in rows:
+                if "first_steps_s" in row:
+                    row["caches"] = caches
+                    marker.touch()
+            yield process.job, rows
         live.remove(process)
-        for row in rows:
-            if "first_steps_s" in row:
-                row["caches"] = "warm" if marker.exists() else "cold"
-                row["caches"] += ", side by side" * process.shares_cpu
-                marker.touch()
-        return process.job, rows
 
     together = [job for job in jobs if job.compiles and compile_jobs > 1]
     try:
         for job in jobs:
             if job not in together:
-                yield finish(start(job))
+                yield from finish(start(job))
 
         threads = max(1, 2 * os.cpu_count() // compile_jobs)
         compiling, compiled = [], []
@@ -143,7 +163,8 @@ def run(
                 print(f"{process.job} {state}", flush=True)
             time.sleep(0.1)
         for process in compiled:
-            yield finish(process)
+            yield from finish(process)
     finally:
         for process in live:
             process.kill()
+            print(f"{process.job} was ended after: {process.last_line()}", flush=True)

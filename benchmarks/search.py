@@ -63,6 +63,7 @@ CASES = [
     Case(32, 32, 16, 2048, 16),
     Case(16, 16, 16, 2048, 32),
     Case(128, 64, 16, 2048, 4),
+    Case(128, 256, 2, 8192, 16),
     Case(64, -1, 128, 256, 8),
 ]
 
@@ -82,7 +83,7 @@ def candidates(kernel: str, case: Case) -> list[dict]:
         sizes = [c for c in sizes if 16 <= one_warp_has(c) <= 32 and not limited(c)]
         return [c for c in sizes if c["HALO"] <= widest]
     if kernel == FORWARD:
-        stages = (2, 3) if case.window < 0 else (1,)
+        stages = (2, 3) if case.window < 0 else (1, 2) if case.window > tiles.SHORT else (1,)
         sizes = grid(
             BLOCK_M=(64, 128),
             BLOCK_N=(32, 64, 128),
@@ -191,8 +192,8 @@ def try_choice(bench: str, page: str, choice: dict, configs: tuple, cache: Path)
     constants = json.dumps({"page": page, "values": choice})
     with TemporaryDirectory() as folder:
         job = Job(bench, configs, "fused", constants=constants)
-        [(_, rows)] = run([job], Path(folder), cache, TIMEOUT)
-    return [row | {"page": page, "constants": choice} for row in rows]
+        found = [row for _, rows in run([job], Path(folder), cache, TIMEOUT) for row in rows]
+    return [row | {"page": page, "constants": choice} for row in found]
 
 
 def search_page(page: str, cache: Path, keep: Callable[[list[dict]], None]):

@@ -30,7 +30,8 @@ def fully_shard_model(
     """Shard a model by block over processes, for TrainStep or another loop.
 
     A model that was made on meta gets memory for the parts of this process alone, and the initial
-    weights that the CPU's generator gives on one process: every process has to have the same seed.
+    weights that the CPU's generator gives on one process: every process has to have the same seed,
+    and draws all of them, which takes ten seconds or more for a billion.
 
         torch.manual_seed(0)
         with torch.device("meta"):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -257,13 +258,15 @@ def test_processes_share_a_train_step(monkeypatch):
     assert (row["gpus"], row["batch"], row["seq_len"]) == (2, 4, 128) and row["ms"] > 0
     assert row["tokens_per_s"] == pytest.approx(4 * 128 / row["ms"] * 1e3)
     assert row["loss"] == pytest.approx(row["reference_loss"], rel=1e-5)
+    phases = ["build", "reference", "first step", "second step", "third step", "steps"]
+    assert list(row["seconds"]) == phases and min(row["seconds"].values()) > 0
+    assert 1e3 * row["seconds"]["steps"] > row["steps"] / 2 * row["ms"] > 0
     assert bench_gpus.Case("C", "weak", 2).config_of().batch == 2
     assert case.labels() == {"config": "C", "shape": "strong", "variant": "GPUs: 2"}
 
 
 @pytest.mark.skipif(bench_gpus.MOST < 2, reason="needs two GPUs, or none")
-def test_processes_have_parts_of_the_large_configuration(monkeypatch):
-    monkeypatch.setattr(bench_gpus, "STEPS", 1)
+def test_processes_have_parts_of_the_large_configuration():
     rows = []
     for gpus in (1, 2):
         case = bench_gpus.Case("E", "weak", gpus)
@@ -272,6 +275,34 @@ def test_processes_have_parts_of_the_large_configuration(monkeypatch):
     one, several = (row["flop_per_token"] for row in rows)
     assert several > 3 * one  # 2 layers, and 20
     assert {case.scaling for case in bench_gpus.CASES if case.config == "E"} == {"weak"}
+
+
+def test_long_steps_are_fewer(monkeypatch):
+    for name, value in dict(STEPS=30, WARMUP=10, LEAST=8, BUDGET=10.0).items():
+        monkeypatch.setattr(bench_gpus, name, value)
+    assert bench_gpus.how_many(0.01) == bench_gpus.how_many(0.25) == (30, 10)
+    assert bench_gpus.how_many(0.5) == (15, 5)
+    assert bench_gpus.how_many(1.0) == (8, 2)  # seven would be within the budget
+    assert bench_gpus.how_many(60.0) == (8, 1)
+
+
+KILLED = """
+import os, signal
+from benchmarks.bench_gpus import worker
+
+if __name__ == "__main__":
+    worker(0).submit(os.getpid).result()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_of_a_benchmark_that_is_killed_end(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    env = child_environment(ROOT, CUDA_VISIBLE_DEVICES="")
+    # those that are left would keep the pipe open
+    done = subprocess.run([sys.executable, script], env=env, stdout=subprocess.PIPE, timeout=100)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_scaling_past_the_memory_is_a_failure_that_keeps_none(monkeypatch):
@@ -520,6 +551,68 @@ def test_a_process_that_ends_early_is_a_row(tmp_path):
         "provider": "fused",
         "error": "exit status -9: no result within 0 s",
     }
+
+
+SLOW = """
+import time
+
+import pytest
+
+
+@pytest.mark.parametrize("variant", ["first", "second"])
+def bench_slow(benchmark, provider, variant):
+    print(variant, "goes on", flush=True)
+    if variant == "second":
+        time.sleep(600)
+    benchmark.extra_info["ms"] = 7.0
+"""
+
+
+@pytest.fixture
+def slow_benchmark(tmp_path, monkeypatch):
+    """The job of a benchmark whose second case does not end."""
+    folder = tmp_path / "benchmarks"
+    shutil.copytree(ROOT / "benchmarks", folder, ignore=shutil.ignore_patterns("results"))
+    (folder / "bench_slow.py").write_text(SLOW)
+    monkeypatch.setattr(runner, "HERE", folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return runner.Job("slow", provider="reference")
+
+
+def wait_for_second_case(folder):
+    while "second goes on" not in (folder / "slow-reference.log").read_text():
+        time.sleep(0.1)
+
+
+def test_rows_come_as_they_are_measured(slow_benchmark, tmp_path, capsys):
+    running = runner.run([slow_benchmark], tmp_path, tmp_path, 200)
+    job, [row] = next(running)
+    assert job == slow_benchmark
+    assert row == dict(bench="slow", provider="reference", variant="first", ms=7.0)
+    wait_for_second_case(tmp_path)
+    running.close()
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "slow reference was ended after: second goes on"
+    ]
+
+
+def test_a_case_past_the_time_costs_no_other_its_row(slow_benchmark, tmp_path):
+    process = runner.Process(slow_benchmark, tmp_path, tmp_path, 200)
+    wait_for_second_case(tmp_path)
+    process.deadline = time.monotonic()
+    [row, failed] = [row for rows in process.finish() for row in rows]
+    assert row["ms"] == 7.0
+    assert failed["error"] == (
+        "exit status -9: no result within 200 s, the last line was: second goes on"
+    )
+
+
+def test_a_line_says_what_was_measured_and_where_the_time_went():
+    row = dict(shape="weak", variant="GPUs: 2", ms=812.5, seconds=dict(build=1.26, steps=9.0))
+    assert cli.summary([row]) == "weak, GPUs: 2, 812.500 ms (build 1.3 s, steps 9.0 s)"
+    assert cli.summary([row, dict(ms=1.0)]) == "812.500 ms; 1.000 ms"
+    assert cli.summary([dict(variant="GPUs: 4", error="no memory")]) == "GPUs: 4, no memory"
+    assert cli.summary([]) == "0 rows" and cli.summary([{}]) == "1 row"
 
 
 def test_a_time_limit_ends_as_an_exception_does():

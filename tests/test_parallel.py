@@ -530,17 +530,19 @@ def full_sharding_steps_as_one_process(rank):
             assert_close(take(model, uneven(rank), accumulate=accumulate), alone)
 
 
-def full_sharding_trains_in_bf16(rank):
+def full_sharding_trains_in_bf16(rank, device="cpu"):
     """Three steps of weights that are gathered in bf16, as close as those of bf16-mixed."""
     losses = []
     for shard_it in (
         lambda model: fully_shard_model(model, param_dtype=torch.bfloat16),
         fully_shard_model,
     ):
-        model = shard_it(build())
+        model = shard_it(build().to(device))
         assert all(p.dtype == torch.float32 for p in model.parameters())
-        step = TrainStep(model, adamw(model), precision="bf16-mixed", grad_clip=0.5)
-        losses.append(torch.stack([step(uneven(rank))[0] for _ in range(3)]))
+        model.checkpointing = device == "cuda"
+        options = dict(precision="bf16-mixed", grad_clip=0.5, cuda_graph=False)
+        step = TrainStep(model, adamw(model), **options)
+        losses.append(torch.stack([step(uneven(rank).to(device))[0] for _ in range(3)]))
     torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
 
 
@@ -654,6 +656,10 @@ def fsdp_steps_on_gpus_equal_those_of_one_process(rank):
     assert (gradient - alone[1]).norm() <= 1e-5 * alone[1].norm()
 
 
+def full_sharding_trains_on_gpus(rank):
+    full_sharding_trains_in_bf16(rank, "cuda")
+
+
 def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
     model, capture = build().cuda(), Graphs.capture
 
@@ -723,6 +729,7 @@ GPU_CASES = [
     captured_shares_may_differ_in_shape,
     ddp_takes_the_gradients_of_cuda_graphs,
     fsdp_steps_on_gpus_equal_those_of_one_process,
+    full_sharding_trains_on_gpus,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
 

@@ -113,6 +113,19 @@ def test_tiles_and_halos(BLOCK, HALO, window, dtype, monkeypatch):
     assert_as_accurate(fused, twin, [draw(case)], dtype, gradient_slack=3.0)
 
 
+@pytest.mark.parametrize("BLOCK_M, BLOCK_N", [(16, 32), (64, 16)])
+@pytest.mark.parametrize("window", [140, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_queries_and_of_keys_may_differ(BLOCK_M, BLOCK_N, window, dtype, monkeypatch):
+    sizes = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=1)
+    for kernel in ("forward", "backward_by_keys", "backward_by_queries"):
+        monkeypatch.setattr(tiles, kernel, lambda *_: sizes)
+    monkeypatch.setattr(library, "takes", lambda *_: False)
+    case = Case(1, 307, 1, 16, window, xpos=True)
+    fused, twin = (call(fn, case) for fn in (rotary_attention, reference.rotary_attention))
+    assert_as_accurate(fused, twin, [draw(case)], dtype, gradient_slack=3.0)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="products in fp64 do not compile for every GPU")
 @pytest.mark.parametrize(
     "case",

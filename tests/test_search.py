@@ -2,10 +2,12 @@
 
 import ast
 import json
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, child_environment
 
 from benchmarks import search
 from benchmarks.spaces import SPACES, UNTIMED, set_constants
@@ -53,6 +55,25 @@ def test_every_tile_of_attention_is_searched():
     public = {name for name in functions if not name.startswith("_")}
     assert {kernel for kernel, _, _ in search.jobs()} == public
     assert all(hasattr(search.tiles, name) for name in public)
+
+
+UNEQUAL = """
+from benchmarks.search import BY_KEYS, BY_QUERIES, FORWARD, Case, compile_only, without_a_gpu
+
+without_a_gpu(90)
+case = Case(E=128, window=256, B=1, M=512, H=1)
+for kernel in (FORWARD, BY_KEYS, BY_QUERIES):
+    for BLOCK_M, BLOCK_N in ((64, 32), (32, 64)):
+        sizes = dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=1)
+        problem = compile_only((kernel, case, sizes))
+        assert problem is None, (kernel, sizes, problem)
+"""
+
+
+def test_tiles_of_queries_and_of_keys_may_differ():
+    command = [sys.executable, "-c", UNEQUAL]
+    done = subprocess.run(command, env=child_environment(ROOT), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_numbers_that_are_searched_stay_on_their_pages():

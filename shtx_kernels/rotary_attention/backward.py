@@ -207,8 +207,8 @@ def _rotary_attention_bwd_dkdv_kernel(
         b, r, h, M, n_max, H, E, DILATION,
     )  # fmt: skip
 
-    c, s = angles(table_ptr, local, 0, offs_c, scale, HALF, -XPOS, False)
-    k = load_rotated(k_ptr, stride, j0, local, n, c, s, offs_c, E, INTERLEAVED, False)
+    ck, sk = angles(table_ptr, local, 0, offs_c, scale, HALF, -XPOS, False)
+    k = load_rotated(k_ptr, stride, j0, local, n, ck, sk, offs_c, E, INTERLEAVED, False)
     v = load_rows(v_ptr, stride, j0, local, n, offs_e, E, False)
     dk, dv = tl.zeros([BLOCK_N, 2 * BLOCK_C], ACC), tl.zeros([BLOCK_N, BLOCK_E], ACC)
     first = j0 // BLOCK_M * BLOCK_M
@@ -231,8 +231,8 @@ def _rotary_attention_bwd_dkdv_kernel(
             stride, stride_o, stride_do, c, s, offs_c, offs_e, E, INTERLEAVED, WINDOW, False, IP,
         )  # fmt: skip
 
-    c, s = angles(table_ptr, local, 0, offs_c, scale * LN2, HALF, -XPOS, False)
-    store_rotated_back(dk_ptr, 3 * stride_o, j0, local, n, dk, c, s, offs_c, E, INTERLEAVED)
+    ck, sk = angles(table_ptr, local, 0, offs_c, scale * LN2, HALF, -XPOS, False)
+    store_rotated_back(dk_ptr, 3 * stride_o, j0, local, n, dk, ck, sk, offs_c, E, INTERLEAVED)
     store_rows(dv_ptr, 3 * stride_o, j0, local, n, offs_e, E, dv)
 
 

@@ -74,8 +74,8 @@ def _rotary_attention_fwd_kernel(
         (BLOCK_M + WINDOW + BLOCK_N - 1) // BLOCK_N * BLOCK_N - BLOCK_M if SHORT else 0
     )
 
-    c, s = angles(table_ptr, BEFORE + local, 0, offs_c, scale, HALF, XPOS, False)
-    q = load_rotated(q_ptr, stride, i0, local, n, c, s, offs_c, E, INTERLEAVED, False)
+    cq, sq = angles(table_ptr, BEFORE + local, 0, offs_c, scale, HALF, XPOS, False)
+    q = load_rotated(q_ptr, stride, i0, local, n, cq, sq, offs_c, E, INTERLEAVED, False)
     m = tl.full([BLOCK_M], -1e30, ACC)  # finite, as a query may see no key of a tile
     l = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_E], ACC)
