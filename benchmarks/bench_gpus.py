@@ -97,22 +97,23 @@ def line(row: dict, rows: list[dict], results: dict) -> dict:
 
 
 def chart(rows: list[dict]) -> Figure:
-    """Throughput on several GPUs over that on one."""
-    figure = Figure((5, 4.2), layout="constrained")
-    axis = figure.subplots()
-    lines = {}
-    for row in sorted(rows, key=lambda row: row["gpus"]):
-        if share := share_of_one(row, rows):
-            line = lines.setdefault(f"{row['config']}, {row['shape']}", [])
-            line.append((row["gpus"], row["gpus"] * share))
-    for label, line in sorted(lines.items()):
-        axis.plot(*zip(*line, strict=True), marker="o", label=label)
+    """Throughput on several GPUs over that on one, a panel for each kind of scaling."""
     ticks = sorted({row["gpus"] for row in rows})
-    axis.plot(ticks, ticks, color="tab:gray", linestyle="--", label="as if each were alone")
-    axis.set_xticks(ticks)
-    axis.set(xlabel="GPUs", ylabel="throughput over that of one GPU (x)", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
+    kinds = sorted({row["shape"] for row in rows}, reverse=True)
+    figure = Figure((5 * len(kinds), 4.2), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False).flat, kinds, strict=True):
+        lines = {}
+        for row in sorted(rows, key=lambda row: row["gpus"]):
+            if row["shape"] == kind and (share := share_of_one(row, rows)):
+                lines.setdefault(row["config"], []).append((row["gpus"], row["gpus"] * share))
+        for label, line in sorted(lines.items()):
+            axis.plot(*zip(*line, strict=True), marker="o", label=label)
+        axis.plot(ticks, ticks, color="tab:gray", linestyle="--", label="as if each were alone")
+        axis.set_xticks(ticks)
+        axis.set(title=kind, xlabel="GPUs", ylabel="throughput over that of one GPU (x)")
+        axis.set_ylim(0, None)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper left")
     return figure
 
 
