@@ -8,20 +8,17 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.benchmark import Benchmark
-from benchmarks.products import agree, extra_mib, flops, table, time_runs
+from benchmarks.products import SETS, measure_sets, table
 from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, autocast
 from shtx_kernels import reference
 
 OPS = ours("chunk_summary")
 BENCHMARK = Benchmark((*OPS,), (table("chunk_summary", "of every token"),))
-SETS = 4
 
 
 def bench_chunk_summary(benchmark, config, provider):
-    config = shapes.configs(DEVICE)[config]
-    model, V = shapes.on_meta(config), config.model["num_tokens"]
-    D, B, N = max(model.dims), config.batch, config.model["seq_len"]
+    model, B, N, V, D = shapes.tokens(config, DEVICE)
 
     def draw():
         levels = []
@@ -43,9 +40,6 @@ def bench_chunk_summary(benchmark, config, provider):
                 results += torch.autograd.grad(y, weights, dy.to(y.dtype))
         return results
 
-    op, sets = OPS[provider], [draw() for _ in range(SETS)]
-    agree(lambda fn: forward_backward(fn, *sets[0]), op, reference.chunk_summary)
-    runs = [lambda s=s: forward_backward(op, *s) for s in sets]
+    op, twin, sets = OPS[provider], reference.chunk_summary, [draw() for _ in range(SETS)]
     products = [(B * -(-N // x.stride), D, x.dim) for x in model.levels if x.dim != D]
-    row = {"flops": flops(products)} | extra_mib(runs[0])
-    benchmark.extra_info |= row | time_runs(benchmark, runs)
+    measure_sets(benchmark, op, twin, products, forward_backward, sets)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.benchmark import Benchmark
-from benchmarks.products import agree, extra_mib, floor, flops, table, time_runs
+from benchmarks.products import SETS, measure_floor, measure_sets, table
 from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, DTYPE, autocast, copies
 from shtx_kernels import reference
@@ -51,14 +51,10 @@ def bench_hierarchical_merge(benchmark, config, provider):
             rs, merged = op(levels[: len(sizes)], strides, *weights, levels[len(sizes) :])
         return [*rs, merged, *torch.autograd.grad([*rs, merged], tensors, douts)]
 
-    row = {"flops": flops(products)}
-    stream = sum(4 * B * M * D for B, M, D in sizes)
-    count = min(4, copies(stream))
+    count = min(SETS, copies(sum(4 * B * M * D for B, M, D in sizes)))
     if provider == "cublas":
-        runs = [floor(products) for _ in range(count)]
+        measure_floor(benchmark, products, count)
     else:
-        op, sets = OPS[provider], [draw(sizes, J, D_out) for _ in range(count)]
-        agree(lambda fn: forward_backward(fn, *sets[0]), op, reference.hierarchical_merge)
-        runs = [lambda s=s: forward_backward(op, *s) for s in sets]
-        row |= extra_mib(runs[0])
-    benchmark.extra_info |= row | time_runs(benchmark, runs)
+        op, twin = OPS[provider], reference.hierarchical_merge
+        sets = [draw(sizes, J, D_out) for _ in range(count)]
+        measure_sets(benchmark, op, twin, products, forward_backward, sets)

@@ -8,20 +8,17 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.benchmark import Benchmark
-from benchmarks.products import agree, extra_mib, flops, table, time_runs
+from benchmarks.products import SETS, measure_sets, table
 from benchmarks.providers import ours
 from benchmarks.timing import DEVICE, autocast
 from shtx_kernels import reference
 
 OPS = ours("token_embedding")
 BENCHMARK = Benchmark((*OPS,), (table("token_embedding", "of every token"),))
-SETS = 4
 
 
 def bench_token_embedding(benchmark, config, provider):
-    config = shapes.configs(DEVICE)[config]
-    model, V = shapes.on_meta(config), config.model["num_tokens"]
-    D, B, N = max(model.dims), config.batch, config.model["seq_len"]
+    model, B, N, V, D = shapes.tokens(config, DEVICE)
     D_out = next(level.dim for level in model.levels if level.compress == 1)
 
     def draw():
@@ -36,8 +33,6 @@ def bench_token_embedding(benchmark, config, provider):
             y = op(ids, *weights)
         return [y, *torch.autograd.grad(y, weights, dy.to(y.dtype))]
 
-    op, sets = OPS[provider], [draw() for _ in range(SETS)]
-    agree(lambda fn: forward_backward(fn, *sets[0]), op, reference.token_embedding)
-    runs = [lambda s=s: forward_backward(op, *s) for s in sets]
-    row = {"flops": flops([(B * N, D, D_out)] * (D_out != D))} | extra_mib(runs[0])
-    benchmark.extra_info |= row | time_runs(benchmark, runs)
+    op, twin, sets = OPS[provider], reference.token_embedding, [draw() for _ in range(SETS)]
+    products = [(B * N, D, D_out)] * (D_out != D)
+    measure_sets(benchmark, op, twin, products, forward_backward, sets)

@@ -11,16 +11,7 @@ import torch
 
 from benchmarks import products
 from benchmarks.benchmark import Table
-from benchmarks.timing import (
-    DEVICE,
-    DTYPE,
-    autocast,
-    check_agreement,
-    copies,
-    graphed,
-    median_ms,
-    synchronize,
-)
+from benchmarks.timing import DEVICE, DTYPE, autocast, copies
 
 
 class Case(NamedTuple):
@@ -74,24 +65,15 @@ def time_loss(benchmark, case: Case, op: Callable | None, reference: Callable, g
             loss = op(x, weight, ids)
         return [loss, *torch.autograd.grad(loss, (x, weight))]
 
-    sets = [draw(case) for _ in range(min(4, copies(case.T * case.D * DTYPE.itemsize)))]
+    sets = [draw(case) for _ in range(min(products.SETS, copies(case.T * case.D * DTYPE.itemsize)))]
     row = {"flops": case.flops}
     if op is None:
         runs = [floor(x, weight) for x, weight, _ in sets]
     else:
-        few = Case(min(case.T, 1024), *case[1:])
-        x, weight, ids = draw(few)
-        bound = 2e-2 if DTYPE == torch.bfloat16 else 1e-5
-        ours, theirs = (forward_backward(fn, x, weight, ids) for fn in (op, reference))
-        check_agreement(ours, theirs, bound)
+        few = draw(Case(min(case.T, 1024), *case[1:]))
+        products.agree(lambda fn: forward_backward(fn, *few), op, reference)
         runs = [lambda s=s: forward_backward(op, *s) for s in sets]
         if DEVICE == "cuda":
-            runs[0]()
-            synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            kept = sum(t.nbytes for t in runs[0]())
-            extra = torch.cuda.max_memory_allocated() - before - kept
-            row["extra_mib"] = extra / 2**20
-    times = median_ms(benchmark, *([graphed(runs)] if graph else runs))
-    benchmark.extra_info |= row | {"ms": sum(times) / len(runs)}
+            runs[0]()  # the first of this size
+        row |= products.extra_mib(runs[0])
+    benchmark.extra_info |= row | products.time_runs(benchmark, runs, graph)

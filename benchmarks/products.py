@@ -22,6 +22,8 @@ from benchmarks.timing import (
     synchronize,
 )
 
+SETS = 4  # the most sets of inputs that are timed
+
 
 def flops(products: list[tuple[int, int, int]]) -> int:
     """Count those of (rows, inner) @ (inner, columns) and both gradients of each."""
@@ -51,15 +53,30 @@ def measure(benchmark, provider: str, ops: dict[str, Callable], products, draw: 
             y = op(*inputs)
         return [y, *torch.autograd.grad(y, inputs, dy)]
 
-    row, first = {"flops": flops(products)}, draw()
-    count = min(4, copies(first[0][0].nbytes))
+    first = draw()
+    count = min(SETS, copies(first[0][0].nbytes))
     if provider == "cublas":
-        runs = [floor(products) for _ in range(count)]
+        measure_floor(benchmark, products, count)
     else:
         sets = [first, *(draw() for _ in range(count - 1))]
-        agree(lambda fn: forward_backward(fn, *first), ops[provider], ops["reference"])
-        runs = [lambda s=s: forward_backward(ops[provider], *s) for s in sets]
-        row |= extra_mib(runs[0])
+        op, twin = ops[provider], ops["reference"]
+        measure_sets(benchmark, op, twin, products, forward_backward, sets)
+
+
+def measure_floor(benchmark, products, count: int):
+    """A row of the products alone, of `count` sets of matrices."""
+    runs = [floor(products) for _ in range(count)]
+    benchmark.extra_info |= {"flops": flops(products)} | time_runs(benchmark, runs)
+
+
+def measure_sets(benchmark, op, reference, products, forward_backward: Callable, sets: list):
+    """A row of an op made of `products`, once it agrees with the reference on the first set.
+
+    forward_backward: called with either of them and a set, returns a list of tensors.
+    """
+    agree(lambda fn: forward_backward(fn, *sets[0]), op, reference)
+    runs = [lambda s=s: forward_backward(op, *s) for s in sets]
+    row = {"flops": flops(products)} | extra_mib(runs[0])
     benchmark.extra_info |= row | time_runs(benchmark, runs)
 
 
@@ -74,10 +91,10 @@ def extra_mib(run: Callable[[], list[Tensor]]) -> dict:
     return {"extra_mib": (torch.cuda.max_memory_allocated() - before - kept) / 2**20}
 
 
-def time_runs(benchmark, runs: list[Callable]) -> dict:
-    """Milliseconds of one of the runs, all of them in one CUDA graph on a GPU."""
-    (ms,) = median_ms(benchmark, graphed(runs))
-    return {"ms": ms / len(runs)}
+def time_runs(benchmark, runs: list[Callable], graph: bool = True) -> dict:
+    """Milliseconds of one of the runs, on a GPU all of them in one CUDA graph, if wanted."""
+    times = median_ms(benchmark, *([graphed(runs)] if graph else runs))
+    return {"ms": sum(times) / len(runs)}
 
 
 def table(op: str, of: str, shape: str | None = None) -> Table:

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from benchmarks.timing import DEVICE
 from shtx import HierarchicalTransformer, ops
+from shtx_kernels.reference.attention import split_heads
 
 # dictionaries, as torch.compile would trace through a lru_cache, and repeat the work
 ANGLES: dict[tuple, list[Tensor]] = {}
@@ -58,13 +59,7 @@ def rotary_attention(
     qkv, heads, *, window=None, dilation=1, xpos=False, interleaved=False, scale=None
 ):
     M = qkv.shape[1]
-    q, k, v = rearrange(
-        F.pad(qkv, (0, 0, 0, -M % dilation)),
-        "b (n a) (qkv h e) -> qkv (b a) h n e",
-        qkv=3,
-        a=dilation,
-        h=heads,
-    ).unbind()
+    q, k, v = split_heads(qkv, heads, dilation)
     if interleaved:
         q, k = ops.halves(q), ops.halves(k)
     n, E = q.shape[-2:]

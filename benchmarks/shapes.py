@@ -102,6 +102,13 @@ def on_meta(config: Config) -> HierarchicalTransformer:
         return HierarchicalTransformer(**config.model, impl="reference")
 
 
+def tokens(name: str, device: str) -> tuple[HierarchicalTransformer, int, int, int, int]:
+    """The model of a configuration, without memory, and the sizes B, N, V and D of its tokens."""
+    config = configs(device)[name]
+    model = on_meta(config)
+    return model, config.batch, config.model["seq_len"], *model.token_emb.weight.shape
+
+
 class Product(NamedTuple):
     """(rows, inner) @ (inner, columns), `times` times a forward."""
 

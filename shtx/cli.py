@@ -14,6 +14,8 @@ from shtx.train import OUT_OF_MEMORY, TrainError, visible
 from shtx.train.stop import SIGNALS, Stop, name
 
 TRAIN_EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "numpy")
+# A verb is the `main(argv)` of its module. It returns the exit status, which is 0 unless its
+# docstring says more; a TrainError or an OSError that it raises says in one line what went wrong.
 MODULES = {
     "train": "shtx.train.run",
     "warmup": "shtx.train.warmup",

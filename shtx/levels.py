@@ -78,9 +78,19 @@ def effective_window(compress: int, window, seq_len: int) -> int | None:
 
 
 def make_level(
-    compress: int, stride, dim, dim_head, heads, window, ff_mult, seq_len, interleaved
+    compress: int,
+    seq_len: int,
+    interleaved: bool,
+    *,
+    hierarchical_stride,
+    dim,
+    dim_head,
+    heads,
+    window_sizes,
+    ff_mult,
 ) -> Level:
-    stride = power_of_two("hierarchical_stride", stride)
+    """The level of one value of each argument."""
+    stride = power_of_two("hierarchical_stride", hierarchical_stride)
     if stride > compress:
         raise ValueError(
             "hierarchical_stride must be at most the hierarchy it belongs to,"
@@ -92,7 +102,7 @@ def make_level(
         dim=integer("dim", dim, at_least=1),
         dim_head=integer("dim_head", dim_head, at_least=1),
         heads=integer("heads", heads, at_least=1),
-        window=effective_window(compress, window, seq_len),
+        window=effective_window(compress, window_sizes, seq_len),
         ff_mult=number("ff_mult", ff_mult),
         interleaved=interleaved,
     )
@@ -104,20 +114,13 @@ def make_level(
 
 
 def make_levels(
-    *,
-    hierarchies,
-    hierarchical_stride,
-    dim,
-    dim_head,
-    heads,
-    window_sizes,
-    ff_mult,
-    seq_len: int,
-    interleaved: bool = False,
+    *, hierarchies, seq_len: int, interleaved: bool = False, **columns
 ) -> tuple[Level, ...]:
     """The levels that the arguments of simple-hierarchical-transformer describe.
 
     Args:
+        columns: the other arguments of `make_level`, each of them one value, or one for each of
+            `hierarchies`.
         interleaved: whether rotary of full attention pairs neighbouring channels (0.4.0) or those
             half a head apart (0.2.0).
 
@@ -130,14 +133,9 @@ def make_levels(
         raise ValueError(
             f"hierarchies must be one or more different powers of two, got {hierarchies}"
         )
-    columns = dict(
-        hierarchical_stride=hierarchical_stride,
-        dim=dim,
-        dim_head=dim_head,
-        heads=heads,
-        window_sizes=window_sizes,
-        ff_mult=ff_mult,
+    values = [per_level(name, value, len(compressions)) for name, value in columns.items()]
+    rows = zip(compressions, *values, strict=True)
+    return tuple(
+        make_level(compress, seq_len, interleaved, **dict(zip(columns, row, strict=True)))
+        for compress, *row in rows
     )
-    columns = [per_level(name, value, len(compressions)) for name, value in columns.items()]
-    rows = zip(compressions, *columns, strict=True)
-    return tuple(make_level(*row, seq_len, interleaved) for row in rows)

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from ._autograd import apply, as_needed, first_order
 from ._gelu import new_kept, product_gelu, product_gelu_bwd
 from ._register import register
+from ._weights import check_weight
 from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
 
@@ -119,14 +120,6 @@ def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor, *, keep_slope: bool = F
     """
     if x.ndim != 3:
         raise ValueError(f"x must be (B, M, D), got {tuple(x.shape)}")
-    D = x.shape[-1]
-    if w_in.ndim != 2 or w_in.shape[1] != D or w_in.device != x.device:
-        raise ValueError(
-            f"w_in must be (F, {D}) on {x.device}, got {tuple(w_in.shape)} on {w_in.device}"
-        )
-    F = w_in.shape[0]
-    if w_out.ndim != 2 or w_out.shape[1] != F or w_out.device != x.device:
-        raise ValueError(
-            f"w_out must be (D_out, {F}) on {x.device}, got {tuple(w_out.shape)} on {w_out.device}"
-        )
+    check_weight("w_in", w_in, "F", x.shape[-1], x.device)
+    check_weight("w_out", w_out, "D_out", w_in.shape[0], x.device)
     return apply(_FeedForward, x, w_in, w_out, product_dtype(x), keep_slope)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._autograd import apply, as_needed, first_order
 from ._register import register
+from ._weights import check_weight
 from .products import add_product, cast, narrow, product_dtype, sum_dtype
 
 
@@ -89,10 +90,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.ndim != 3:
         raise ValueError(f"x must be (B, M, D), got {tuple(x.shape)}")
-    D = x.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != D or weight.device != x.device:
-        raise ValueError(
-            f"weight must be (D_out, {D}) on {x.device},"
-            f" got {tuple(weight.shape)} on {weight.device}"
-        )
+    check_weight("weight", weight, "D_out", x.shape[-1], x.device)
     return apply(_Linear, x, weight, product_dtype(x))

@@ -36,8 +36,7 @@ def reconstruction_loss(
         reduction: "mean" over the targets that count, or "sum".
 
     Returns:
-        The 0-dim mean, 0 with zero gradients where no target counts; or the 0-dim sum and the
-        number of targets that count.
+        The 0-dim mean, or the 0-dim sum and count, as linear_cross_entropy has them.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or value is not as above.

@@ -23,6 +23,33 @@ def assert_compiles_whole(fn, inputs, **tolerances):
     torch.testing.assert_close(*results, **tolerances)
 
 
+def assert_zero_gradients(fn, inputs, shape):
+    """The output of fn has this shape, which has no elements, and all gradients are zero."""
+    y, *gradients = forward_backward(fn, inputs, torch.float32)
+    assert y.shape == shape and not y.numel()
+    for gradient, t in zip(gradients, inputs, strict=True):
+        assert gradient.shape == t.shape and not gradient.any()
+
+
+def assert_gradients_alone(fn, inputs):
+    """The gradient of each input is the same to the bit where no other input has one."""
+    every = [t.clone().requires_grad_() for t in inputs]
+    y = fn(*every)
+    dy = torch.randn_like(y)
+    for i, expected in enumerate(torch.autograd.grad(y, every, dy)):
+        alone = [t.clone().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        (gradient,) = torch.autograd.grad(fn(*alone), alone[i], dy)
+        assert torch.equal(gradient, expected)
+
+
+def assert_near_gradients(y, twin, inputs, dy=None):
+    """Gradients of y are in the dtypes of the inputs, and near those of its twin, as in 16 bits."""
+    gradients = (torch.autograd.grad(out, inputs, dy) for out in (y, twin))
+    for ours, theirs, t in zip(*gradients, inputs, strict=True):
+        assert ours.dtype == t.dtype
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
 def layouts(x):
     """The values of x (B, M, D), laid out in the ways an op may be handed them, with names."""
     B, M, D = x.shape
@@ -45,6 +72,17 @@ def graphed(run):
     with torch.cuda.graph(graph):
         outputs = run()
     return graph, outputs
+
+
+def assert_replays(run, change):
+    """Replays of a graph of run, after `change` has written over inputs, give what run gives."""
+    graph, captured = graphed(run)
+    with torch.no_grad():
+        change()
+    for _ in range(20):
+        graph.replay()
+        for a, b in zip(captured, run(), strict=True):
+            assert torch.equal(a, b)
 
 
 def assert_as_accurate(fused, reference, inputs, dtype, slack=2.0, gradient_slack=None):

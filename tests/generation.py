@@ -3,21 +3,11 @@
 import warnings
 
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, TWO_LEVELS
 
 from shtx import HierarchicalTransformer
 
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(32, 16),
-    depth=2,
-    dim_head=4,
-    heads=2,
-    seq_len=16,
-    hierarchies=(1, 4),
-    hierarchical_stride=(1, 2),
-    window_sizes=(4, None),
-)
+OPTIONS = TWO_LEVELS | dict(dim=(32, 16), depth=2, dim_head=4, seq_len=16)
 WINDOWED = OPTIONS | dict(window_sizes=(4, 2))
 
 

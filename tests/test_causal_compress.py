@@ -3,7 +3,13 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, graphed
+from accuracy import (
+    assert_as_accurate,
+    assert_compiles_whole,
+    assert_gradients_alone,
+    assert_replays,
+    forward_backward,
+)
 from helpers import DEVICE, DTYPES
 
 from shtx_kernels import causal_compress, reference
@@ -104,13 +110,7 @@ def test_empty_batch(path):
 
 def test_one_gradient_at_a_time(path):
     ids, weights = draw(*CASES[1])
-    every = forward_backward(call(causal_compress, ids, 2), weights, torch.float32)[1:]
-    douts = forward_backward(lambda y: y, [torch.zeros(2, 11, 4, device=DEVICE)], torch.float32)[1]
-    for i, expected in enumerate(every):
-        alone = [t.clone().requires_grad_(i == j) for j, t in enumerate(weights)]
-        y = causal_compress(ids, *alone, stride=2)
-        (grad,) = torch.autograd.grad(y, alone[i], douts.to(y.dtype))
-        assert torch.equal(grad.double(), expected)
+    assert_gradients_alone(call(causal_compress, ids, 2), weights)
 
 
 def test_the_graph_can_be_walked_twice(path):
@@ -146,11 +146,7 @@ def test_captured_in_a_cuda_graph(path):
         y = causal_compress(ids, *weights, stride=8)
         return y, *torch.autograd.grad(y.square().sum(), weights)
 
-    graph, outputs = graphed(run)
-    ids.copy_(ids.flip(1))
-    graph.replay()
-    for captured, eager in zip(outputs, run(), strict=True):
-        assert torch.equal(captured, eager)
+    assert_replays(run, lambda: ids.copy_(ids.flip(1)))
 
 
 @pytest.mark.gpu  # the interpreter runs programs in one order

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import flipped
 
 from shtx.train import TrainError
 from shtx.train.checkpoint import FILES, load, save
@@ -164,12 +165,6 @@ def empty(file):
 
 def truncated(file):
     file.write_bytes(file.read_bytes()[:-1])
-
-
-def flipped(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [missing, empty, truncated, flipped])

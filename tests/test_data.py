@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import flipped
 
 from shtx.train import TrainError
 from shtx.train.data import Corpus, Source, prepare
@@ -128,12 +129,6 @@ def test_no_library_sources(tmp_path, out, monkeypatch):
 
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-40])
-
-
-def flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def no_members(path):

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate, forward_backward, graphed
+from accuracy import (
+    assert_as_accurate,
+    assert_compiles_whole,
+    assert_gradients_alone,
+    assert_near_gradients,
+    assert_replays,
+    assert_zero_gradients,
+    forward_backward,
+)
 from helpers import DEVICE, DTYPES
 
 from shtx_kernels import feed_forward, reference
@@ -56,23 +64,11 @@ def test_the_whole_of_gelu(dtype):
 
 @pytest.mark.parametrize("B, M", [(0, 4), (2, 0)])
 def test_no_tokens(B, M):
-    inputs = draw(B, M, 8, 32, 8)
-    y, *gradients = forward_backward(feed_forward, inputs, torch.float32)
-    assert y.shape == (B, M, 8)
-    for gradient, t in zip(gradients, inputs, strict=True):
-        assert gradient.shape == t.shape and not gradient.any()
+    assert_zero_gradients(feed_forward, draw(B, M, 8, 32, 8), (B, M, 8))
 
 
-@pytest.mark.parametrize("wanted", range(3))
-def test_one_gradient_alone(wanted):
-    inputs = draw(2, 9, 16, 64, 16)
-    y = feed_forward(*(t.clone().requires_grad_() for t in inputs))
-    dy = torch.randn_like(y)
-    args = [t.clone().requires_grad_() for t in inputs]
-    gradients = torch.autograd.grad(feed_forward(*args), args, dy)
-    inputs[wanted].requires_grad_()
-    (alone,) = torch.autograd.grad(feed_forward(*inputs), inputs[wanted], dy)
-    assert torch.equal(alone, gradients[wanted])
+def test_one_gradient_at_a_time():
+    assert_gradients_alone(feed_forward, draw(2, 9, 16, 64, 16))
 
 
 WIDE = 2, 9, 520, 72, 520  # B, M, D, F, D_out: of which GELU's slope is kept, if that is allowed
@@ -171,11 +167,7 @@ def test_autocast_narrows_the_products(dtype, x_dtype):
         y, twin = feed_forward(*inputs), reference.feed_forward(*inputs)
     assert y.dtype == twin.dtype == dtype
     assert (y - twin).norm() < 2e-2 * twin.norm()
-    dy = torch.randn_like(y)
-    gradients = (torch.autograd.grad(out, inputs, dy) for out in (y, twin))
-    for ours, theirs, t in zip(*gradients, inputs, strict=True):
-        assert ours.dtype == t.dtype
-        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+    assert_near_gradients(y, twin, inputs, torch.randn_like(y))
 
 
 @pytest.mark.parametrize(
@@ -194,15 +186,7 @@ def test_bad_input(change, message):
 
 
 def test_compiles_whole():
-    inputs = [t.requires_grad_() for t in draw(2, 20, 16, 64, 16)]
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(feed_forward, fullgraph=True, backend=backend)
-    for a, b in zip(
-        torch.autograd.grad(compiled(*inputs).sum(), inputs),
-        torch.autograd.grad(feed_forward(*inputs).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert_compiles_whole(feed_forward, draw(2, 20, 16, 64, 16), rtol=1e-5, atol=1e-6)
 
 
 def test_opcheck():
@@ -253,9 +237,4 @@ def test_runs_in_a_cuda_graph(dtype):
     def run():
         return torch.autograd.grad(feed_forward(*inputs).square().sum(), inputs)
 
-    graph, captured = graphed(run)
-    with torch.no_grad():
-        inputs[0].mul_(2)
-    graph.replay()
-    for a, b in zip(captured, run(), strict=True):
-        assert torch.equal(a, b)
+    assert_replays(run, lambda: inputs[0].mul_(2))

@@ -68,26 +68,20 @@ def both(**options):
     return (ours, adamw(ours)), (theirs, adamw(theirs))
 
 
-def plain(model, optimizer, batches):
+def plain(model, optimizer, batches, set_to_none=True):
     losses = []
     for ids in batches:
         loss, parts = model(ids, return_loss=True)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=set_to_none)
         losses += [loss.detach(), *parts]
     return losses
 
 
 def zeros(model, optimizer, batches):
     """Gradients stay where they are, as zeros."""
-    losses = []
-    for ids in batches:
-        loss, _ = model(ids, return_loss=True)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        losses.append(loss.detach())
+    losses = plain(model, optimizer, batches, set_to_none=False)
     optimizer.zero_grad()
     return losses
 

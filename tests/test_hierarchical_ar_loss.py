@@ -1,6 +1,12 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, graphed
+from accuracy import (
+    assert_as_accurate,
+    assert_compiles_whole,
+    assert_near_gradients,
+    assert_replays,
+    forward_backward,
+)
 from helpers import DEVICE, DTYPES
 
 from shtx_kernels import hierarchical_ar_loss, reference
@@ -106,10 +112,7 @@ def test_autocast_narrows_the_product_alone(dtype, h_dtype):
         twin = reference.hierarchical_ar_loss(*inputs)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, twin, rtol=1e-2, atol=0)
-    pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(twin, inputs), strict=True)
-    for (ours, theirs), t in zip(pairs, inputs, strict=True):
-        assert ours.dtype == t.dtype
-        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+    assert_near_gradients(loss, twin, inputs)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +167,4 @@ def test_runs_in_a_cuda_graph():
     def run():
         return torch.autograd.grad(hierarchical_ar_loss(*inputs), inputs)
 
-    graph, captured = graphed(run)
-    with torch.no_grad():
-        inputs[0].mul_(2)
-    graph.replay()
-    for a, b in zip(captured, run(), strict=True):
-        assert torch.equal(a, b)
+    assert_replays(run, lambda: inputs[0].mul_(2))

@@ -1,6 +1,12 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, graphed
+from accuracy import (
+    assert_as_accurate,
+    assert_compiles_whole,
+    assert_gradients_alone,
+    assert_replays,
+    assert_zero_gradients,
+)
 from helpers import DEVICE, DTYPES
 
 from shtx_kernels import linear, reference
@@ -26,23 +32,11 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("B, M", [(0, 4), (2, 0)])
 def test_no_tokens(B, M):
-    inputs = draw(B, M, 8, 6)
-    y, *gradients = forward_backward(linear, inputs, torch.float32)
-    assert y.shape == (B, M, 6)
-    for gradient, t in zip(gradients, inputs, strict=True):
-        assert gradient.shape == t.shape and not gradient.any()
+    assert_zero_gradients(linear, draw(B, M, 8, 6), (B, M, 6))
 
 
-@pytest.mark.parametrize("wanted", range(2))
-def test_one_gradient_alone(wanted):
-    inputs = draw(2, 9, 16, 24)
-    args = [t.clone().requires_grad_() for t in inputs]
-    y = linear(*args)
-    dy = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, args, dy)
-    inputs[wanted].requires_grad_()
-    (alone,) = torch.autograd.grad(linear(*inputs), inputs[wanted], dy)
-    assert torch.equal(alone, gradients[wanted])
+def test_one_gradient_at_a_time():
+    assert_gradients_alone(linear, draw(2, 9, 16, 24))
 
 
 def test_strided_inputs():
@@ -107,7 +101,4 @@ def test_repeats_to_the_bit_in_a_cuda_graph():
             y = linear(*inputs)
         return [y, *torch.autograd.grad(y, inputs, y.detach())]
 
-    graph, captured = graphed(run)
-    for _ in range(20):
-        graph.replay()
-        assert all(map(torch.equal, captured, run()))
+    assert_replays(run, lambda: inputs[0].mul_(2))

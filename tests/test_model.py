@@ -7,25 +7,13 @@ import warnings
 import pytest
 import torch
 from covering import ROWS
-from helpers import DEVICE, DTYPES
+from helpers import DEVICE, DTYPES, TWO_LEVELS
 from torch._dynamo.testing import CompileCounter
 
 from shtx import HierarchicalTransformer, Level, ops
 from shtx_kernels._target import capability
 
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(32, 17),
-    depth=2,
-    dim_head=8,
-    heads=2,
-    seq_len=48,
-    hierarchies=(1, 4),
-    hierarchical_stride=(1, 2),
-    window_sizes=(8, None),
-)
-
-
+OPTIONS = TWO_LEVELS | dict(dim=(32, 17), depth=2, dim_head=8, seq_len=48, window_sizes=(8, None))
 ONE_LEVEL = dict(dim=32, hierarchies=1, hierarchical_stride=1, window_sizes=8)
 
 

@@ -108,6 +108,17 @@ RESULTS = {
 }
 
 TITLE = "GPU X, driver 1.2, torch 9, triton 8; copy 4,000 GB/s, matrix product 700 TFLOP/s"
+# the tables of ops around products, whose rows have a configuration, or a shape
+BY_CONFIG = """
+    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    B | fused | 500 | 0.400 | - | 0.000 | 1.00
+"""
+BY_SHAPE = """
+    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
+        extra memory (MiB) | over fused (x)
+    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
+"""
 TABLES = [
     """
     config | provider | step (ms) | of the host (ms) | over floor (x) | over bound (x) |
@@ -162,43 +173,23 @@ TABLES = [
     1 x 2 x 3 x 4 x 5 x 6 x 7 | cublas | 250 | 0.800 | 100 | - | 0.500 | 150
     1 x 2 x 3 x 4 x 5 x 6 x 7 | fused | 500 | 0.400 | 50.0 | 0.000 | 1.00 | 400
     """,
-    """
-    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
-        extra memory (MiB) | over fused (x)
-    B | fused | 500 | 0.400 | - | 0.000 | 1.00
-    """,
-    """
-    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
-        extra memory (MiB) | over fused (x)
-    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
-    """,
+    BY_CONFIG,
+    BY_SHAPE,
     """
     shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
         forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
         fwd + bwd over fused (x)
     1 x 2 x 3 | - | copy | - | - | - | - | - | - | -
     """,
-    """
-    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
-        extra memory (MiB) | over fused (x)
-    B | fused | 500 | 0.400 | - | 0.000 | 1.00
-    """,
-    """
-    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
-        extra memory (MiB) | over fused (x)
-    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
-    """,
+    BY_CONFIG,
+    BY_SHAPE,
     """
     shape T x D x V x C | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
         extra memory (MiB) | over fused (x)
     64 x 16 x 50 x 1 | cublas | 200 | 0.500 | 100 | - | 0.500
     64 x 16 x 50 x 1 | fused | 400 | 0.250 | 50.0 | 12.0 | 1.00
     """,
-    """
-    shape B x M x D | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
-        extra memory (MiB) | over fused (x)
-    1 x 2 x 3 | fused | 500 | 0.400 | - | 0.000 | 1.00
-    """,
+    BY_SHAPE,
     """
     shape B x M x D | variant | provider | forward (us) | forward (GB/s) |
         forward (% of copy) | backward (us) | backward (GB/s) | backward (% of copy) |
@@ -219,11 +210,7 @@ TABLES = [
     1 x 16384 x 8 x 64 | w 128 | fused | 100 | 2,000 | 50.0 | 300 | 3,000 | 75.0 | 1.00
     1 x 16384 x 8 x 64 | w 128 | flex | 200 | 1,000 | 25.0 | 600 | 1,500 | 37.5 | 2.00
     """,
-    """
-    config | provider | fwd + bwd (us) | rate (TFLOP/s) | of the rate of cublas (%) |
-        extra memory (MiB) | over fused (x)
-    B | fused | 500 | 0.400 | - | 0.000 | 1.00
-    """,
+    BY_CONFIG,
 ]
 
 

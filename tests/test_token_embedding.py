@@ -1,6 +1,13 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate, assert_compiles_whole, forward_backward, graphed
+from accuracy import (
+    assert_as_accurate,
+    assert_compiles_whole,
+    assert_gradients_alone,
+    assert_replays,
+    assert_zero_gradients,
+    forward_backward,
+)
 from helpers import DEVICE, DTYPES
 
 from shtx_kernels import reference, token_embedding
@@ -84,20 +91,13 @@ def test_one_id_alone_and_ids_that_never_occur(ids, D_out):
 @pytest.mark.parametrize("B, N", [(0, 4), (2, 0)])
 def test_no_tokens(B, N, V, D_out):
     ids, weights = draw(2, 4, V, 8, D_out)
-    y, *grads = forward_backward(call(token_embedding, ids[:B, :N]), weights, torch.float32)
-    assert y.shape == (B, N, D_out or 8) and not any(g.any() for g in grads)
+    assert_zero_gradients(call(token_embedding, ids[:B, :N]), weights, (B, N, D_out or 8))
 
 
 @pytest.mark.parametrize("case", CASES[2:5], ids=str)
 def test_one_gradient_at_a_time(case):
     ids, weights = draw(*case)
-    every = [t.clone().requires_grad_() for t in weights]
-    y = token_embedding(ids, *every)
-    dy = torch.randn_like(y)
-    for i, expected in enumerate(torch.autograd.grad(y, every, dy)):
-        alone = [t.clone().requires_grad_(i == j) for j, t in enumerate(weights)]
-        (grad,) = torch.autograd.grad(token_embedding(ids, *alone), alone[i], dy)
-        assert torch.equal(grad, expected)
+    assert_gradients_alone(call(token_embedding, ids), weights)
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
@@ -129,10 +129,7 @@ def test_repeats_to_the_bit_in_a_cuda_graph(V, D_out):
             y = token_embedding(ids, *weights)
         return [y, *torch.autograd.grad(y, weights, y.detach())]
 
-    graph, captured = graphed(run)
-    for _ in range(20):
-        graph.replay()
-        assert all(map(torch.equal, captured, run()))
+    assert_replays(run, lambda: weights[0].mul_(2))
 
 
 def test_bad_input():

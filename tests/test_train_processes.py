@@ -11,7 +11,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROOT, child_environment
+from helpers import ROOT, child_environment, flipped
 from running import TINY, rows, write_text
 
 import shtx
@@ -142,8 +142,7 @@ def test_damage_is_named(copied, name, damage):
     if damage == "truncated":
         file.write_bytes(content[:-1])
     if damage == "flipped":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        flipped(file)
     with pytest.raises(TrainError, match=f"{name}: (missing|damaged: its (size|sha256) is not)"):
         load(copied)
     assert load(copied, fallback=True).step == 8

@@ -3,23 +3,13 @@
 from types import SimpleNamespace
 
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, TWO_LEVELS
 from torch.utils._pytree import tree_leaves
 
 from shtx import HierarchicalTransformer, TrainStep
 from shtx.train_step import Step
 
-OPTIONS = dict(
-    num_tokens=31,
-    dim=(16, 8),
-    depth=1,
-    dim_head=8,
-    heads=2,
-    seq_len=24,
-    hierarchies=(1, 4),
-    hierarchical_stride=(1, 2),
-    window_sizes=(4, None),
-)
+OPTIONS = TWO_LEVELS | dict(dim=(16, 8), depth=1, dim_head=8, seq_len=24)
 LR = 2.0**-7  # and its halves are the same in fp32 and fp64
 
 

@@ -50,14 +50,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """Write what the arguments ask for.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
-    """
+    """Write what the arguments ask for."""
     options = tyro.cli(Options, args=argv, prog="shtx convert", description=DESCRIPTION)
     source, out, to = options.source, options.out, options.to
     if to == "hf":

@@ -153,14 +153,7 @@ class Counts:
 
 
 def main(argv: list[str]) -> int:
-    """Print what is in the files.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
-    """
+    """Print what is in the files."""
     if argv[:1] == ["prepare"]:
         from shtx.train import encode
 

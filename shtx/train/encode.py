@@ -46,14 +46,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """Write what the arguments ask for.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
-    """
+    """Write what the arguments ask for."""
     options = tyro.cli(Options, args=argv, prog="shtx data prepare", description=DESCRIPTION)
     if not options.files:
         raise TrainError("give a FILE at least")

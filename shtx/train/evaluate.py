@@ -86,14 +86,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """Print, and write, what the arguments ask for.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
-    """
+    """Print, and write, what the arguments ask for."""
     options = tyro.cli(Options, args=argv, prog="shtx eval", description=DESCRIPTION)
     check(options)
     device = find_device(options.device, "--device cpu needs none")

@@ -70,14 +70,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """Show or write what the arguments ask for; one sample is shown while it is sampled.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
-    """
+    """Show or write what the arguments ask for; one sample is shown while it is sampled."""
     options = tyro.cli(Options, args=argv, prog="shtx generate", description=DESCRIPTION)
     for name, least in (("length", 0), ("num_samples", 1)):
         if getattr(options, name) < least:

@@ -37,9 +37,6 @@ def main(argv: list[str]) -> int:
 
     Returns:
         the exit status: 0, or 128 and the number of the signal that stopped it.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
     """
     with ExitStack() as stack:
         home, path = None, resumed_home(argv)

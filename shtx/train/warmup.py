@@ -31,14 +31,7 @@ Examples:
 
 
 def main(argv: list[str]) -> int:
-    """Compile for a run as the arguments say.
-
-    Returns:
-        the exit status, 0.
-
-    Raises:
-        TrainError, OSError: in one line what went wrong.
-    """
+    """Compile for a run as the arguments say."""
     config, _ = parse(argv, prog="shtx warmup", description=DESCRIPTION)
     device, rank, world = place(config)
     model = build(config, device, copies=4, world=world)

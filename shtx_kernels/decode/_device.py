@@ -22,6 +22,14 @@ from .._target import capability
 
 
 @triton.jit
+def program(position_ptr):
+    """The number of a program among those of its sequence, the sequence, and its position."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64)
+    return pid, b, tl.load(position_ptr + b)
+
+
+@triton.jit
 def wait(AHEAD: tl.constexpr):
     """Wait for all earlier launches (griddepcontrol.wait), and let the next launch start and wait
     in turn. Every program has to call this.

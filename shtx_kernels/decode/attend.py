@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..decode_arguments import Attention
 from ..launch import accumulator, launch, next_power_of_2
-from ._device import ahead, rings_of, row_of, starts, wait
+from ._device import ahead, program, rings_of, row_of, starts, wait
 
 MAX_KEYS = 64  # a step; not searched
 
@@ -132,9 +132,7 @@ def _attend_kernel(
     LEVELS: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has one head of one sequence at one level."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
-    position = tl.load(position_ptr + b)
+    pid, b, position = program(position_ptr)
     for i in tl.static_range(len(qkv_ptrs)):
         if (pid >= LEVELS.START[i]) & (pid < LEVELS.START[i + 1]):
             if position % LEVELS.STRIDE[i] == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..decode_arguments import Lookup
 from ..launch import accumulator, cdiv, launch, next_power_of_2
-from ._device import activate, rings_of, row_of, starts
+from ._device import activate, program, rings_of, row_of, starts
 
 ELEMENTS = 2048  # elements of tables that a program reads
 
@@ -64,9 +64,7 @@ def _embed_kernel(
     HISTORY: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every program has some channels of one sequence at one level."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
-    position = tl.load(position_ptr + b)
+    pid, b, position = program(position_ptr)
     token_id = tl.load(ids_ptr + b)
     if pid == 0:
         tl.store(row_of(history_ptr, b, position, HISTORY, 0), token_id)

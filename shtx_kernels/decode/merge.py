@@ -16,7 +16,7 @@ from torch import Tensor
 from .._dot import dot
 from ..decode_arguments import Part
 from ..launch import accumulator, cdiv, launch, next_power_of_2
-from ._device import ahead, rings_of, row_of, starts, wait
+from ._device import ahead, program, rings_of, row_of, starts, wait
 
 ROW_ELEMENTS = 8192  # elements of a weight that a program reads
 # The tile for several sequences; it was not searched for.
@@ -40,12 +40,10 @@ def _merge_row_kernel(
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has BLOCK_J rows of the weight for one sequence."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
+    pid, b, position = program(position_ptr)
     FIRST: tl.constexpr = LEVELS.FIRST
     D: tl.constexpr = LEVELS.D
     RINGS: tl.constexpr = LEVELS.RINGS
-    position = tl.load(position_ptr + b)
     offs_j, offs = pid * BLOCK_J + tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
     mask_j, due = offs_j < J, offs < WIDTH
     total, squares = tl.zeros([BLOCK_J], dtype=ACC), tl.zeros([], dtype=ACC)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..decode_arguments import Norm
 from ..launch import accumulator, launch, next_power_of_2
-from ._device import ahead, normalize, rings_of, row_of, wait
+from ._device import ahead, normalize, program, rings_of, row_of, wait
 
 
 class Levels(NamedTuple):
@@ -27,11 +27,9 @@ def _norm_kernel(
     LEVELS: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has one level of one sequence."""
-    pid = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
+    pid, b, position = program(position_ptr)
     RINGS_X: tl.constexpr = LEVELS.RINGS_X
     RINGS_O: tl.constexpr = LEVELS.RINGS_O
-    position = tl.load(position_ptr + b)
     wait(AHEAD)
     for i in tl.static_range(len(x_ptrs)):
         if (pid == i) & (position % LEVELS.STRIDE[i] == 0):

@@ -149,6 +149,13 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Ten
     return rearrange(out, "(b h) g w e -> b h (g w) e", h=h)[:, :, :n]
 
 
+def split_heads(qkv: Tensor, heads: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, (B A, H, n, E) each, of all A residue classes modulo `dilation`, padded."""
+    padded = F.pad(qkv, (0, 0, 0, -qkv.shape[1] % dilation))
+    classes = "b (n a) (qkv h e) -> qkv (b a) h n e"
+    return rearrange(padded, classes, qkv=3, a=dilation, h=heads).unbind()
+
+
 def rotary_attention(
     qkv: Tensor,
     heads: int,
@@ -165,13 +172,7 @@ def rotary_attention(
     """
     M = qkv.shape[1]
     dilation = min(dilation, max(1, M))
-    q, k, v = rearrange(
-        F.pad(qkv, (0, 0, 0, -M % dilation)),
-        "b (n a) (qkv h e) -> qkv (b a) h n e",
-        qkv=3,
-        a=dilation,
-        h=heads,
-    )
+    q, k, v = split_heads(qkv, heads, dilation)
     if interleaved:
         q, k = halves(q), halves(k)
     n, E = q.shape[-2:]

@@ -29,24 +29,23 @@ class Shape(NamedTuple):
         )
 
 
-# Parameters within 4% of the size; flat: one level, a windowed transformer over bytes.
-SHAPES = {
-    "25M": {
-        "flat": Shape((512,), 8),
-        "1, 4": Shape((256, 256), 12, (1, 4), (1, 1)),
-        "1, 2, 8": Shape((256, 256, 256), 7, (1, 2, 8), (1, 1, 1)),
-        "1, 4 by 4": Shape((320, 384), 6, (1, 4), (1, 4)),
-        "1, 16 by 8": Shape((256, 256), 10, (1, 16), (1, 8)),
-    },
-    "85M": {
-        "flat": Shape((768,), 12),
-        "1, 4": Shape((512, 512), 10, (1, 4), (1, 1)),
-        "1, 2, 8": Shape((384, 384, 384), 12, (1, 2, 8), (1, 1, 1)),
-        "1, 4 by 4": Shape((512, 512), 10, (1, 4), (1, 4)),
-        "1, 16 by 8": Shape((320, 576), 10, (1, 16), (1, 8)),
-    },
-}
 LEARNING_RATES = {"25M": 1e-3, "85M": 6e-4}
+# Hierarchies and strides; then widths and layers, for parameters within 4% of each size. The flat
+# one has one level: a windowed transformer over bytes.
+LEVELS = {
+    "flat": ((1,), (1,), {"25M": ((512,), 8), "85M": ((768,), 12)}),
+    "1, 4": ((1, 4), (1, 1), {"25M": ((256, 256), 12), "85M": ((512, 512), 10)}),
+    "1, 2, 8": ((1, 2, 8), (1, 1, 1), {"25M": ((256, 256, 256), 7), "85M": ((384, 384, 384), 12)}),
+    "1, 4 by 4": ((1, 4), (1, 4), {"25M": ((320, 384), 6), "85M": ((512, 512), 10)}),
+    "1, 16 by 8": ((1, 16), (1, 8), {"25M": ((256, 256), 10), "85M": ((320, 576), 10)}),
+}
+SHAPES = {
+    size: {
+        name: Shape(*sizes[size], hierarchies, strides)
+        for name, (hierarchies, strides, sizes) in LEVELS.items()
+    }
+    for size in LEARNING_RATES
+}
 # the losses of levels besides that of the next byte
 LOSSES = {
     "default": {},
