@@ -22,8 +22,7 @@ def ring(B, slots, *shape):
 def projections(B):
     """Two levels of every kind of stage, of odd and unequal widths."""
     vector, rows = lambda n: torch.randn(n), lambda o, k: torch.randn(o, k) / k**0.5
-    rms, layer = dict(norm="rms", gamma=vector(24)), dict(norm="layer")
-    layer |= dict(gamma=vector(17), beta=vector(17))
+    rms, layer = dict(norm="rms"), dict(norm="layer", bias=vector(9))
     yield [
         Projection(ring(B, 4, 24), rows(40, 24), ring(B, 1, 40), 1, dilation=2, **rms),
         Projection(ring(B, 8, 17), rows(9, 17), ring(B, 1, 9), 2, dilation=4, **layer),
@@ -262,7 +261,7 @@ def test_in_a_graph():
     x, w = torch.randn(1, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
     streams = [x.clone(), torch.zeros_like(x)]
     position = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    stage = lambda a, b: [Projection(a, w, b, 1, norm="rms", gamma=torch.ones_like(w[0]))]
+    stage = lambda a, b: [Projection(a, w, b, 1, norm="rms")]
     stages = [stage(streams[i % 2], streams[(i + 1) % 2]) for i in range(40)]
 
     def step(decode):
