@@ -32,22 +32,19 @@ def wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
-def fetch(
-    weight_ptr, rows, first, K: tl.constexpr, STRIDE: tl.constexpr, FETCHED: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Bring FETCHED columns from `first` on, of K that a weight has, into the L2 cache while the
-    launch before is at work.
+def fetch(weight_ptr, rows, first, K: tl.constexpr, FETCHED: tl.constexpr, AHEAD: tl.constexpr):
+    """Bring about FETCHED columns from `first` on, of K that a weight has, into the L2 cache while
+    the launch before is at work.
     """
     if AHEAD:
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        LINES: tl.constexpr = (FETCHED + LINE - 1) // LINE
-        columns = tl.minimum(first + tl.arange(0, LINES) * LINE, K - 1)
-        addresses = weight_ptr + rows[:, None] * STRIDE + columns[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        for more in tl.static_range(0, FETCHED, 8 * LINE):
+            columns = tl.minimum(first + more + tl.arange(0, 8) * LINE, K - 1)
+            addresses = weight_ptr + rows[:, None] * K + columns[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -3,17 +3,16 @@
     y = scale weight x_s,   scale = 1 for no norm, sqrt(K) / |x_s| for "rms"
     y = (weight x_s - mean sum_k weight_k) / deviation, for "layer"
 
-A program multiplies up to MAX_ROWS rows of x by BLOCK_O rows of a weight. Every program reads its x
-again, and with it adds up what a norm needs to know of a row, so that x is not normalized before.
-The fewer programs, the less is read; and where they are too few for the GPU, the channels that are
-multiplied are divided into parts. Their sums stand in memory side by side, and the next launch adds
-them, in order. A weight that follows a norm is not divided: it has more rows than others.
+A program multiplies a tile of rows of x by one of rows of a weight, and while it reads x it adds up
+what a norm needs to know of a row, so that x is not normalized before. Where the tiles are too few
+for the GPU, the channels that are multiplied are divided into parts, whose sums stand in memory
+side by side; the next launch adds them, in order. After a norm they are not: such a weight has more
+rows than others.
 
 A row x_s is multiplied in pieces that stand in one place of memory each: its taps, or the halves
 that a token shift has of two tokens.
 """
 
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -22,20 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dot import dot
-from .._target import capability
 from ..decode_arguments import Projection
-from ..launch import cdiv, launch, next_power_of_2
+from ..launch import cdiv, launch
 from ._device import activate, ahead, fetch, rings_of, row_of, starts, wait
+from ._tiles import rows_and_tiles
 
-MAX_ROWS = 64
-# Tiles of 16-bit numbers, and of fp32, which no tensor core multiplies exactly.
-NARROW = dict(BLOCK_K=64, num_warps=4, num_stages=4)
-WIDE = dict(BLOCK_K=32, num_warps=4, num_stages=2)
-# The choices of BLOCK_O for 16-bit numbers, and of a program's share of the channels.
-WIDTHS, SHARES = (16, 32, 64, 128), (512, 1024, 2048, 2**31)
-PROCESSORS = 132
-# Numbers that a multiprocessor reads in the time of a launch that adds parts.
-LAUNCH = 48 * 1024
 FETCHED = 1024  # columns of a weight that a program fetches before it waits
 ADDED = dict(BLOCK_B=8, BLOCK_O=128)  # the tile of what is added
 
@@ -84,21 +74,32 @@ def store_result(
 
 
 @triton.jit
-def scaled(y, shift, sums, squares, weights, K: tl.constexpr, NORM: tl.constexpr):
-    """The product y of rows x as if they had been normalized.
+def scaled(y, mean, squares, weights, K: tl.constexpr, NORM: tl.constexpr):
+    """The product y [BLOCK_B, BLOCK_O] of rows x as if they had been normalized.
 
     Args:
-        y: [BLOCK_B, BLOCK_O].
-        shift, sums, squares: [BLOCK_B, 1], a number, and the sums of x - shift and of its squares.
+        mean, squares: [BLOCK_B, 1], of a row x, and the sum of squares of what it is off its mean;
+            for "rms" of its own squares.
         weights: [1, BLOCK_O], the sums of the rows of the weight.
     """
     if NORM == "rms":
         y *= K**0.5 / tl.maximum(tl.sqrt(squares), 1e-12)
     elif NORM == "layer":
-        mean = sums / K
-        variance = tl.maximum(squares / K - mean * mean, 0.0)
-        y = (y - (shift + mean) * weights) / tl.sqrt(variance + 1e-5)
+        y = (y - mean * weights) / tl.sqrt(squares / K + 1e-5)
     return y
+
+
+@triton.jit
+def spread(x, mask, mean, squares, seen, count):
+    """The mean of x [BLOCK_B, BLOCK_K] and of `seen` numbers before, and the sum of squares of what
+    all are off it. `count` numbers of a row are not masked.
+    """
+    total = seen + count
+    own = tl.sum(x, axis=1)[:, None] / tl.maximum(count, 1.0)
+    off = tl.where(mask, x - own, 0.0)
+    step = own - mean
+    squares += tl.sum(off * off, axis=1)[:, None] + step * step * (seen * count / total)
+    return mean + step * (count / total), squares
 
 
 @triton.jit
@@ -117,13 +118,12 @@ def multiply(
     STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     token = position // LEVELS.STRIDE[I]
     y = tl.zeros([b.shape[0], offs_o.shape[0]], dtype=tl.float32)
-    shift, sums = tl.zeros(b.shape, dtype=tl.float32), tl.zeros(b.shape, dtype=tl.float32)
-    squares, weights = sums, tl.zeros([1, offs_o.shape[0]], dtype=tl.float32)
-    if NORM == "layer":  # squares of numbers near the mean keep their digits
-        shift += tl.load(row_of(x_ptr, b, token, RINGS_X, I), mask=due, other=0.0)
+    mean, squares = tl.zeros(b.shape, dtype=tl.float32), tl.zeros(b.shape, dtype=tl.float32)
+    weights, seen = tl.zeros([offs_o.shape[0], 1], dtype=tl.float32), 0.0
     for step in range(first, last):
         piece = step // STEPS
-        within = (step % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        start = step % STEPS * BLOCK_K
+        within = start + tl.arange(0, BLOCK_K)
         columns = piece * WIDTH + within
         mask_k = (within < WIDTH) & (columns < K)
         if TAPS > 0:
@@ -134,13 +134,16 @@ def multiply(
         x = tl.load(x_row, mask=due & mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=(offs_o < O)[:, None] & mask_k[None, :], other=0.0)
         y = dot(x, w.T, y, tl.float32, "ieee")
-        if NORM is not None:
-            near = tl.where(mask_k[None, :], x.to(tl.float32) - shift, 0.0)
-            squares += tl.sum(near * near, axis=1)[:, None]
-        if NORM == "layer":
-            sums += tl.sum(near, axis=1)[:, None]
-            weights += tl.sum(w.to(tl.float32), axis=1)[None, :]
-    return scaled(y, shift, sums, squares, weights, K, NORM)
+        wide = x.to(tl.float32)
+        if NORM == "rms":
+            squares += tl.sum(wide * wide, axis=1)[:, None]
+        elif NORM == "layer":
+            left = tl.minimum(WIDTH, K - piece * WIDTH) - start
+            count = tl.minimum(tl.maximum(left, 0), BLOCK_K).to(tl.float32)
+            mean, squares = spread(wide, mask_k[None, :], mean, squares, seen, count)
+            weights += tl.sum(w.to(tl.float32), axis=1)[:, None]
+            seen += count
+    return scaled(y, mean, squares, weights.T, K, NORM)
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def project_tile(
     due = (b < B) & (position % LEVELS.STRIDE[I] == 0)
     some = tl.max(due.to(tl.int32)) > 0
     if some:
-        fetch(weight_ptr, tl.minimum(offs_o, O - 1), first * BLOCK_K, K, K, COLUMNS, AHEAD)
+        fetch(weight_ptr, tl.minimum(offs_o, O - 1), first * BLOCK_K, K, COLUMNS, AHEAD)
     wait(AHEAD)
 
     if some:
@@ -234,56 +237,27 @@ def _add_parts_kernel(
             )  # fmt: skip
 
 
-def tiles_of(
-    shapes: list[tuple[int, int]], normed: list[bool], widths: tuple[int, ...]
-) -> tuple[int, list[int]]:
-    """Return BLOCK_O, and how many parts the channels of each level are divided into, so that the
-    busiest multiprocessor reads least. They depend on no batch: a row's sums are the same in all.
-
-    Args:
-        shapes: (O, K) of the weights.
-        normed: which of them follow a norm.
-        widths: the choices of BLOCK_O.
-    """
-
-    def parts_of(share: int) -> list[int]:
-        return [1 if n else cdiv(k, share) for (_, k), n in zip(shapes, normed, strict=True)]
-
-    def cost(choice: tuple[int, int]) -> float:
-        width, parts = choice[0], parts_of(choice[1])
-        each = [(width + MAX_ROWS) * cdiv(k, n) for (_, k), n in zip(shapes, parts, strict=True)]
-        programs = [cdiv(o, width) * n for (o, _), n in zip(shapes, parts, strict=True)]
-        total = sum(n * reads for n, reads in zip(programs, each, strict=True))
-        # a multiprocessor alone reads twice as fast as it does when all of them read
-        return max(total / PROCESSORS, max(each) / 2) + LAUNCH * (max(parts) > 1)
-
-    width, share = min(product(widths, SHARES), key=cost)
-    return width, parts_of(share)
-
-
 def project_rows(position: Tensor, projections: list[Projection]) -> None:
     """`project` for several sequences, and numbers that are at most fp32."""
     each = Projection(*zip(*projections, strict=True))
-    B, device, wide = len(position), position.device, each.weight[0].dtype == torch.float32
-    shapes = [tuple(w.shape) for w in each.weight]
-    BLOCK_O, parts = tiles_of(shapes, list(map(bool, each.norm)), WIDTHS[:1] if wide else WIDTHS)
-    O, K = zip(*shapes, strict=True)
+    B, device = len(position), position.device
+    O, K = zip(*(w.shape for w in each.weight), strict=True)
+    normed = list(map(bool, each.norm))
+    BLOCK_B, BLOCK_O, parts, tile = rows_and_tiles(B, each.weight, normed)
     levels = Levels(
         K, O, each.stride, each.dilation, each.taps, each.norm, each.activation, rings_of(each.x),
         rings_of(each.out), rings_of(each.residual), tuple(parts),
         starts([cdiv(o, BLOCK_O) * n for o, n in zip(O, parts, strict=True)]),
     )  # fmt: skip
-    options = dict(num_stages=2) if capability(device) == 0 else {}
     sums = tuple(
         torch.empty(n, B, o, dtype=torch.float32, device=device) if n > 1 else None
         for o, n in zip(O, parts, strict=True)
     )
-    BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
     launch(
         _project_rows_kernel, (levels.START[-1], cdiv(B, BLOCK_B)),
         position, each.x, each.weight, each.out, each.bias, each.residual, sums, B,
         LEVELS=levels, BLOCK_B=BLOCK_B, BLOCK_O=BLOCK_O, FETCHED=FETCHED,
-        **(WIDE if wide else NARROW) | options | ahead(device),
+        **tile, **ahead(device),
     )  # fmt: skip
     divided = [i for i, n in enumerate(parts) if n > 1]
     if divided:

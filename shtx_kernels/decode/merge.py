@@ -16,12 +16,10 @@ from torch import Tensor
 from .._dot import dot
 from ..decode_arguments import Part
 from ..launch import accumulator, cdiv, launch, next_power_of_2
-from ._device import ahead, rings_of, row_of, starts, wait
+from ._device import ahead, fetch, rings_of, row_of, starts, wait
+from ._tiles import rows_and_tiles
 
 ROW_ELEMENTS = 8192  # elements of a weight that a program reads
-# The tile for several sequences; it was not searched for.
-TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
-MAX_ROWS = 64
 
 
 class Levels(NamedTuple):
@@ -107,7 +105,7 @@ def part_of_rows(
 def _merge_rows_kernel(
     position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr, B,
     J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, STRIDE_OB: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has BLOCK_J rows of the weight for BLOCK_B sequences."""
     pid = tl.program_id(0).to(tl.int64)
@@ -115,6 +113,9 @@ def _merge_rows_kernel(
     offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
     position = tl.load(position_ptr + b, mask=b < B, other=0)
     mask = (b < B) & (offs_j < J)[None, :]
+    fetch(weight_ptr, tl.minimum(offs_j, J - 1), 0, WIDTH, WIDTH, AHEAD)
+    wait(AHEAD)
+
     total = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
     squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
     for i in tl.static_range(len(x_ptrs)):
@@ -165,7 +166,9 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
             **ahead(position.device),
         )  # fmt: skip
         return
-    BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
-    grid = cdiv(J, TILE["BLOCK_J"]), cdiv(B, BLOCK_B)
-    arguments = position, x, weight, kept, bias, out, B
-    launch(_merge_rows_kernel, grid, *arguments, **constants, BLOCK_B=BLOCK_B, **TILE)
+    BLOCK_B, BLOCK_J, _, tile = rows_and_tiles(B, [weight], [True])
+    launch(
+        _merge_rows_kernel, (cdiv(J, BLOCK_J), cdiv(B, BLOCK_B)),
+        position, x, weight, kept, bias, out, B,
+        **constants, BLOCK_B=BLOCK_B, BLOCK_J=BLOCK_J, **tile, **ahead(position.device),
+    )  # fmt: skip
