@@ -55,22 +55,34 @@ def rows_of(position_ptr, B, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def store_result(
-    y, out_ptr, bias_ptr, residual_ptr, b, token, offs_o, due, LEVELS: tl.constexpr, I: tl.constexpr
-):
-    """Store activation(y + bias) + residual where a row is due."""
-    O: tl.constexpr = LEVELS.O[I]
-    ACTIVATION: tl.constexpr = LEVELS.ACTIVATION[I]
-    RINGS_O: tl.constexpr = LEVELS.RINGS_O
-    RINGS_R: tl.constexpr = LEVELS.RINGS_R
-    offs_o = offs_o[None, :]
-    mask = due & (offs_o < O)
+def load_bias(bias_ptr, offs_o, LEVELS: tl.constexpr, I: tl.constexpr):
+    """The bias [1, BLOCK_O] in fp32, zeros where there is none."""
+    bias = tl.zeros([1, offs_o.shape[0]], dtype=tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_o, mask=offs_o < O, other=0.0)
-    y = activate(y, ACTIVATION)
+        bias += tl.load(bias_ptr + offs_o, mask=offs_o < LEVELS.O[I], other=0.0)[None, :]
+    return bias
+
+
+@triton.jit
+def load_residual(residual_ptr, b, token, offs_o, due, LEVELS: tl.constexpr, I: tl.constexpr):
+    """The residual, zeros where there is none, and which elements of the tile are due."""
+    RINGS: tl.constexpr = LEVELS.RINGS_R
+    mask = due & (offs_o < LEVELS.O[I])[None, :]
+    residual = tl.zeros(mask.shape, dtype=tl.float32)
     if residual_ptr is not None:
-        y += tl.load(row_of(residual_ptr, b, token, RINGS_R, I) + offs_o, mask=mask, other=0.0)
-    tl.store(row_of(out_ptr, b, token, RINGS_O, I) + offs_o, y, mask=mask)
+        pointers = row_of(residual_ptr, b, token, RINGS, I) + offs_o[None, :]
+        residual = tl.load(pointers, mask=mask, other=0.0)
+    return residual, mask
+
+
+@triton.jit
+def store_result(
+    y, bias, residual, out_ptr, b, token, offs_o, mask, LEVELS: tl.constexpr, I: tl.constexpr
+):
+    """Store activation(y + bias) + residual where `mask` is."""
+    RINGS: tl.constexpr = LEVELS.RINGS_O
+    y = activate(y + bias, LEVELS.ACTIVATION[I]) + residual.to(tl.float32)
+    tl.store(row_of(out_ptr, b, token, RINGS, I) + offs_o[None, :], y, mask=mask)
 
 
 @triton.jit
@@ -172,13 +184,17 @@ def project_tile(
     some = tl.max(due.to(tl.int32)) > 0
     if some:
         fetch(weight_ptr, tl.minimum(offs_o, O - 1), first * BLOCK_K, K, COLUMNS, AHEAD)
+    if PARTS == 1:
+        bias = load_bias(bias_ptr, offs_o, LEVELS, I)
     wait(AHEAD)
 
     if some:
-        y = multiply(x_ptr, weight_ptr, b, position, due, offs_o, first, last, LEVELS, I, BLOCK_K)
         if PARTS == 1:
             token = position // LEVELS.STRIDE[I]
-            store_result(y, out_ptr, bias_ptr, residual_ptr, b, token, offs_o, due, LEVELS, I)
+            residual, mask = load_residual(residual_ptr, b, token, offs_o, due, LEVELS, I)
+        y = multiply(x_ptr, weight_ptr, b, position, due, offs_o, first, last, LEVELS, I, BLOCK_K)
+        if PARTS == 1:
+            store_result(y, bias, residual, out_ptr, b, token, offs_o, mask, LEVELS, I)
         else:
             y_ptrs = parts_ptr + (part.to(tl.int64) * B + b) * O + offs_o[None, :]
             tl.store(y_ptrs, y, mask=due & (offs_o < O)[None, :])
@@ -204,19 +220,23 @@ def _project_rows_kernel(
 
 @triton.jit
 def add_tile(
-    parts_ptr, out_ptr, bias_ptr, residual_ptr, b, position, offs_o, B,
-    LEVELS: tl.constexpr, I: tl.constexpr,
+    parts_ptr, out_ptr, bias_ptr, residual_ptr, pid, b, position, B,
+    LEVELS: tl.constexpr, I: tl.constexpr, BLOCK_O: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result, the sum of its parts."""
     O: tl.constexpr = LEVELS.O[I]
+    PARTS: tl.constexpr = LEVELS.PARTS[I]
+    offs_o, token = pid * BLOCK_O + tl.arange(0, BLOCK_O), position // LEVELS.STRIDE[I]
     due = (b < B) & (position % LEVELS.STRIDE[I] == 0)
-    mask = due & (offs_o < O)[None, :]
-    y = tl.zeros([b.shape[0], offs_o.shape[0]], dtype=tl.float32)
-    for part in tl.static_range(LEVELS.PARTS[I]):
+    bias = load_bias(bias_ptr, offs_o, LEVELS, I)
+    wait(AHEAD)
+
+    residual, mask = load_residual(residual_ptr, b, token, offs_o, due, LEVELS, I)
+    y = tl.zeros(mask.shape, dtype=tl.float32)
+    for part in tl.static_range(PARTS):
         y_ptrs = parts_ptr + (part * B.to(tl.int64) + b) * O + offs_o[None, :]
         y += tl.load(y_ptrs, mask=mask, other=0.0)
-    token = position // LEVELS.STRIDE[I]
-    store_result(y, out_ptr, bias_ptr, residual_ptr, b, token, offs_o, due, LEVELS, I)
+    store_result(y, bias, residual, out_ptr, b, token, offs_o, mask, LEVELS, I)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -227,13 +247,11 @@ def _add_parts_kernel(
     """Every program has a tile of one level's result."""
     pid = tl.program_id(0).to(tl.int64)
     b, position = rows_of(position_ptr, B, BLOCK_B)
-    wait(AHEAD)
     for i in tl.static_range(len(parts_ptrs)):
         if (pid >= LEVELS.START[i]) & (pid < LEVELS.START[i + 1]):
-            offs_o = (pid - LEVELS.START[i]) * BLOCK_O + tl.arange(0, BLOCK_O)
             add_tile(
-                parts_ptrs[i], out_ptrs[i], bias_ptrs[i], residual_ptrs[i], b, position, offs_o, B,
-                LEVELS, i,
+                parts_ptrs[i], out_ptrs[i], bias_ptrs[i], residual_ptrs[i],
+                pid - LEVELS.START[i], b, position, B, LEVELS, i, BLOCK_O, AHEAD,
             )  # fmt: skip
 
 
