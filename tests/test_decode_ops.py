@@ -214,7 +214,7 @@ def test_rows_far_from_zero():
 
 
 def test_few_rows_of_a_deep_weight_are_divided():
-    """What is read counts, and what a further launch costs."""
+    """A further launch costs as much as some reading does."""
     widths = (16, 32, 64, 128)
     width, parts = _tiles.tiles_of([(1024, 4096)] * 2, [False] * 2, widths)
     assert width == 128 and parts == [8, 8]

@@ -199,9 +199,8 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
     BLOCK_B, BLOCK_J, _, tile = rows_and_tiles(B, [weight], [True])
     steps = [cdiv(d, tile["BLOCK_K"]) * (k is None) for d, k in zip(D, kept, strict=True)]
     places = [n * t.element_size() for t in x for n in t.stride()[:2]] + [t.data_ptr() for t in x]
-    constants["LEVELS"] = levels._replace(
-        STEP=starts(steps), ALIGNED=all(n % 16 == 0 for n in places)
-    )
+    aligned = all(n % 16 == 0 for n in places)
+    constants["LEVELS"] = Levels(*levels[:4], STEP=starts(steps), ALIGNED=aligned)
     launch(
         _merge_rows_kernel, (cdiv(J, BLOCK_J), cdiv(B, BLOCK_B)),
         position, x, weight, kept, bias, out, B,
