@@ -100,7 +100,7 @@ SPACES = {
     "decode._tiles": Space(
         ("generate",),
         table("NARROW", BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4, 6))
-        + table("WIDE", BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3))
+        + table("WIDE", BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(2, 3))
         + each(
             MAX_ROWS=(32, 64, 128),
             LAUNCH=(2**15, 2**16, 2**17, 2**30),

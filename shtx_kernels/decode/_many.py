@@ -80,8 +80,9 @@ def store_result(
     y, bias, residual, out_ptr, b, token, offs_o, mask, LEVELS: tl.constexpr, I: tl.constexpr
 ):
     """Store activation(y + bias) + residual where `mask` is."""
+    ACTIVATION: tl.constexpr = LEVELS.ACTIVATION[I]
     RINGS: tl.constexpr = LEVELS.RINGS_O
-    y = activate(y + bias, LEVELS.ACTIVATION[I]) + residual.to(tl.float32)
+    y = activate(y + bias, ACTIVATION) + residual.to(tl.float32)
     tl.store(row_of(out_ptr, b, token, RINGS, I) + offs_o[None, :], y, mask=mask)
 
 

@@ -17,7 +17,7 @@ from ..launch import cdiv, next_power_of_2
 MAX_ROWS = 64
 # Tiles of 16-bit numbers, and of fp32, which no tensor core multiplies exactly.
 NARROW = dict(BLOCK_K=64, num_warps=4, num_stages=4)
-WIDE = dict(BLOCK_K=32, num_warps=4, num_stages=2)
+WIDE = dict(BLOCK_K=128, num_warps=4, num_stages=3)
 # The choices of rows of a weight for 16-bit numbers, and of a program's share of the channels.
 WIDTHS, SHARES = (16, 32, 64, 128), (512, 1024, 2048, 2**31)
 PROCESSORS = 132

@@ -137,7 +137,8 @@ def _merge_rows_kernel(
     b = (tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
     offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
     position = tl.load(position_ptr + b, mask=b < B, other=0)
-    mask, RINGS = (b < B) & (offs_j < J)[None, :], LEVELS.RINGS
+    mask = (b < B) & (offs_j < J)[None, :]
+    RINGS: tl.constexpr = LEVELS.RINGS
     zeros, none = tl.zeros([BLOCK_B, BLOCK_J], tl.float32), tl.zeros([BLOCK_B, 1], tl.float32)
     fetch(weight_ptr, tl.minimum(offs_j, J - 1), 0, WIDTH, WIDTH, AHEAD)
     bias = tl.load(bias_ptr + offs_j, mask=offs_j < J, other=0.0).to(tl.float32)[None, :]
