@@ -92,17 +92,28 @@ SPACES = {
     "chunk_summary": Space(("chunk_summary",), ROWS),
     "decode.attend": Space(("generate",), each(MAX_KEYS=(32, 64, 128)), ("A", "B")),
     "decode.embed": Space(("generate",), each(ELEMENTS=(1024, 2048, 4096)), ("A", "B")),
-    "decode.merge": Space(
+    "decode._many": Space(
         ("generate",),
-        each(ROW_ELEMENTS=(4096, 8192, 16384), MAX_ROWS=(32, 64))
-        + table("TILE", BLOCK_J=(16, 32), BLOCK_K=(64, 128, 256), num_warps=(4, 8)),
-        ("A", "B"),
+        each(FETCHED=(64, 1024, 4096)) + table("ADDED", BLOCK_B=(4, 8, 16), BLOCK_O=(64, 128, 256)),
+        ("A", "B", "C"),
     ),
+    "decode._tiles": Space(
+        ("generate",),
+        table("NARROW", BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4, 6))
+        + table("WIDE", BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(2, 3))
+        + each(
+            MAX_ROWS=(32, 64, 128),
+            LAUNCH=(2**15, 2**16, 2**17, 2**30),
+            WIDTHS=[(16,), (16, 32), (16, 32, 64)],
+            SHARES=[(256, 512, 1024, 2048, 2**31), (1024, 2048, 2**31)],
+            PROCESSORS=(66, 264),
+        ),
+        ("A", "B", "C"),
+    ),
+    "decode.merge": Space(("generate",), each(ROW_ELEMENTS=(4096, 8192, 16384)), ("A", "B")),
     "decode.project": Space(
         ("generate",),
-        grid(ROW_ELEMENTS=(4096, 8192, 16384), PROGRAMS=(132, 264, 528))
-        + table("TILE", BLOCK_O=(16, 32), BLOCK_K=(64, 128, 256), num_warps=(4, 8))
-        + each(MAX_ROWS=(32, 64)),
+        grid(ROW_ELEMENTS=(4096, 8192, 16384), PROGRAMS=(132, 264, 528)),
         ("A", "B"),
     ),
     "decode.sample": Space(

@@ -294,10 +294,14 @@ def halves_of_qkv(qkv: Tensor, level: Level, heads: int) -> Tensor:
 
 
 def attention_weights(attn: Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a token reads of either attention: its norm, "qkv" (3 H E, D), "out" (D, H E)."""
-    yield from norm_weights(attn.norm)
-    qkv = whole(attn.to_qkv.weight)
-    yield "qkv", halves_of_qkv(qkv.mT, attn.level, attn.heads).mT
+    """Yield what a token reads of either attention: "qkv" (3 H E, D), with gamma of the norm, its
+    "bias" (3 H E,) where the norm has beta, "out" (D, H E).
+    """
+    norm = dict(norm_weights(attn.norm))
+    qkv = halves_of_qkv(whole(attn.to_qkv.weight).mT, attn.level, attn.heads).mT
+    yield "qkv", qkv * norm["gamma"]
+    if "beta" in norm:
+        yield "bias", qkv @ norm["beta"]
     yield "out", whole(attn.to_out.weight)
 
 
@@ -426,10 +430,9 @@ class FeedForward(Layer):
         return to_out(gelu(to_inner(y)))
 
     def token_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what a token reads: "in" (J, D), "out" (D, J), and the norm."""
-        _, to_inner, _, to_out = self.net
-        yield "in", whole(to_inner.weight)
-        yield from norm_weights(self.norm)
+        """Yield what a token reads: "in" (J, D), with gamma of the norm, and "out" (D, J)."""
+        norm, to_inner, _, to_out = self.net
+        yield "in", whole(to_inner.weight) * whole(norm.gamma)
         yield "out", whole(to_out.weight)
 
 

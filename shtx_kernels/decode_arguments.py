@@ -35,9 +35,7 @@ class Projection(NamedTuple):
     out: Tensor  # ring (B, S, O)
     stride: int
     dilation: int = 0  # how far back the token shift reads; 0: there is none
-    norm: str | None = None  # "rms", "layer"
-    gamma: Tensor | None = None  # (D,)
-    beta: Tensor | None = None  # (D,)
+    norm: str | None = None  # "rms", "layer"; its gamma and beta are in the weight and the bias
     bias: Tensor | None = None  # (O,)
     activation: str | None = None  # "gelu", "silu"
     residual: Tensor | None = None  # ring (B, S, O); may be `out`

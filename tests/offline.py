@@ -26,6 +26,7 @@ from shtx import HierarchicalTransformer, ops
 from shtx.generation.decoder import Decoder
 from shtx.next_latent import HierarchicalTransformer as NextLatent
 from shtx_kernels import _gelu, _gelu_hopper
+from shtx_kernels.decode_arguments import Projection
 from shtx_kernels.launch import compile_only
 from shtx_kernels.rotary_attention import library
 
@@ -119,6 +120,11 @@ def launch_all(dtype: str, name: str):
             logits = decoder.step()
             noise = torch.ones_like(logits)[:, None]
             decoder.ops.decode.sample(decoder.position, logits, noise, 1.0, 9, 0.9, decoder.ids)
+
+    # a product that is divided into parts, whichever its dtype
+    x = torch.empty(4, 1, 4096, dtype=getattr(torch, dtype))
+    deep = Projection(x, x[0].expand(16, -1).contiguous(), x[..., :16], 1)
+    ops.FUSED.decode.project(torch.zeros(4, dtype=torch.long), [deep])
 
     levels = dict(dim=(512, 256), hierarchies=(1, 4), hierarchical_stride=(1, 2), window_sizes=0)
     model = NextLatent(num_tokens=256, depth=1, num_rollouts=2, impl="fused", **levels)

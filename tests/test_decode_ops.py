@@ -11,6 +11,7 @@ from helpers import DEVICE, DTYPES
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx.ops import FUSED, REFERENCE, Attention, Lookup, Norm, Part, Projection
+from shtx_kernels.decode import _tiles
 
 BATCHES = [[7], [8], [0, 7, 8]]  # positions; one sequence is a kernel of its own
 
@@ -22,8 +23,7 @@ def ring(B, slots, *shape):
 def projections(B):
     """Two levels of every kind of stage, of odd and unequal widths."""
     vector, rows = lambda n: torch.randn(n), lambda o, k: torch.randn(o, k) / k**0.5
-    rms, layer = dict(norm="rms", gamma=vector(24)), dict(norm="layer")
-    layer |= dict(gamma=vector(17), beta=vector(17))
+    rms, layer = dict(norm="rms"), dict(norm="layer", bias=vector(9))
     yield [
         Projection(ring(B, 4, 24), rows(40, 24), ring(B, 1, 40), 1, dilation=2, **rms),
         Projection(ring(B, 8, 17), rows(9, 17), ring(B, 1, 9), 2, dilation=4, **layer),
@@ -121,12 +121,8 @@ def run(op, name, positions, arguments, dtype):
     return [t.double() if FLOATS(t) else t for t in tree_leaves(arguments) if torch.is_tensor(t)]
 
 
-@pytest.mark.parametrize("case", range(COUNT))
-@pytest.mark.parametrize("positions", BATCHES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_accurate_as_the_reference(case, positions, dtype):
-    torch.manual_seed(case)
-    name, arguments = list(cases(len(positions)))[case]
+def check_accuracy(name, positions, arguments, dtype):
+    """Compare with fp64, of what the reference is off in the same dtype."""
     fused, reference = (getattr(impl.decode, name) for impl in (FUSED, REFERENCE))
     # all start from numbers that the dtype has
     arguments = tree_map_only(
@@ -141,6 +137,90 @@ def test_as_accurate_as_the_reference(case, positions, dtype):
             continue
         budget = 2 * (r - t).abs().max() + torch.finfo(dtype).eps * t.abs().max()
         assert o.isfinite().all() and (o - t).abs().max() <= budget
+
+
+@pytest.mark.parametrize("case", range(COUNT))
+@pytest.mark.parametrize("positions", BATCHES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_accurate_as_the_reference(case, positions, dtype):
+    torch.manual_seed(case)
+    name, arguments = list(cases(len(positions)))[case]
+    check_accuracy(name, positions, arguments, dtype)
+
+
+def many(B):
+    """Products of all kinds, of which some are divided into parts, and merges, for B sequences."""
+    vector, rows = lambda n: torch.randn(n), lambda o, k: torch.randn(o, k) / k**0.5
+    yield from (("project", [stage]) for stage in projections(B))
+    norms = [("rms", "gelu"), ("layer", "silu"), (None, "gelu"), (None, None)]
+    shapes = (131, 1, 1), (129, 2, 2), (64, 4, 1), (65, 1, 0)  # K, stride, dilation
+    yield "project", [  # a level for each norm and activation
+        [
+            Projection(
+                ring(B, 4, k), rows(21, k), ring(B, 2, 21), s, d, norm, vector(21), act,
+                ring(B, 3, 21),
+            )
+            for (norm, act), (k, s, d) in zip(norms, shapes, strict=True)
+        ]
+    ]  # fmt: skip
+    stream = ring(B, 4, 20)
+    yield (
+        "project",
+        [  # parts, and a level that has none
+            [
+                Projection(ring(B, 1, 1100), rows(20, 1100), stream, 1, residual=stream),
+                Projection(ring(B, 4, 600), rows(9, 600), ring(B, 2, 9), 2, 2, bias=vector(9)),
+                Projection(ring(B, 2, 40), rows(9, 40), ring(B, 2, 9), 1, activation="silu"),
+            ]
+        ],
+    )
+    conv = ring(B, 4, 300)
+    yield (
+        "project",
+        [[Projection(conv, rows(12, 1200), ring(B, 1, 12), 2, activation="gelu", taps=4)]],
+    )
+    widths, kept = (300, 70, 16), torch.randn(B, 11).square()
+    parts = [
+        Part(ring(B, 4, d), k, s)
+        for d, k, s in zip(widths, (None, None, kept), (1, 1, 4), strict=True)
+    ]
+    yield "merge", [parts, torch.randn(10, 386) / 20, torch.randn(10), ring(B, 1, 10)]
+
+
+MANY = len(list(many(1)))
+
+
+@pytest.mark.parametrize("case", range(MANY))
+@pytest.mark.parametrize("B", [16, 17, 64, 100, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_sequences(case, B, dtype, monkeypatch):
+    torch.manual_seed(B + case)
+    monkeypatch.setattr(_tiles, "LAUNCH", 0)  # divided wherever less is read
+    name, arguments = list(many(B))[case]
+    check_accuracy(name, torch.randint(0, 50, (B,)).tolist(), arguments, dtype)
+
+
+def test_rows_far_from_zero():
+    """Their squares are much larger than their variance."""
+    torch.manual_seed(0)
+    x, w = 1000 + torch.randn(16, 1, 96), torch.randn(8, 96) / 96**0.5
+    w -= w.mean(dim=1, keepdim=True)
+    projections = [Projection(x, w, torch.zeros(16, 1, 8), 1, norm="layer")]
+    truth, ours = (
+        run(op.decode.project, "project", [0] * 16, [projections], dtype)[-1]
+        for op, dtype in ((REFERENCE, torch.float64), (FUSED, torch.float32))
+    )
+    torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-3)
+
+
+def test_few_rows_of_a_deep_weight_are_divided():
+    """A further launch costs as much as some reading does."""
+    widths = (16, 32, 64, 128)
+    width, parts = _tiles.tiles_of([(1024, 4096)] * 2, [False] * 2, widths)
+    assert width == 128 and parts == [8, 8]
+    assert _tiles.tiles_of([(1024, 4096)] * 2, [True] * 2, widths)[1] == [1, 1]
+    assert _tiles.tiles_of([(512, 512)] * 3, [False] * 3, widths) == (32, [1, 1, 1])
+    assert _tiles.tiles_of([(1024, 4096), (9, 40)], [False] * 2, widths)[1] == [8, 1]
 
 
 @pytest.mark.parametrize("case", range(COUNT))
@@ -262,7 +342,7 @@ def test_in_a_graph():
     x, w = torch.randn(1, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
     streams = [x.clone(), torch.zeros_like(x)]
     position = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    stage = lambda a, b: [Projection(a, w, b, 1, norm="rms", gamma=torch.ones_like(w[0]))]
+    stage = lambda a, b: [Projection(a, w, b, 1, norm="rms")]
     stages = [stage(streams[i % 2], streams[(i + 1) % 2]) for i in range(40)]
 
     def step(decode):

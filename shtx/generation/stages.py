@@ -106,8 +106,8 @@ class Stages:
                 w = weights(model, lambda model, i=i: model.layers[layer][i].attn.token_weights())
                 inner = attn.heads * level.dim_head
                 qkv, attended = ring(1, 3 * inner), ring(1, inner)
-                beta = w.get("beta")
-                norm = dict(norm="layer" if exists(beta) else "rms", gamma=w["gamma"], beta=beta)
+                bias = w.get("bias")
+                norm = dict(norm="layer" if exists(bias) else "rms", bias=bias)
                 shifted = self._shifted(streams[i], layer, i, "attn")
                 qkvs.append(Projection(**shifted, **norm, weight=w["qkv"], out=qkv))
                 attentions.append(self._attention(layer, i, attn.heads, qkv, attended))
@@ -115,9 +115,9 @@ class Stages:
                 attn_outs.append(Projection(attended, w["out"], streams[i], step, residual=x))
             w = weights(model, lambda model, i=i: model.layers[layer][i].ff.token_weights())
             hidden = ring(1, len(w["in"]))
-            ff = dict(gamma=w["gamma"], weight=w["in"], out=hidden)
             shifted = self._shifted(streams[i], layer, i, "ff")
-            ff_ins.append(Projection(**shifted, **ff, norm="rms", activation="gelu"))
+            ff = dict(weight=w["in"], out=hidden, norm="rms", activation="gelu")
+            ff_ins.append(Projection(**shifted, **ff))
             x, streams[i] = streams[i], self.state.stream(level)
             ff_outs.append(Projection(hidden, w["out"], streams[i], step, residual=x))
         ops = self.ops

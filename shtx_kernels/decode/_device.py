@@ -5,9 +5,9 @@ tuples with one entry per level, and so is every field of LEVELS, which has all 
 is compiled for; I is the level. RINGS[I] has the slots of a level's ring, and how far apart in
 memory its sequences and its slots are.
 
-The kernels of one sequence are short, and each needs what the one before it wrote. So on Hopper
-they are launched ahead: they fetch weights and everything else that is older than this token, and
-then wait (programmatic dependent launch).
+The kernels are short, and each needs what the one before it wrote. So on Hopper they are launched
+ahead: they fetch weights and everything else that is older than this token, and then wait
+(programmatic dependent launch).
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,22 @@ def wait(AHEAD: tl.constexpr):
 
 
 @triton.jit
+def fetch(weight_ptr, rows, first, K: tl.constexpr, FETCHED: tl.constexpr, AHEAD: tl.constexpr):
+    """Bring about FETCHED columns from `first` on, of K that a weight has, into the L2 cache while
+    the launch before is at work.
+    """
+    if AHEAD:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        for more in tl.static_range(0, FETCHED, 8 * LINE):
+            columns = tl.minimum(first + more + tl.arange(0, 8) * LINE, K - 1)
+            addresses = weight_ptr + rows[:, None] * K + columns[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@triton.jit
 def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
     """Pointer to ring I's row for `token`; `token` may be negative, down to -slots."""
     slots: tl.constexpr = RINGS[I][0]
@@ -49,13 +65,13 @@ def row_of(ptr, b, token, RINGS: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
-def normalize(x, gamma, beta, mask, K: tl.constexpr, NORM: tl.constexpr):
+def normalize(x, mask, K: tl.constexpr, NORM: tl.constexpr):
     """A row x of K channels, normalized if NORM is not None; x is zero outside of `mask`."""
     if NORM == "layer":
         x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
-        x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5) * gamma + beta
+        x = x / tl.sqrt(tl.sum(x * x, axis=0) / K + 1e-5)
     elif NORM == "rms":
-        x = x * (K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12)) * gamma
+        x = x * (K**0.5 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=0)), 1e-12))
     return x
 
 

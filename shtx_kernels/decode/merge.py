@@ -16,12 +16,10 @@ from torch import Tensor
 from .._dot import dot
 from ..decode_arguments import Part
 from ..launch import accumulator, cdiv, launch, next_power_of_2
-from ._device import ahead, program, rings_of, row_of, starts, wait
+from ._device import ahead, fetch, program, rings_of, row_of, starts, wait
+from ._tiles import rows_and_tiles
 
 ROW_ELEMENTS = 8192  # elements of a weight that a program reads
-# The tile for several sequences; it was not searched for.
-TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
-MAX_ROWS = 64
 
 
 class Levels(NamedTuple):
@@ -31,6 +29,8 @@ class Levels(NamedTuple):
     FIRST: tuple[int, ...]  # the first column of the weight, and how many columns there are
     STRIDE: tuple[int, ...]  # tokens per token of the level
     RINGS: tuple  # those of x
+    STEP: tuple[int, ...] = ()  # the first step of a level without `kept`, and how many there are
+    ALIGNED: bool = False  # whether rows of x begin at multiples of 16 bytes
 
 
 @triton.jit
@@ -79,25 +79,48 @@ def _merge_row_kernel(
 
 
 @triton.jit
-def part_of_rows(
-    x_ptr, weight_ptr, b, token, due, offs_j,
-    J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, I: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+def multiply(
+    x_row, weight_ptr, start, width, due, offs_j, product, squares,
+    J: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The product and the sums of squares of a level, for the rows that make a token now."""
-    D: tl.constexpr = LEVELS.D[I]
+    """A step of a product and of the sums of squares: channels from `start` on of `width`."""
+    offs = start + tl.arange(0, BLOCK_K)
+    w_ptrs = weight_ptr + offs_j[:, None] * WIDTH + offs[None, :]
+    w = tl.load(w_ptrs, mask=(offs_j < J)[:, None] & (offs < width)[None, :], other=0.0)
+    x = tl.load(x_row + offs[None, :], mask=due & (offs < width)[None, :], other=0.0)
+    wide = x.to(tl.float32)
+    squares += tl.sum(wide * wide, axis=1)[:, None]
+    return dot(x, w.T, product, tl.float32, "ieee"), squares
+
+
+@triton.jit
+def multiply_levels(
+    x_ptrs, kept_ptrs, weight_ptr, b, position, due, offs_j, product, squares,
+    J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The product and the sums of squares of all levels without `kept`, in one loop: while a level
+    ends, the next one is on its way.
+    """
     RINGS: tl.constexpr = LEVELS.RINGS
-    product = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
-    if tl.max(due.to(tl.int32)) > 0:
-        for k in range(0, D, BLOCK_K):
-            offs = k + tl.arange(0, BLOCK_K)
-            w_ptrs = weight_ptr + offs_j[:, None] * WIDTH + offs[None, :]
-            w = tl.load(w_ptrs, mask=(offs_j < J)[:, None] & (offs < D)[None, :], other=0.0)
-            x_ptrs = row_of(x_ptr, b, token, RINGS, I) + offs[None, :]
-            x = tl.load(x_ptrs, mask=due & (offs < D)[None, :], other=0.0)
-            product = dot(x, w.T, product, tl.float32, "ieee")
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)[:, None]
+    STEPS: tl.constexpr = LEVELS.STEP[len(x_ptrs)]
+    rows = ()
+    for i in tl.static_range(len(x_ptrs)):
+        rows = rows + (row_of(x_ptrs[i], b, position // LEVELS.STRIDE[i], RINGS, i),)
+    for step in range(0, STEPS):
+        x_row, column, start, width = rows[0], 0, step * BLOCK_K, LEVELS.D[0]
+        for i in tl.static_range(1, len(x_ptrs)):
+            if kept_ptrs[i] is None:
+                here = step >= LEVELS.STEP[i]
+                x_row = tl.where(here, rows[i], x_row)
+                column = tl.where(here, LEVELS.FIRST[i], column)
+                start = tl.where(here, (step - LEVELS.STEP[i]) * BLOCK_K, start)
+                width = tl.where(here, LEVELS.D[i], width)
+        if LEVELS.ALIGNED:
+            x_row = tl.multiple_of(x_row, (16, 16))
+        product, squares = multiply(
+            x_row, weight_ptr + column, start, width, due, offs_j, product, squares,
+            J, WIDTH, BLOCK_K,
+        )  # fmt: skip
     return product, squares
 
 
@@ -105,7 +128,7 @@ def part_of_rows(
 def _merge_rows_kernel(
     position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr, B,
     J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, STRIDE_OB: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has BLOCK_J rows of the weight for BLOCK_B sequences."""
     pid = tl.program_id(0).to(tl.int64)
@@ -113,25 +136,34 @@ def _merge_rows_kernel(
     offs_j = pid * BLOCK_J + tl.arange(0, BLOCK_J)
     position = tl.load(position_ptr + b, mask=b < B, other=0)
     mask = (b < B) & (offs_j < J)[None, :]
-    total = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
+    RINGS: tl.constexpr = LEVELS.RINGS
+    zeros, none = tl.zeros([BLOCK_B, BLOCK_J], tl.float32), tl.zeros([BLOCK_B, 1], tl.float32)
+    fetch(weight_ptr, tl.minimum(offs_j, J - 1), 0, WIDTH, WIDTH, AHEAD)
+    bias = tl.load(bias_ptr + offs_j, mask=offs_j < J, other=0.0).to(tl.float32)[None, :]
+    wait(AHEAD)
+
+    total, squares = multiply_levels(
+        x_ptrs, kept_ptrs, weight_ptr, b, position, b < B, offs_j, zeros, none,
+        J, WIDTH, LEVELS, BLOCK_K,
+    )  # fmt: skip
     for i in tl.static_range(len(x_ptrs)):
-        due = (b < B) & (position % LEVELS.STRIDE[i] == 0)
-        product, square = part_of_rows(
-            x_ptrs[i], weight_ptr + LEVELS.FIRST[i], b, position // LEVELS.STRIDE[i], due, offs_j,
-            J, WIDTH, LEVELS, i, BLOCK_B, BLOCK_J, BLOCK_K,
-        )  # fmt: skip
         if kept_ptrs[i] is not None:
+            due = (b < B) & (position % LEVELS.STRIDE[i] == 0)
+            product, square = zeros, none
+            if tl.max(due.to(tl.int32)) > 0:
+                x_row = row_of(x_ptrs[i], b, position // LEVELS.STRIDE[i], RINGS, i)
+                for k in range(0, LEVELS.D[i], BLOCK_K):
+                    product, square = multiply(
+                        x_row, weight_ptr + LEVELS.FIRST[i], k, LEVELS.D[i], due, offs_j, product,
+                        square, J, WIDTH, BLOCK_K,
+                    )  # fmt: skip
             kept = kept_ptrs[i] + b * (J + 1)
             tl.store(kept + offs_j[None, :], product, mask=mask & due)
             tl.store(kept + J, square, mask=tl.where(pid == 0, due, False))
             past = (b < B) & (position % LEVELS.STRIDE[i] != 0)
-            product += tl.load(kept + offs_j[None, :], mask=mask & past, other=0.0)
-            square += tl.load(kept + J, mask=past, other=0.0)
-        total += product
-        squares += square
-    y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12))
-    y += tl.load(bias_ptr + offs_j, mask=offs_j < J, other=0.0).to(tl.float32)[None, :]
+            total += product + tl.load(kept + offs_j[None, :], mask=mask & past, other=0.0)
+            squares += square + tl.load(kept + J, mask=past, other=0.0)
+    y = total * (WIDTH**0.5 / tl.maximum(tl.sqrt(squares), 1e-12)) + bias
     tl.store(out_ptr + b * STRIDE_OB + offs_j[None, :], y * tl.sigmoid(y), mask=mask)
 
 
@@ -163,7 +195,13 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
             **ahead(position.device),
         )  # fmt: skip
         return
-    BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
-    grid = cdiv(J, TILE["BLOCK_J"]), cdiv(B, BLOCK_B)
-    arguments = position, x, weight, kept, bias, out, B
-    launch(_merge_rows_kernel, grid, *arguments, **constants, BLOCK_B=BLOCK_B, **TILE)
+    BLOCK_B, BLOCK_J, _, tile = rows_and_tiles(B, [weight], [True])
+    steps = [cdiv(d, tile["BLOCK_K"]) * (k is None) for d, k in zip(D, kept, strict=True)]
+    places = [n * t.element_size() for t in x for n in t.stride()[:2]] + [t.data_ptr() for t in x]
+    aligned = all(n % 16 == 0 for n in places)
+    constants["LEVELS"] = Levels(*levels[:4], STEP=starts(steps), ALIGNED=aligned)
+    launch(
+        _merge_rows_kernel, (cdiv(J, BLOCK_J), cdiv(B, BLOCK_B)),
+        position, x, weight, kept, bias, out, B,
+        **constants, BLOCK_B=BLOCK_B, BLOCK_J=BLOCK_J, **tile, **ahead(position.device),
+    )  # fmt: skip

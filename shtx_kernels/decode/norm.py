@@ -39,7 +39,7 @@ def _norm_kernel(
             x = tl.load(x_row + offs, mask=mask, other=0.0).to(ACC)
             gamma = tl.load(gamma_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
             beta = tl.load(beta_ptrs[i] + offs, mask=mask, other=0.0).to(ACC)
-            y = normalize(x, gamma, beta, mask, LEVELS.D[i], "layer")
+            y = normalize(x, mask, LEVELS.D[i], "layer") * gamma + beta
             tl.store(row_of(out_ptrs[i], b, token, RINGS_O, i) + offs, y, mask=mask)
 
 

@@ -35,11 +35,11 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return x if activation is None else getattr(F, activation)(x)
 
 
-def normalize(x: Tensor, norm: str | None, gamma: Tensor, beta: Tensor | None) -> Tensor:
-    """The "layer" or "rms" norm of x (..., D); x itself for None."""
+def normalize(x: Tensor, norm: str | None) -> Tensor:
+    """The "layer" or "rms" norm of x (..., D), without weights; x itself for None."""
     if norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], gamma.to(x), beta.to(x), eps=1e-5)
-    return rms_norm(x, gamma.to(x)) if norm == "rms" else x
+        return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+    return rms_norm(x, x.new_ones(())) if norm == "rms" else x
 
 
 def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup]) -> None:
@@ -63,8 +63,8 @@ def embed(position: Tensor, ids: Tensor, history: Tensor, lookups: list[Lookup])
 def norm(position: Tensor, norms: list[Norm]) -> None:
     """out = layer_norm(x), for each level."""
     for x, gamma, beta, out, stride in norms:
-        rows = normalize(widen(read(x, position // stride)), "layer", gamma, beta)
-        write(out, position, stride, rows)
+        rows = normalize(widen(read(x, position // stride)), "layer")
+        write(out, position, stride, rows * gamma.to(rows) + beta.to(rows))
 
 
 def project(position: Tensor, projections: list[Projection]) -> None:
@@ -83,7 +83,7 @@ def project(position: Tensor, projections: list[Projection]) -> None:
         if p.dilation:
             half = (x.shape[-1] + 1) // 2
             x = torch.cat((x[:, :half], read(p.x, token - p.dilation)[:, half:]), dim=-1)
-        x = normalize(widen(x), p.norm, p.gamma, p.beta).to(p.weight.dtype)
+        x = normalize(widen(x), p.norm).to(p.weight.dtype)
         y = widen(F.linear(x, p.weight))
         y = activate(y if p.bias is None else y + p.bias.to(y), p.activation)
         if p.residual is not None:
