@@ -18,7 +18,7 @@ STACK_LIMIT = {
     "_next_latent_norm_bwd_kernel": 8,  # summaries with a gradient, on sm_80
     "_norm_token_shift_fwd_kernel": 16,  # layer norms that add a branch, on sm_80
     "_norm_token_shift_bwd_kernel": 128,
-    "_project_rows_kernel": 8,  # with Triton 3.9, on sm_100
+    "_project_rows_kernel": 16,  # with Triton 3.6, on sm_100; 8 with 3.9
     "_rotary_attention_fwd_kernel": 72,  # windows of 128
     "_rotary_attention_bwd_tile_kernel": 328,  # with Triton 3.9; 80 with 3.6, on sm_90
     "_rotary_attention_bwd_dkdv_kernel": 480,
@@ -29,7 +29,8 @@ WIDE_STACK_LIMIT = {
     "_rotary_attention_bwd_dkdv_kernel": 72,  # with Triton 3.6; 48 with 3.9
     "_norm_token_shift_bwd_kernel": 24,  # with Triton 3.6; none with 3.9
     "_project_row_kernel": 56,  # with Triton 3.6; none with 3.9
-    "_project_rows_kernel": 8,  # with Triton 3.9
+    "_project_rows_kernel": 8,  # with Triton 3.9; none with 3.6
+    "_merge_rows_kernel": 8,  # with Triton 3.6; none with 3.9
 }
 
 
