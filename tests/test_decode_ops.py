@@ -336,14 +336,19 @@ def test_sample_of_long_rows(options):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
-def test_in_a_graph():
+@pytest.mark.parametrize("B", [1, 64])
+def test_in_a_graph(B, monkeypatch):
     """Each op waits for the last, though launched before that ends, in a graph that repeats."""
     torch.manual_seed(0)
-    x, w = torch.randn(1, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
+    monkeypatch.setattr(_tiles, "LAUNCH", 0)  # every other product is divided into parts
+    D = 1024
+    x, w = torch.randn(B, 2, D, device=DEVICE), torch.randn(D, D, device=DEVICE) / D**0.5
     streams = [x.clone(), torch.zeros_like(x)]
-    position = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    stage = lambda a, b: [Projection(a, w, b, 1, norm="rms")]
-    stages = [stage(streams[i % 2], streams[(i + 1) % 2]) for i in range(40)]
+    position = torch.zeros(B, dtype=torch.long, device=DEVICE)
+    stage = lambda a, b, norm: [Projection(a, w, b, 1, norm=norm)]
+    stages = [
+        stage(streams[i % 2], streams[(i + 1) % 2], None if i % 2 else "rms") for i in range(40)
+    ]
 
     def step(decode):
         for projections in stages:
