@@ -133,10 +133,15 @@ def add_each(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         target.add_(other)
 
 
+def norm_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(tensor) for tensor in tensors]
+
+
 # Each does with a list of tensors in a few launches what the function beside it does one by one.
 lerp_all = find("_foreach_lerp_", lerp_each)
 scale_all = find("_foreach_mul_", scale_each)
 add_all = find("_foreach_add_", add_each)
+norms_of = find("_foreach_norm", norm_each)
 
 # Ends a capture's allocations in its memory pool. Otherwise: after an error of CUDA they go on.
 end_allocations = find("_C._cuda_endAllocateToPool", lambda device, pool: None)

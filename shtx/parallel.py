@@ -95,10 +95,14 @@ class Replicas(Alone):
     Args:
         model: the copy of this process.
         group: of more than one.
+
+    Attributes:
+        owner: the rank that alone gets the sum of a parameter's gradient; all get those of others.
     """
 
     def __init__(self, model: Module, group: "dist.ProcessGroup"):
         self.model, self.ranks = model, dist.get_process_group_ranks(group)
+        self.owner: dict[Parameter, int] = {}
         gloo = dict(backend="gloo", use_local_synchronization=True)
         is_gloo = dist.get_backend(group) == "gloo"
         hosts = group if is_gloo else dist.new_group(self.ranks, **gloo)
@@ -230,16 +234,22 @@ class Summing:
                 p.grad = torch.zeros_like(p)
         small = [p for p in bucket if p.grad.nbytes < PACKED]
         large = [p for p in bucket if p.grad.nbytes >= PACKED]
+        gradients, group, owner = [], self.replicas.group, self.replicas.owner
         for p in large:
             if _is_shared(p.grad):
                 p.grad = p.grad.clone()
-        gradients = [p.grad for p in large]
+            if p in owner:
+                to_owner = dict(group=group, group_dst=owner[p], async_op=True)
+                self.work.append(dist.reduce(p.grad, **to_owner))
+            else:
+                gradients.append(p.grad)
         if small:
             side_by_side = torch.cat([p.grad.flatten() for p in small])
             for p, part in zip(small, side_by_side.split([p.numel() for p in small]), strict=True):
                 p.grad = part.view(p.shape)
             gradients.append(side_by_side)
-        self.work.append(self.replicas.group.allreduce_coalesced(gradients))
+        if gradients:
+            self.work.append(group.allreduce_coalesced(gradients))
 
     def end(self) -> None:
         """Start what has not been, and wait for all."""
@@ -248,6 +258,10 @@ class Summing:
         self.add_late()
         for work in self.work:
             work.wait()
+        rank = self.replicas.group.rank()
+        for p, owner in self.replicas.owner.items():
+            if owner != rank:  # it is no sum, or another rank has it
+                p.grad = None
 
     def add_late(self) -> None:
         """Give parameters that got their first gradients their buckets: on each rank those of all.

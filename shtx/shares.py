@@ -2,13 +2,18 @@
 
 Every parameter belongs to one rank, the largest first to the rank that has least so far. Parameters
 of a rank lie side by side in its row of one tensor, so that one call gathers what all have updated.
+A gradient is summed where its parameter belongs, so that sums and what is gathered have as many
+bytes together as sums on all ranks.
 """
 
 from itertools import chain
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
 
+from shtx.internals import norms_of
 from shtx.optimizers import Optimizers
 from shtx.parallel import Replicas
 
@@ -21,7 +26,7 @@ class Shares:
     Args:
         optimizer: one or several, which keep the share of this rank, in the groups that they had;
             parameters move.
-        replicas: who has a share.
+        replicas: who has a share; they sum gradients where these belong from then on.
     """
 
     def __init__(self, optimizer: Optimizers, replicas: Replicas):
@@ -34,6 +39,7 @@ class Shares:
             owner = min(range(size), key=filled.__getitem__)
             self.owner[p], begins[p] = owner, filled[owner]
             filled[owner] += -(-p.numel() // ALIGNED) * ALIGNED
+        replicas.owner = self.owner
         self.rows = trained[0].new_zeros(size, max(filled), requires_grad=False)
         for p, begin in begins.items():
             place = self.rows[self.owner[p], begin : begin + p.numel()].view(p.shape)
@@ -45,6 +51,26 @@ class Shares:
                 if self.owner[p] != self.rank:
                     del state[p]
 
+    def clip(self, parameters: list[Parameter], largest: float) -> Tensor:
+        """Clip gradients that are where they belong, as clip_grad_norm_ does where all are; return
+        the norm of all.
+
+        Args:
+            parameters: the model's.
+            largest: norm.
+        """
+        # all ranks have a gradient that belongs to nobody: the first counts it
+        own = [p for p in parameters if p.grad is not None]
+        counted = [p for p in own if self.owner.get(p, 0) == self.rank]
+        norms = norms_of([p.grad for p in counted]) if counted else []
+        norm_of = dict(zip(counted, norms, strict=True))
+        none = self.rows.new_zeros(())
+        norms = torch.stack([norm_of.get(p, none) for p in parameters if p.requires_grad])
+        dist.all_reduce(norms, group=self.replicas.group)
+        norm = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(own, largest, norm)
+        return norm
+
     def gather(self) -> None:
         """Fetch what the other ranks have updated."""
         # the name that it has from PyTorch 2.13 on
@@ -54,7 +80,7 @@ class Shares:
     def state_dict(self) -> dict | None:
         """The state of the whole optimizer, on the CPU of the first rank; None on the others."""
         own = self.optimizer.state_dict()
-        to_cpu = lambda value: value.cpu() if isinstance(value, torch.Tensor) else value
+        to_cpu = lambda value: value.cpu() if isinstance(value, Tensor) else value
         state = {
             index: {name: to_cpu(value) for name, value in own["state"][i].items()}
             for i, index in enumerate(self._own_indices())

@@ -89,8 +89,9 @@ class TrainStep:
         process_group: of the processes that step together; None: that of a DistributedDataParallel
             or FSDP2 model, else all; False: this process steps alone.
         shard_optimizer: each process keeps the optimizers' state of a share of the parameters, each
-            of which is whole, and updates these. `optimizer_state_dict` has all of it. A model
-            under FSDP2 takes optimizers of parts of parameters: AdamW, not Muon.
+            of which is whole, gets the gradients of these, and updates them. `optimizer_state_dict`
+            has all of it. A model under FSDP2 takes optimizers of parts of parameters: AdamW, not
+            Muon.
 
     Attributes:
         grad_norm: 0-dim, of the last step, before clipping; None without grad_clip.
@@ -285,10 +286,7 @@ class TrainStep:
             loss, parts = self._forward_backward(ids, labels)
             for optimizer in self.optimizers.all:
                 self.scaler.unscale_(optimizer)
-            norm = None
-            if self.grad_clip is not None:
-                norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
-                norm = norm.full_tensor() if self._sharded else norm
+            norm = None if self.grad_clip is None else self._clip()
             with self._tensors_in_groups():
                 for optimizer in self.optimizers.all:
                     self.scaler.step(optimizer)
@@ -346,6 +344,13 @@ class TrainStep:
     def _backward(self, loss: Tensor, last: bool = True) -> None:
         with torch.autocast(loss.device.type, enabled=False):
             self._ranks.backward(self.scaler.scale(loss), last)
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients of all parameters together; return their norm before."""
+        if self._shares is not None:
+            return self._shares.clip(self._parameters, self.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.grad_clip)
+        return norm.full_tensor() if self._sharded else norm
 
     # the optimizer
 

@@ -221,12 +221,13 @@ def test_pytorch_without_its_private_interfaces():
     page = without("shtx", (c, "_storage_Use_Count"))
     with pytest.raises(NotImplementedError, match="_storage_Use_Count"):
         page.count_holders(page.storage_of(torch.ones(1)))
-    absent = [(torch, f"_foreach_{name}_") for name in ("lerp", "mul", "add")]
+    absent = [(torch, f"_foreach_{name}") for name in ("lerp_", "mul_", "add_", "norm")]
     page = without("shtx", *absent, (torch.compiler, "_is_exporting_flag"))
     page.lerp_all(targets, [torch.full((2,), 3.0), torch.full((3,), 5.0)], 0.5)
     page.scale_all(targets, 2.0)
     page.add_all(targets, sources)
     assert [t.tolist() for t in targets] == [[5.0] * 2, [7.0] * 3] and not page.is_exporting()
+    assert page.norms_of([torch.tensor([3.0, 4.0]), torch.ones(4)]) == [5.0, 2.0]
 
 
 def test_ops_without_the_private_interfaces_of_pytorch(monkeypatch):

@@ -19,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training import OPTIONS, adamw, replay_a_step
 
@@ -147,6 +148,67 @@ def an_optimizer_may_be_sharded(rank):
         TrainStep(models[0], ours, **options)  # a rank has only a share of it
     for model in models[1:]:
         assert all(map(torch.equal, models[0].parameters(), model.parameters()))
+
+
+class Traffic(TorchDispatchMode):
+    """Notes what is handed to a group of processes: (the collective, bytes of it)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            nbytes = sum(tensor.nbytes for tensor in tree_leaves(args[0]))
+            self.seen.append((function.overloadpacket.__name__, nbytes))
+        return function(*args, **kwargs or {})
+
+    def bytes_of(self, *names):
+        return sum(nbytes for name, nbytes in self.seen if name in names)
+
+
+def gradients_are_summed_where_parameters_belong(rank):
+    model, whole = build(), build()
+    steps = [
+        TrainStep(m, adamw(m), grad_clip=0.5, shard_optimizer=m is model) for m in (model, whole)
+    ]
+    owner, left = steps[0]._shares.owner, []
+    note = lambda *_: left.extend(p for p in model.parameters() if p.grad is not None)
+    steps[0].optimizer.register_step_pre_hook(note)
+    traffic = [Traffic(), Traffic()]
+    for step, seen in zip(steps, traffic, strict=True):
+        step(draw(rank))  # makes buckets
+        with seen:
+            step(draw(rank))
+    assert set(left) == {p for p in model.parameters() if owner[p] == rank}
+
+    sums = "allreduce_", "allreduce_coalesced_", "reduce_"
+    sizes = [p.nbytes for p in model.parameters()]
+    large = sum(size for size in sizes if size >= parallel.PACKED)
+    assert traffic[0].bytes_of("reduce_") == large > 0.8 * sum(sizes)
+    # norms of parameters, besides
+    assert traffic[0].bytes_of(*sums) == traffic[1].bytes_of(*sums) + 4 * len(sizes)
+
+
+def what_belongs_to_nobody_is_clipped_once(rank):
+    """One parameter belongs to the first rank, one is not trained by the optimizer, and the other
+    ranks have none.
+    """
+    norms = []
+    for shard_optimizer in (True, False):
+        model = build()
+        model.requires_grad_(False)
+        weights = model.to_logits.weight, model.token_emb.weight
+        for weight in weights:
+            weight.requires_grad_(True)
+        optimizer = torch.optim.SGD(weights[:1], lr=0.5)
+        options = dict(precision="fp32", grad_clip=0.1, shard_optimizer=shard_optimizer)
+        step = TrainStep(model, optimizer, **options)
+        step(draw(rank))
+        assert len(optimizer.param_groups[0]["params"]) == (rank == 0 or not shard_optimizer)
+        norms.append(torch.stack([step.grad_norm, weights[0].norm()]))
+    assert norms[0][0] > 0.1
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
 
 
 def several_optimizers_may_be_sharded(rank):
@@ -684,6 +746,8 @@ CPU_CASES = [
     shares_may_be_of_unequal_size,
     ranks_agree_to_the_bit,
     an_optimizer_may_be_sharded,
+    gradients_are_summed_where_parameters_belong,
+    what_belongs_to_nobody_is_clipped_once,
     several_optimizers_may_be_sharded,
     muon_takes_whole_matrices,
     ddp_is_the_same,
