@@ -80,7 +80,7 @@ class State:
     def refresh(self, model: Module) -> None:
         """Take the weights that the model has now."""
         for copies, read in self._copies:
-            weights = dict(read(model))  # of one module: a sharded model is never whole
+            weights = dict(read(model))  # a module's: a sharded model is never whole
             copy_all([copies[name] for name in weights], list(weights.values()))
 
     def ring(self, slots: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
