@@ -786,7 +786,7 @@ def test_on_cpus(case, on_cpus):
 
 
 @pytest.mark.gpu  # NCCL
-@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs a GPU for each process")
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.__name__)
 def test_on_gpus(case, on_gpus):
     assert_passed(case, on_gpus)

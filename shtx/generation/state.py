@@ -80,7 +80,7 @@ class State:
     def refresh(self, model: Module) -> None:
         """Take the weights that the model has now."""
         for copies, read in self._copies:
-            weights = dict(read(model))  # a module's: a sharded model is never whole
+            weights = dict(read(model))  # those of one module, as a sharded model may not be whole
             copy_all([copies[name] for name in weights], list(weights.values()))
 
     def ring(self, slots: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
