@@ -73,7 +73,6 @@ def test_compiles_whole(row, impl):
     options, _, _ = ROWS[row]
     model = build(options, impl=impl, depth=1)
     ids = draw(25, vocabulary=options["num_tokens"])
-    torch._dynamo.reset()
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     results = []
@@ -176,7 +175,6 @@ def test_ids_are_checked_in_compiled_code():
 def test_few_recompilations_over_lengths():
     model = build(depth=1)
     counter = CompileCounter()
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     with torch.no_grad():
         for tokens in (9, 12, 17, 24, 31, 33, 40, 48):
