@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   PYTHONPATH=FOLDER python -m benchmarks next_latent        steps against upstream 0.4.0 in FOLDER
   python -m benchmarks scaling --out results                the step against batch and length
   python -m benchmarks gpus --out results                   the step on 1, 2, 4, ... GPUs
+  python -m benchmarks train --out results                  `shtx train` on as many, `shtx eval`
   python -m benchmarks ops --op norm_token_shift            one op, against all its peers
   python -m benchmarks ops --provider fused --out results   rows that results.json there lacks
   python -m benchmarks model --compile-jobs 8               compile side by side, measure one by one

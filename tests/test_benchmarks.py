@@ -34,6 +34,7 @@ from benchmarks import (
     bench_reconstruction_loss,
     bench_rotary_attention,
     bench_scaling,
+    bench_train,
     benchmark,
     report,
     runner,
@@ -284,6 +285,32 @@ def test_long_steps_are_fewer(monkeypatch):
     assert bench_gpus.how_many(0.5) == (15, 5)
     assert bench_gpus.how_many(1.0) == (8, 2)  # seven would be within the budget
     assert bench_gpus.how_many(60.0) == (8, 1)
+
+
+def test_the_command_line_is_measured_by_what_it_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_train, "STEPS", 4)
+    case = bench_train.Case(1)
+    assert case in bench_train.CASES["adamw"] and case.labels()["config"] == "C"
+    adamw = row_of(bench_train.bench_train, case=case, provider="adamw")
+    assert adamw["gpus"] == 1 and adamw["tokens_per_s"] > 0
+    row = row_of(bench_train.bench_train, case=case, provider="eval")
+    assert 0 < row["tokens_per_s"] < 2 * row["forward_tokens_per_s"]
+    with pytest.raises(RuntimeError, match=r"shtx eval: exit status 1: .*no-run.*"):
+        bench_train.call("eval", "--checkpoint", str(tmp_path / "no-run"), "--split", "val")
+
+
+def test_commands_are_compared_with_one_gpu_and_with_adamw():
+    rows = [
+        dict(bench="train", config="C", variant=f"GPUs: {gpus}", provider=provider, gpus=gpus)
+        | dict(tokens_per_s=rate)
+        for gpus, provider, rate in [(1, "adamw", 100.0), (2, "adamw", 190.0), (1, "muon", 95.0)]
+    ]
+    lines = [bench_train.line(row, rows, {}) for row in rows]
+    assert [line["over one GPU (x)"] for line in lines] == ["1.00", "1.90", "1.00"]
+    assert [line["over AdamW (x)"] for line in lines] == ["1.00", "1.00", "0.950"]
+    row = rows[0] | dict(provider="eval", tokens_per_s=80.0, forward_tokens_per_s=100.0)
+    line = bench_train.line(row, [*rows, row], {})
+    assert line["of the forward of training (%)"] == "80.0" and line["over AdamW (x)"] == "-"
 
 
 KILLED = """
