@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE, without_a_gpu
+from ranks import RANKS, assert_close, sgd, spawn, take
 from simple_hierarchical_transformer import HierarchicalTransformer as Upstream
 from test_bad_input import assert_raises
 from test_graphed_loss import emulate
-from test_parallel import RANKS, assert_close, sgd, spawn, take
 from training import OPTIONS, adamw, assert_same, build, draw, pair, replay_a_step
 
 from shtx import TrainStep

@@ -1,20 +1,26 @@
-"""Steps of two processes together are those of one process on the whole batch.
+"""Steps of processes with a model each are together those of one process on the whole batch."""
 
-RANKS=8 in the environment starts eight in their place.
-"""
-
-import json
-import os
-import traceback
-import warnings
-from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import without_a_gpu, without_launches
+from helpers import without_a_gpu
+from ranks import (
+    RANKS,
+    agree,
+    assert_close,
+    assert_passed,
+    build,
+    draw,
+    needs_gpus,
+    results,
+    sgd,
+    take,
+    uneven,
+    weights_of,
+    whole,
+)
 from test_graphed_loss import emulate
 from test_muon import both
 from torch import nn
@@ -22,82 +28,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
-from training import OPTIONS, adamw, replay_a_step
+from training import adamw, replay_a_step
 
-from shtx import HierarchicalTransformer, TrainStep, parallel
-from shtx.fsdp import fully_shard_model
+from shtx import TrainStep
 from shtx.graphs import NEVER, Graphs, Structure
-from shtx.muon import Muon
-from shtx.next_latent import HierarchicalTransformer as NextLatentTransformer
-from shtx.ops import why_not_fused
 from shtx.parallel import Replicas, Summing
-from shtx.plan import is_sharded
 from shtx.train_step import MAX_GRAPHS
-
-RANKS = int(os.environ.get("RANKS", 2))
-
-
-def build(seed=0, kind=HierarchicalTransformer, **options):
-    torch.manual_seed(seed)
-    return kind(**OPTIONS | options)
-
-
-def draw(rank, batch=2):
-    return torch.randint(1, 31, (batch, 17), generator=torch.Generator().manual_seed(rank))
-
-
-def uneven(rank, batch=4):
-    """Return ids of which hardly a label counts on the first rank."""
-    ids = draw(rank, batch)
-    if rank == 0:
-        ids[:, 3:] = 0
-    return ids
-
-
-def whole(share=uneven):
-    return torch.cat([share(rank) for rank in range(RANKS)])
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.5)
-
-
-def take(model, ids, labels=None, **options):
-    """One step, and what it made: loss, parts, norm and gradients."""
-    optimizer, gradients = sgd(model), []
-
-    def read(*_):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in trained]
-        gradients.extend(grad.flatten() for grad in grads)
-
-    optimizer.register_step_pre_hook(read)
-    step = TrainStep(model, optimizer, **dict(precision="fp32", grad_clip=0.1) | options)
-    loss, parts = step(ids, labels)
-    numbers = torch.stack((loss, *tree_leaves(parts), step.grad_norm))
-    return numbers, torch.cat(gradients)
-
-
-def assert_close(ours, theirs):
-    (numbers, gradient), (expected_numbers, expected) = ours, theirs
-    torch.testing.assert_close(numbers, expected_numbers, rtol=1e-6, atol=0)
-    assert (gradient - expected).norm() <= 1e-6 * expected.norm()
-
-
-def agree(model):
-    """Return whether all ranks have the same weights, to the bit."""
-    mine = weights_of(model)
-    of_all = [torch.empty_like(mine) for _ in range(RANKS)]
-    dist.all_gather(of_all, mine)
-    return all(torch.equal(mine, theirs) for theirs in of_all)
-
-
-def weights_of(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-# the work of the processes, each with its rank
 
 
 def steps_equal_those_of_one_process(rank):
@@ -181,12 +117,6 @@ def several_optimizers_may_be_sharded(rank):
     later.load_optimizer_state_dict(all_of_it[1])
     assert torch.equal(later(uneven(rank))[0], step(uneven(rank))[0])
     assert all(map(torch.equal, models[0].parameters(), models[2].parameters()))
-
-
-def muon_takes_whole_matrices(rank):
-    model = shard(build())
-    with pytest.raises(ValueError, match="params must be whole, got one of which this process has"):
-        Muon([model.layers[0][0].ff.net[1].weight])
 
 
 def ddp_is_the_same(rank):
@@ -395,74 +325,6 @@ def a_process_may_step_alone(rank):
         assert_close(*(take(build(), draw(0), process_group=False) for _ in range(2)))
 
 
-def shard(model):
-    mesh = init_device_mesh(model.device.type, (RANKS,))
-    for layer in model.layers:
-        for block in layer:
-            fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def fsdp_trains_and_generates(rank):
-    alone, model = build(), shard(build())
-    prompt = draw(9)
-    tokens = model.generate(prompt, 3, temperature=0)  # upstream: mixed torch.Tensor and DTensor
-    assert torch.equal(tokens, alone.generate(prompt, 3, temperature=0))
-    model(draw(rank), return_loss=True)[0].backward()
-    sum(alone(draw(r), return_loss=True)[0] for r in range(RANKS)).div(RANKS).backward()
-    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7)
-
-
-LEAVES = {
-    "the embedding": lambda model: [model.token_emb],
-    "the head": lambda model: [model.to_logits],
-    "each linear": lambda model: [m for m in model.modules() if type(m) is nn.Linear],
-    "each convolution": lambda model: [m for m in model.modules() if type(m) is nn.Conv1d],
-    "attention": lambda model: [block.attn for layer in model.layers for block in layer],
-    "feed-forward": lambda model: [block.ff for layer in model.layers for block in layer],
-    "merges": lambda model: [*model.hierarchical_merges],
-}
-
-
-def fsdp_of_parts_alone(rank):
-    """Each kind of part by itself, and what is around it whole; then all of them, and the rest
-    fused.
-    """
-    alone = build()
-    sum(alone(draw(r), return_loss=True)[0] for r in range(RANKS)).div(RANKS).backward()
-    expected = {name: p.grad for name, p in alone.named_parameters()}
-    expected_loss, _ = alone(draw(rank), return_loss=True)
-    prompt = draw(9)
-    expected_tokens = alone.generate(prompt, 2, temperature=0)
-    mesh = init_device_mesh("cpu", (RANKS,))
-    everything = lambda model: dict.fromkeys(p for parts in LEAVES.values() for p in parts(model))
-    cases = [(*leaf, "reference") for leaf in LEAVES.items()]
-    if "TRITON_INTERPRET" in os.environ:
-        cases.append(("everything", everything, "fused"))
-    for name, parts, impl in cases:
-        model = build(impl=impl)
-        for part in parts(model):
-            fully_shard(part, mesh=mesh)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is sharded by itself runs by itself
-            if impl == "reference":
-                tokens = model.generate(prompt, 2, temperature=0)
-                assert torch.equal(tokens, expected_tokens), name
-            loss, _ = model(draw(rank), return_loss=True)
-            loss.backward()
-        tell = lambda text, name=name: f"{name}: {text}"
-        torch.testing.assert_close(loss, expected_loss, msg=tell)
-        assert any(map(is_sharded, model.parameters())), name
-        for parameter, p in model.named_parameters():
-            tell = lambda text, where=f"{name}, {parameter}": f"{where}: {text}"
-            grad = p.grad.full_tensor() if is_sharded(p) else p.grad
-            if grad is p.grad:  # FSDP reduces what it has sharded, and nothing else
-                dist.all_reduce(grad)
-                grad /= RANKS
-            torch.testing.assert_close(grad, expected[parameter], rtol=1e-5, atol=1e-7, msg=tell)
-
-
 def loop_of_ones_own(rank, graphs, device):
     """Take ten steps under DistributedDataParallel; return the weights, the same on all ranks."""
     model = build(seed=rank).to(device)
@@ -489,104 +351,6 @@ def ddp_takes_the_gradients_of_graphs(rank, device="cpu"):
 
 def ddp_takes_the_gradients_of_cuda_graphs(rank):
     ddp_takes_the_gradients_of_graphs(rank, "cuda")
-
-
-def a_model_on_meta_gets_the_weights_of_its_seed(rank):
-    options = dict(depth=2, dim=(18, 7))  # parts of unequal size
-    for kind in (HierarchicalTransformer, NextLatentTransformer):
-        alone = build(kind=kind, **options)
-        with torch.device("meta"):
-            model = build(kind=kind, **options)
-        torch.manual_seed(0)
-        assert fully_shard_model(model) is model and all(map(is_sharded, model.parameters()))
-        expected = {**alone.state_dict(), **dict(alone.named_buffers())}
-        found = {**model.state_dict(), **dict(model.named_buffers())}
-        assert found.keys() == expected.keys()
-        for name, tensor in found.items():
-            whole = tensor.full_tensor() if is_sharded(tensor) else tensor
-            assert torch.equal(whole, expected[name]), name
-
-
-def test_full_sharding_without_processes_says_how_they_begin():
-    with pytest.raises(ValueError, match=r"init_process_group\(\) first \(torchrun starts"):
-        fully_shard_model(build())
-
-
-def full_sharding_steps_as_one_process(rank):
-    alone = take(build(depth=2), whole(), process_group=False)
-    for options in (
-        dict(),
-        dict(prefetch=0),
-        dict(prefetch=3, reshard_after_forward=False),
-        dict(mesh=init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("copies", "parts"))),
-    ):
-        for checkpointing, accumulate in ((False, 1), (True, 2)):
-            model = fully_shard_model(build(depth=2), **options)
-            if options.get("reshard_after_forward", True):
-                with torch.no_grad():
-                    model(draw(rank))
-                assert all(map(is_sharded, model.parameters()))
-            model.checkpointing = checkpointing
-            assert_close(take(model, uneven(rank), accumulate=accumulate), alone)
-
-
-def full_sharding_trains_in_bf16(rank, device="cpu"):
-    """Three steps of weights that are gathered in bf16, as close as those of bf16-mixed."""
-    losses = []
-    for shard_it in (
-        lambda model: fully_shard_model(model, param_dtype=torch.bfloat16),
-        fully_shard_model,
-    ):
-        model = shard_it(build().to(device))
-        assert all(p.dtype == torch.float32 for p in model.parameters())
-        model.checkpointing = device == "cuda"
-        options = dict(precision="bf16-mixed", grad_clip=0.5, cuda_graph=False)
-        step = TrainStep(model, adamw(model), **options)
-        losses.append(torch.stack([step(uneven(rank).to(device))[0] for _ in range(3)]))
-    torch.testing.assert_close(*losses, rtol=5e-3, atol=0)
-
-
-def what_cannot_be_sharded_is_refused(rank):
-    def refused(error, message, model, **options):
-        with pytest.raises(error, match=message):
-            fully_shard_model(model, **options)
-
-    refused(TypeError, "model must be a HierarchicalTransformer, got Linear", nn.Linear(2, 2))
-    refused(ValueError, "model must not be sharded yet, got .* that is", shard(build()))
-    refused(ValueError, "param_dtype must be .* got torch.float16", build(), param_dtype=torch.half)
-    refused(ValueError, "prefetch must be at least 0, got -1", build(), prefetch=-1)
-    partly = build()
-    partly.to_logits = partly.to_logits.to("meta")
-    refused(ValueError, "model must be on meta as a whole .* got to_logits.weight", partly)
-
-
-def graphs_are_refused_under_fsdp(rank):
-    model = shard(build())
-    model.graphs = True
-    with pytest.MonkeyPatch.context() as patched:
-        emulate(patched)
-        for _ in range(2):
-            with pytest.raises(ValueError, match="model.graphs must be False under FSDP"):
-                model(draw(rank), return_loss=True)
-
-
-def fsdp_steps_equal_those_of_one_process(rank):
-    for accumulate in (1, 2):
-        ours = take(shard(build()), uneven(rank), accumulate=accumulate)
-        assert_close(ours, take(build(), whole(), process_group=False))
-
-
-def fsdp_may_have_gone_forward_before(rank):
-    model = shard(build())
-    optimizer = adamw(model)
-    with torch.no_grad():
-        model(draw(rank))  # which leaves what its parts left whole
-    assert not is_sharded(model.token_emb.weight)
-    TrainStep(model, optimizer, precision="fp32")(draw(rank))
-    assert is_sharded(model.token_emb.weight)
-
-
-# tests on GPUs
 
 
 def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **options):
@@ -648,18 +412,6 @@ def graphs_equal_one_process(rank):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=0)
 
 
-def fsdp_steps_on_gpus_equal_those_of_one_process(rank):
-    options = dict(accumulate=2, cuda_graph=False)
-    numbers, gradient = take(shard(build().cuda()), uneven(rank).cuda(), **options)
-    alone = take(build().cuda(), whole().cuda(), process_group=False, cuda_graph=False)
-    torch.testing.assert_close(numbers, alone[0], rtol=1e-5, atol=0)
-    assert (gradient - alone[1]).norm() <= 1e-5 * alone[1].norm()
-
-
-def full_sharding_trains_on_gpus(rank):
-    full_sharding_trains_in_bf16(rank, "cuda")
-
-
 def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
     model, capture = build().cuda(), Graphs.capture
 
@@ -676,28 +428,12 @@ def a_capture_that_fails_on_one_rank_is_none_on_all(rank):
     assert list(step._graphs.kept.values()) == [NEVER]
 
 
-def fsdp_compiles_ahead_without_a_trace(rank):
-    if why_not_fused(torch.device("cpu")):
-        return
-    results = []
-    for ahead in (without_launches, lambda function: None):
-        model = shard(build(impl="fused"))
-        step = TrainStep(model, sgd(model), precision="fp32")
-        with patch("shtx.train_step.compile_ahead", ahead):
-            step.compile(draw(rank, 1))
-        assert all(p.grad is None for p in model.parameters())
-        loss, _ = step(draw(rank, 1))
-        results.append([loss, *(p.full_tensor() for p in model.parameters())])
-    assert all(map(torch.equal, *results))
-
-
 CPU_CASES = [
     steps_equal_those_of_one_process,
     shares_may_be_of_unequal_size,
     ranks_agree_to_the_bit,
     an_optimizer_may_be_sharded,
     several_optimizers_may_be_sharded,
-    muon_takes_whole_matrices,
     ddp_is_the_same,
     ddp_alone_without_auxiliary_losses,
     micro_batches_are_summed_once,
@@ -709,17 +445,7 @@ CPU_CASES = [
     ranks_know_what_they_have_in_common,
     replayed_shares_may_differ_in_shape,
     a_process_may_step_alone,
-    fsdp_trains_and_generates,
-    fsdp_of_parts_alone,
-    a_model_on_meta_gets_the_weights_of_its_seed,
-    full_sharding_steps_as_one_process,
-    full_sharding_trains_in_bf16,
-    what_cannot_be_sharded_is_refused,
     ddp_takes_the_gradients_of_graphs,
-    graphs_are_refused_under_fsdp,
-    fsdp_steps_equal_those_of_one_process,
-    fsdp_compiles_ahead_without_a_trace,
-    fsdp_may_have_gone_forward_before,
 ]
 GPU_CASES = [
     graphs_are_the_eager_steps,
@@ -728,56 +454,9 @@ GPU_CASES = [
     graphs_equal_one_process,
     captured_shares_may_differ_in_shape,
     ddp_takes_the_gradients_of_cuda_graphs,
-    fsdp_steps_on_gpus_equal_those_of_one_process,
-    full_sharding_trains_on_gpus,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
-
-
-def work(rank, folder, backend, cases):
-    """Run all cases, down to one that fails on some rank; write what they came to."""
-    torch.set_num_threads(1)
-    parallel.BUCKET, parallel.PACKED = 2048, 256  # several buckets even here
-    rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group(backend, rendezvous, limit, RANKS, rank)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    for case in cases:
-        try:
-            torch.manual_seed(0)
-            case(rank)
-            dist.barrier()  # none leaves while the other is at work
-            result = None
-        except Exception:
-            result = traceback.format_exc()
-        (folder / f"{case.__name__}.{rank}").write_text(json.dumps(result))
-        if result is not None:
-            os._exit(1)  # so that the other rank does not wait
-    dist.destroy_process_group()
-
-
-def spawn(folder, backend, cases):
-    processes = mp.spawn(work, (folder, backend, cases), RANKS, join=False).processes
-    for process in processes:
-        process.join()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def on_cpus(tmp_path_factory):
-    return spawn(tmp_path_factory.mktemp("cpus"), "gloo", CPU_CASES)
-
-
-@pytest.fixture(scope="module")
-def on_gpus(tmp_path_factory):
-    return spawn(tmp_path_factory.mktemp("gpus"), "nccl", GPU_CASES)
-
-
-def assert_passed(case, results):
-    for rank in range(RANKS):
-        path = results / f"{case.__name__}.{rank}"
-        assert path.exists(), "another case failed before"
-        assert (error := json.loads(path.read_text())) is None, f"rank {rank}: {error}"
+on_cpus, on_gpus = results("gloo", CPU_CASES), results("nccl", GPU_CASES)
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.__name__)
@@ -786,7 +465,7 @@ def test_on_cpus(case, on_cpus):
 
 
 @pytest.mark.gpu  # NCCL
-@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs a GPU for each process")
+@needs_gpus
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.__name__)
 def test_on_gpus(case, on_gpus):
     assert_passed(case, on_gpus)
