@@ -1,4 +1,4 @@
-"""python probes/jobs.py LIST.py SECONDS: run JOBS = [(name, gpus, limit_s, command[, after])] on the GPUs there are."""
+"""python .dev/jobs.py LIST.py SECONDS: run JOBS = [(name, gpus, limit_s, command[, after])] on the GPUs there are."""
 import os, runpy, signal, subprocess, sys, time
 from pathlib import Path
 out = Path(os.environ["OUT"]); seconds = float(sys.argv[2]); t0 = time.monotonic()
@@ -27,7 +27,7 @@ while (waiting or running) and now() < seconds:
         name, p, mine, began, limit = r
         rc = p.poll()
         if rc is None and now() - began > limit:
-            end(p); 
+            end(p);
             try: rc = p.wait(8)
             except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); rc = p.wait()
             rc = f"cut {rc}"
