@@ -1,5 +1,5 @@
-"""The command line: `shtx train` of configuration C, which is the preset gpu, on 1, 2, 4, ... GPUs,
-as many as there are, and with another optimizer; and `shtx eval` beside the forward of training.
+"""The command line: `shtx train` of configuration C on 1, 2, 4, ... GPUs, as many as there are, and
+with another optimizer; and `shtx eval` beside the forward of training.
 
 The batch a GPU stays that of the configuration. Rates are those that a run writes of itself, the
 median of its second half, so that they hold all that a run does between two steps. `eval` scores
@@ -18,6 +18,7 @@ import torch
 
 import shtx
 from benchmarks import shapes
+from benchmarks.bench_gpus import GPUS
 from benchmarks.benchmark import Benchmark, Table
 from benchmarks.cells import find, number, ratio
 from benchmarks.timing import DEVICE, autocast, median_ms
@@ -27,7 +28,6 @@ CONFIG = "C"
 STEPS, LOG_EVERY = (400, 20) if DEVICE == "cuda" else (8, 2)
 BYTES = 2**25 if DEVICE == "cuda" else 2**14  # that `eval` scores
 WINDOWS = 16  # at a time, in `eval` and in the forward beside it
-MOST = torch.cuda.device_count() if DEVICE == "cuda" else 2
 
 
 class Case(NamedTuple):
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "adamw": [Case(2**i) for i in range(MOST.bit_length())],
+    "adamw": [Case(gpus) for gpus in GPUS],
     "muon": [Case(1)],
     "eval": [Case(1)],
 }
@@ -88,15 +88,15 @@ def bench_train(benchmark, case, provider):
             benchmark.extra_info |= {"gpus": case.gpus, "tokens_per_s": rate}
 
 
-NARROW = ("dim", "depth", "seq_len")  # in which a CPU's configuration differs from the preset
-
-
 def train(run: Path, gpus: int, *more: str) -> None:
     config = shapes.configs(DEVICE)[CONFIG]
     arguments = ["--preset", "gpu", "--batch-size", str(config.batch * gpus)]
+    for name, value in config.model.items():
+        if name != "num_tokens":  # that of bytes
+            values = value if isinstance(value, tuple) else [value]
+            arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
     if DEVICE == "cpu":
         arguments += ["--device", "cpu", "--precision", "fp32"]
-        arguments += [f"--{name.replace('_', '-')}={config.model[name]}" for name in NARROW]
     arguments += ["--steps", str(STEPS), "--log-every", str(LOG_EVERY), "--eval-every", str(STEPS)]
     arguments += ["--save-every", str(STEPS), "--eval-sequences", "8", "--out", str(run)]
     call("train", *arguments, *more, gpus=gpus)
