@@ -113,23 +113,28 @@ def spawn(folder, backend, cases):
     return folder
 
 
-def results(backend: str, cases: list[Callable]):
-    """Return a fixture: the folder in which processes have left what the cases came to."""
-
-    @pytest.fixture(scope="module")
-    def folder(tmp_path_factory):
-        return spawn(tmp_path_factory.mktemp(backend), backend, cases)
-
-    return folder
-
-
-def assert_passed(case, results):
+def assert_passed(case, folder):
     for rank in range(RANKS):
-        path = results / f"{case.__name__}.{rank}"
+        path = folder / f"{case.__name__}.{rank}"
         assert path.exists(), "another case failed before"
         assert (error := json.loads(path.read_text())) is None, f"rank {rank}: {error}"
 
 
-needs_gpus = pytest.mark.skipif(
-    torch.cuda.device_count() < RANKS, reason="needs a GPU for each process"
-)
+def in_processes(cases: list[Callable], backend: str):
+    """Return what a page needs to test its cases: a fixture, which starts the processes, and a test
+    of each case. NCCL takes a GPU for each process.
+    """
+
+    @pytest.fixture(scope="module", name=backend)
+    def folder(tmp_path_factory):
+        return spawn(tmp_path_factory.mktemp(backend), backend, cases)
+
+    @pytest.mark.parametrize("case", cases, ids=lambda case: case.__name__)
+    def test(case, request):
+        assert_passed(case, request.getfixturevalue(backend))
+
+    if backend == "nccl":
+        enough = torch.cuda.device_count() >= RANKS
+        test = pytest.mark.skipif(not enough, reason="needs a GPU for each process")(test)
+        test = pytest.mark.gpu(test)  # NCCL
+    return folder, test

@@ -11,11 +11,9 @@ from helpers import without_launches
 from ranks import (
     RANKS,
     assert_close,
-    assert_passed,
     build,
     draw,
-    needs_gpus,
-    results,
+    in_processes,
     sgd,
     take,
     uneven,
@@ -204,18 +202,6 @@ def fsdp_may_have_gone_forward_before(rank):
     assert is_sharded(model.token_emb.weight)
 
 
-def fsdp_steps_on_gpus_equal_those_of_one_process(rank):
-    options = dict(accumulate=2, cuda_graph=False)
-    numbers, gradient = take(shard(build().cuda()), uneven(rank).cuda(), **options)
-    alone = take(build().cuda(), whole().cuda(), process_group=False, cuda_graph=False)
-    torch.testing.assert_close(numbers, alone[0], rtol=1e-5, atol=0)
-    assert (gradient - alone[1]).norm() <= 1e-5 * alone[1].norm()
-
-
-def full_sharding_trains_on_gpus(rank):
-    full_sharding_trains_in_bf16(rank, "cuda")
-
-
 def fsdp_compiles_ahead_without_a_trace(rank):
     if why_not_fused(torch.device("cpu")):
         return
@@ -229,6 +215,21 @@ def fsdp_compiles_ahead_without_a_trace(rank):
         loss, _ = step(draw(rank, 1))
         results.append([loss, *(p.full_tensor() for p in model.parameters())])
     assert all(map(torch.equal, *results))
+
+
+# on GPUs
+
+
+def fsdp_steps_on_gpus_equal_those_of_one_process(rank):
+    options = dict(accumulate=2, cuda_graph=False)
+    numbers, gradient = take(shard(build().cuda()), uneven(rank).cuda(), **options)
+    alone = take(build().cuda(), whole().cuda(), process_group=False, cuda_graph=False)
+    torch.testing.assert_close(numbers, alone[0], rtol=1e-5, atol=0)
+    assert (gradient - alone[1]).norm() <= 1e-5 * alone[1].norm()
+
+
+def full_sharding_trains_on_gpus(rank):
+    full_sharding_trains_in_bf16(rank, "cuda")
 
 
 CPU_CASES = [
@@ -248,16 +249,5 @@ GPU_CASES = [
     fsdp_steps_on_gpus_equal_those_of_one_process,
     full_sharding_trains_on_gpus,
 ]
-on_cpus, on_gpus = results("gloo", CPU_CASES), results("nccl", GPU_CASES)
-
-
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.__name__)
-def test_on_cpus(case, on_cpus):
-    assert_passed(case, on_cpus)
-
-
-@pytest.mark.gpu  # NCCL
-@needs_gpus
-@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.__name__)
-def test_on_gpus(case, on_gpus):
-    assert_passed(case, on_gpus)
+gloo, test_on_cpus = in_processes(CPU_CASES, "gloo")
+nccl, test_on_gpus = in_processes(GPU_CASES, "nccl")

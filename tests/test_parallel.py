@@ -10,11 +10,9 @@ from ranks import (
     RANKS,
     agree,
     assert_close,
-    assert_passed,
     build,
     draw,
-    needs_gpus,
-    results,
+    in_processes,
     sgd,
     take,
     uneven,
@@ -353,6 +351,9 @@ def ddp_takes_the_gradients_of_cuda_graphs(rank):
     ddp_takes_the_gradients_of_graphs(rank, "cuda")
 
 
+# on GPUs
+
+
 def trained(rank, accumulate=1, wrap=lambda model: model, optimizers=adamw, **options):
     """Take thirty steps; return the last loss, and the weights of both ranks."""
     model = build(seed=rank, impl="fused").cuda()
@@ -456,16 +457,5 @@ GPU_CASES = [
     ddp_takes_the_gradients_of_cuda_graphs,
     a_capture_that_fails_on_one_rank_is_none_on_all,
 ]
-on_cpus, on_gpus = results("gloo", CPU_CASES), results("nccl", GPU_CASES)
-
-
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.__name__)
-def test_on_cpus(case, on_cpus):
-    assert_passed(case, on_cpus)
-
-
-@pytest.mark.gpu  # NCCL
-@needs_gpus
-@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.__name__)
-def test_on_gpus(case, on_gpus):
-    assert_passed(case, on_gpus)
+gloo, test_on_cpus = in_processes(CPU_CASES, "gloo")
+nccl, test_on_gpus = in_processes(GPU_CASES, "nccl")
