@@ -90,19 +90,30 @@ SPACES = {
         + each(COLUMNS=(32, 64, 128), TAPS_TILE=(4096, 8192, 16384)),
     ),
     "chunk_summary": Space(("chunk_summary",), ROWS),
-    "decode.attend": Space(("generate",), each(MAX_KEYS=(32, 64, 128)), ("A", "B")),
+    "decode._device": Space(("generate",), each(MAX_ROWS=(32, 64, 128)), ("A", "B")),
+    "decode._many": Space(
+        ("generate",),
+        table("DEEP", BLOCK_O=(16, 32, 64), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(4, 8))
+        + table("SHALLOW", BLOCK_O=(16, 32), BLOCK_K=(64, 128, 256), num_warps=(4, 8))
+        + each(FETCHED=(64, 1024, 4096)),
+        ("A", "C"),
+    ),
+    "decode.attend": Space(
+        ("generate",),
+        each(KEYS=(8, 16, 32), WARPS=[((0, 4),), ((0, 8), (128, 4)), ((0, 4), (1024, 2))]),
+        ("A", "B"),
+    ),
     "decode.embed": Space(("generate",), each(ELEMENTS=(1024, 2048, 4096)), ("A", "B")),
     "decode.merge": Space(
         ("generate",),
-        each(ROW_ELEMENTS=(4096, 8192, 16384), MAX_ROWS=(32, 64))
-        + table("TILE", BLOCK_J=(16, 32), BLOCK_K=(64, 128, 256), num_warps=(4, 8)),
+        each(ROW_ELEMENTS=(4096, 8192, 16384))
+        + table("DEEP", BLOCK_J=(16, 32), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(4, 8))
+        + table("SHALLOW", BLOCK_J=(16, 32), BLOCK_K=(64, 128, 256), num_warps=(4, 8)),
         ("A", "B"),
     ),
     "decode.project": Space(
         ("generate",),
-        grid(ROW_ELEMENTS=(4096, 8192, 16384), PROGRAMS=(132, 264, 528))
-        + table("TILE", BLOCK_O=(16, 32), BLOCK_K=(64, 128, 256), num_warps=(4, 8))
-        + each(MAX_ROWS=(32, 64)),
+        grid(ROW_ELEMENTS=(4096, 8192, 16384), PROGRAMS=(132, 264, 528)),
         ("A", "B"),
     ),
     "decode.sample": Space(

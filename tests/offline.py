@@ -114,8 +114,8 @@ def launch_all(dtype: str, name: str):
         with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
             loss, _ = model(torch.ones(2, TOKENS + 1, dtype=torch.long), return_loss=True)
         loss.backward()
-        for batch in (1, 4):
-            decoder = Decoder(model, batch, TOKENS, getattr(torch, dtype))
+        for batch, tokens in ((1, TOKENS), (4, TOKENS), (64, 128)):
+            decoder = Decoder(model, batch, tokens, getattr(torch, dtype))
             logits = decoder.step()
             noise = torch.ones_like(logits)[:, None]
             decoder.ops.decode.sample(decoder.position, logits, noise, 1.0, 9, 0.9, decoder.ids)

@@ -3,6 +3,7 @@ positions, so that some of its rows are due and some are not.
 """
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from helpers import DEVICE, DTYPES
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shtx.ops import FUSED, REFERENCE, Attention, Lookup, Norm, Part, Projection
+from shtx_kernels._target import capability
+from shtx_kernels.decode import _device, _many
 
 BATCHES = [[7], [8], [0, 7, 8]]  # positions; one sequence is a kernel of its own
 
@@ -99,6 +102,7 @@ def cases(B):
 
 
 COUNT = len(list(cases(1)))
+BY_TILES = [i for i, (name, _) in enumerate(cases(1)) if name in ("project", "merge")]
 FLOATS = torch.is_floating_point
 
 
@@ -126,7 +130,45 @@ def run(op, name, positions, arguments, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_accurate_as_the_reference(case, positions, dtype):
     torch.manual_seed(case)
-    name, arguments = list(cases(len(positions)))[case]
+    check_accuracy(*list(cases(len(positions)))[case], positions, dtype)
+
+
+@pytest.mark.parametrize("case", BY_TILES)
+@pytest.mark.parametrize("B", [33, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_sequences(case, B, dtype):
+    """A tile of 64 rows, or two, each at a position of its own."""
+    torch.manual_seed(B + case)
+    check_accuracy(*list(cases(B))[case], torch.randint(0, 50, (B,)).tolist(), dtype)
+
+
+@pytest.mark.parametrize("warps", [2, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attend_takes_many_keys_step_by_step(warps, dtype, monkeypatch):
+    monkeypatch.setattr(import_module("shtx_kernels.decode.attend"), "WARPS", ((0, warps),))
+    torch.manual_seed(warps)
+    B, H, E, keys = 3, 2, 8, 300
+    qkv, past, out = ring(B, 1, 3 * H * E), ring(B, keys, 2, H, E), ring(B, 1, H * E)
+    attention = Attention(qkv, past, out, turns(keys, E), 1, 1)
+    check_accuracy("attend", [[attention]], [299, 130, 5], dtype)
+
+
+def test_tiles_of_many_rows():
+    """Deep ones take more shared memory than fp32, or a GPU before Hopper, has room for."""
+    device = torch.device(DEVICE)
+    tile = lambda rows, dtype: _device.options_of_rows(
+        rows, torch.empty(2, 2, dtype=dtype, device=device), _many.DEEP, _many.SHALLOW
+    )
+    assert [tile(n, torch.bfloat16)["BLOCK_B"] for n in (2, 17, 64, 65)] == [16, 32, 64, 64]
+    deep = _many.DEEP if capability(device) >= 90 else _many.SHALLOW
+    assert tile(64, torch.bfloat16).items() >= deep.items()
+    assert tile(64, torch.float32).items() >= _many.SHALLOW.items()
+    assert not tile(32, torch.bfloat16)["AHEAD"]
+    assert tile(33, torch.bfloat16)["AHEAD"] == _device.ahead(device)["AHEAD"]
+
+
+def check_accuracy(name, arguments, positions, dtype):
+    """Compare with fp64, of what the reference is off in the same dtype."""
     fused, reference = (getattr(impl.decode, name) for impl in (FUSED, REFERENCE))
     # all start from numbers that the dtype has
     arguments = tree_map_only(
@@ -256,12 +298,13 @@ def test_sample_of_long_rows(options):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a CUDA device")
-def test_in_a_graph():
+@pytest.mark.parametrize("B", [1, 64])
+def test_in_a_graph(B):
     """Each op waits for the last, though launched before that ends, in a graph that repeats."""
     torch.manual_seed(0)
-    x, w = torch.randn(1, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
+    x, w = torch.randn(B, 2, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE) / 512**0.5
     streams = [x.clone(), torch.zeros_like(x)]
-    position = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    position = torch.zeros(B, dtype=torch.long, device=DEVICE)
     stage = lambda a, b: [Projection(a, w, b, 1, norm="rms", gamma=torch.ones_like(w[0]))]
     stages = [stage(streams[i % 2], streams[(i + 1) % 2]) for i in range(40)]
 

@@ -15,9 +15,11 @@ STACK_LIMIT = {
     "_attend_kernel": 8,  # fp32, on sm_90
     "_chunk_summary_kernel": 8,  # on sm_100
     "_hierarchical_ar_loss_kernel": 8,
+    "_merge_rows_kernel": 152,  # fp32, with Triton 3.9; 120 with 3.6
     "_next_latent_norm_bwd_kernel": 8,  # summaries with a gradient, on sm_80
     "_norm_token_shift_fwd_kernel": 16,  # layer norms that add a branch, on sm_80
     "_norm_token_shift_bwd_kernel": 128,
+    "_project_rows_kernel": 8,  # with Triton 3.9; none with 3.6
     "_rotary_attention_fwd_kernel": 72,  # windows of 128
     "_rotary_attention_bwd_tile_kernel": 328,  # with Triton 3.9; 80 with 3.6, on sm_90
     "_rotary_attention_bwd_dkdv_kernel": 480,

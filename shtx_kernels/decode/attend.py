@@ -17,7 +17,10 @@ from ..decode_arguments import Attention
 from ..launch import accumulator, launch, next_power_of_2
 from ._device import ahead, program, rings_of, row_of, starts, wait
 
-MAX_KEYS = 64  # a step; not searched
+# Warps of a program, by how many programs there are at least: more where few have a GPU each to
+# itself, fewer where many share it.
+WARPS = ((0, 8), (128, 4), (1024, 2))
+KEYS = 16  # of a warp, a step
 
 
 class Levels(NamedTuple):
@@ -160,13 +163,15 @@ def attend(position: Tensor, attentions: list[Attention]) -> None:
     qkv, kv, out, rotation, stride, dilation = zip(*attentions, strict=True)
     _, _, _, H, E = zip(*(ring.shape for ring in kv), strict=True)
     L, START = tuple(map(len, rotation)), starts(H)
+    programs = START[-1] * len(position)
+    num_warps = [warps for least, warps in WARPS if programs >= least][-1]
     levels = Levels(
         START, H, E, L, stride, dilation, rings_of(qkv), rings_of(kv), rings_of(out),
-        BLOCK_L=tuple(min(MAX_KEYS, max(2, next_power_of_2(n - 1))) for n in L),
+        BLOCK_L=tuple(min(KEYS * num_warps, max(2, next_power_of_2(n - 1))) for n in L),
         BLOCK_E=tuple(next_power_of_2(e // 2) for e in E),
     )  # fmt: skip
     launch(
         _attend_kernel, (START[-1], len(position)),
         position, qkv, kv, out, rotation,
-        LEVELS=levels, ACC=accumulator(qkv[0].dtype), **ahead(position.device),
+        LEVELS=levels, ACC=accumulator(qkv[0].dtype), num_warps=num_warps, **ahead(position.device),
     )  # fmt: skip

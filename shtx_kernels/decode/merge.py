@@ -16,12 +16,12 @@ from torch import Tensor
 from .._dot import dot
 from ..decode_arguments import Part
 from ..launch import accumulator, cdiv, launch, next_power_of_2
-from ._device import ahead, program, rings_of, row_of, starts, wait
+from ._device import ahead, options_of_rows, program, rings_of, row_of, starts, wait
 
 ROW_ELEMENTS = 8192  # elements of a weight that a program reads
-# The tile for several sequences; it was not searched for.
-TILE = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
-MAX_ROWS = 64
+# The tiles for several sequences: see `options_of_rows`. On an H200 the best of five deep ones.
+DEEP = dict(BLOCK_J=16, BLOCK_K=64, num_warps=4, num_stages=8)
+SHALLOW = dict(BLOCK_J=16, BLOCK_K=128, num_warps=4)
 
 
 class Levels(NamedTuple):
@@ -105,7 +105,7 @@ def part_of_rows(
 def _merge_rows_kernel(
     position_ptr, x_ptrs, weight_ptr, kept_ptrs, bias_ptr, out_ptr, B,
     J: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, STRIDE_OB: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Every program has BLOCK_J rows of the weight for BLOCK_B sequences."""
     pid = tl.program_id(0).to(tl.int64)
@@ -115,6 +115,7 @@ def _merge_rows_kernel(
     mask = (b < B) & (offs_j < J)[None, :]
     total = tl.zeros([BLOCK_B, BLOCK_J], dtype=tl.float32)
     squares = tl.zeros([BLOCK_B, 1], dtype=tl.float32)
+    wait(AHEAD)
     for i in tl.static_range(len(x_ptrs)):
         due = (b < B) & (position % LEVELS.STRIDE[i] == 0)
         product, square = part_of_rows(
@@ -163,7 +164,7 @@ def merge(position: Tensor, parts: list[Part], weight: Tensor, bias: Tensor, out
             **ahead(position.device),
         )  # fmt: skip
         return
-    BLOCK_B = min(MAX_ROWS, max(16, next_power_of_2(B)))
-    grid = cdiv(J, TILE["BLOCK_J"]), cdiv(B, BLOCK_B)
+    options = options_of_rows(B, weight, DEEP, SHALLOW)
+    grid = cdiv(J, options["BLOCK_J"]), cdiv(B, options["BLOCK_B"])
     arguments = position, x, weight, kept, bias, out, B
-    launch(_merge_rows_kernel, grid, *arguments, **constants, BLOCK_B=BLOCK_B, **TILE)
+    launch(_merge_rows_kernel, grid, *arguments, **constants, **options)

@@ -439,6 +439,7 @@ TESTS = {
     "shtx_kernels/decode/sample.py": "test_decode_ops",
     "shtx_kernels/decode/attend.py": "test_decode_ops",
     "shtx_kernels/decode/project.py": "test_decode_ops",
+    "shtx_kernels/decode/_many.py": "test_decode_ops",
 }
 
 # drawn mutations that nobody can notice: (file, line as it is mutated) -> why
