@@ -17,10 +17,10 @@ from ..decode_arguments import Attention
 from ..launch import accumulator, launch, next_power_of_2
 from ._device import ahead, program, rings_of, row_of, starts, wait
 
-# Warps of a program, by how many programs there are at least: more where few have a GPU each to
-# itself, fewer where many share it.
+# Warps of a program, by how many programs there are at least: more where each has a
+# multiprocessor to itself, fewer where many share one. KEYS are what a warp takes in a step.
 WARPS = ((0, 8), (128, 4), (1024, 2))
-KEYS = 16  # of a warp, a step
+KEYS = 16
 
 
 class Levels(NamedTuple):
