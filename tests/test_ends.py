@@ -75,6 +75,21 @@ def test_signal(text, run, tmp_path, monkeypatch, capsys, phase, signum):
         assert (out / weights).read_bytes() == (run / weights).read_bytes()
 
 
+def test_a_signal_waits_for_no_record(text, tmp_path, monkeypatch):
+    """A process alone ends after the step; only several have to agree first."""
+    step, out = Trainer.step, tmp_path / "run"
+
+    def signalled(self, number):
+        if number == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    never = "--log-every", "100", "--eval-every", "100", "--save-every", "100"
+    assert train(text, out, *never) == 128 + signal.SIGTERM
+    assert load(out).step == 4
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_while_modules_are_imported(signum):
     read, write = os.pipe()

@@ -277,8 +277,9 @@ def test_noise_chooses_all_ids_alike(use_cache):
     assert (shares - 1 / len(shares)).abs().max() < 6 * (len(shares) * ids.numel()) ** -0.5
 
 
-def test_without_the_cache_the_window_moves_with_every_token():
-    model = build()
+@pytest.mark.parametrize("everything", [False, True])
+def test_without_the_cache_the_window_moves_with_every_token(everything):
+    model = build(predict_use_all_hierarchy=everything)
     rows = list(draw(9))
     expected = continued(model, rows, 20, lambda rows: [row[-16:] for row in rows])
     assert torch.equal(model.generate(draw(9), 20, temperature=0, use_cache=False), expected)
