@@ -125,6 +125,24 @@ def run(op, name, positions, arguments, dtype):
     return [t.double() if FLOATS(t) else t for t in tree_leaves(arguments) if torch.is_tensor(t)]
 
 
+def check_accuracy(name, arguments, positions, dtype):
+    """Compare with fp64, of what the reference is off in the same dtype."""
+    fused, reference = (getattr(impl.decode, name) for impl in (FUSED, REFERENCE))
+    # all start from numbers that the dtype has
+    arguments = tree_map_only(
+        torch.Tensor, lambda t: t.copy_(t.to(dtype)) if FLOATS(t) else t, arguments
+    )
+    truth = run(reference, name, positions, arguments, torch.float64)
+    theirs = run(reference, name, positions, arguments, dtype)
+    ours = run(fused, name, positions, arguments, dtype)
+    for t, r, o in zip(truth, theirs, ours, strict=True):
+        if not FLOATS(t):
+            assert torch.equal(o, t)
+            continue
+        budget = 2 * (r - t).abs().max() + torch.finfo(dtype).eps * t.abs().max()
+        assert o.isfinite().all() and (o - t).abs().max() <= budget
+
+
 @pytest.mark.parametrize("case", range(COUNT))
 @pytest.mark.parametrize("positions", BATCHES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,24 +183,6 @@ def test_tiles_of_many_rows():
     assert tile(64, torch.float32).items() >= _many.SHALLOW.items()
     assert not tile(32, torch.bfloat16)["AHEAD"]
     assert tile(33, torch.bfloat16)["AHEAD"] == _device.ahead(device)["AHEAD"]
-
-
-def check_accuracy(name, arguments, positions, dtype):
-    """Compare with fp64, of what the reference is off in the same dtype."""
-    fused, reference = (getattr(impl.decode, name) for impl in (FUSED, REFERENCE))
-    # all start from numbers that the dtype has
-    arguments = tree_map_only(
-        torch.Tensor, lambda t: t.copy_(t.to(dtype)) if FLOATS(t) else t, arguments
-    )
-    truth = run(reference, name, positions, arguments, torch.float64)
-    theirs = run(reference, name, positions, arguments, dtype)
-    ours = run(fused, name, positions, arguments, dtype)
-    for t, r, o in zip(truth, theirs, ours, strict=True):
-        if not FLOATS(t):
-            assert torch.equal(o, t)
-            continue
-        budget = 2 * (r - t).abs().max() + torch.finfo(dtype).eps * t.abs().max()
-        assert o.isfinite().all() and (o - t).abs().max() <= budget
 
 
 @pytest.mark.parametrize("case", range(COUNT))

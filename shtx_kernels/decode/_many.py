@@ -1,7 +1,7 @@
 """Products of the rows of several sequences, which are normalized before.
 
-A program has a tile of the result. From MAX_ROWS rows on it starts ahead, and fetches its share of
-the weight while the launch before is at work.
+A program has a tile of the result. One of MAX_ROWS rows starts ahead, and fetches its share of the
+weight while the launch before is at work.
 """
 
 import triton
@@ -25,7 +25,7 @@ from ._device import (
 )
 from ._projection import Levels, source, weights_of
 
-# See `options_of_rows`. On an H200 the best of nine deep tiles for 4 to 256 rows together.
+# See `options_of_rows`. On an H200 the best of six deep tiles for 4 to 256 rows together.
 DEEP = dict(BLOCK_O=32, BLOCK_K=64, num_warps=4, num_stages=8)
 SHALLOW = dict(BLOCK_O=16, BLOCK_K=128, num_warps=4)
 FETCHED = 1024  # columns of a weight that a program of several sequences fetches before it waits
